@@ -13,8 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-GROUPS = 32                              # groups of every GroupNorm; eps is PyTorch's 1e-5 (the autoencoder uses 1e-6)
-
 
 # ---- UNet ----
 
@@ -34,11 +32,12 @@ class UNetConfig:
     resblock_updown: bool = False                    # resample inside a residual block (CM-UNet), else by a conv
     num_classes: int = 0                             # 0: unconditional
     dropout: float = 0.0                             # before the last conv of a residual block
+    groups: int = 32                                 # of every GroupNorm, whose eps is 1e-5 (autoencoder: 1e-6); ADM
 
     def __post_init__(self):
         for name in ("channel_mult", "attention_ds"):            # a checkpoint or the command line may hold lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("in_channels", "out_channels", "model_channels", "num_res_blocks"):
+        for name in ("in_channels", "out_channels", "model_channels", "num_res_blocks", "groups"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("num_head_channels", "num_classes"):
@@ -50,9 +49,9 @@ class UNetConfig:
             raise ValueError(f"dropout is {self.dropout}; it must be in [0, 1)")
         for level, mult in enumerate(self.channel_mult):
             channels = mult * self.model_channels
-            if channels % GROUPS:
+            if channels % self.groups:
                 raise ValueError(f"level {level} has {channels} channels (model_channels x channel_mult); "
-                                 f"GroupNorm needs a multiple of {GROUPS}")
+                                 f"GroupNorm needs a multiple of groups={self.groups}")
             # The middle block attends whatever attention_ds says.
             if 2**level in self.attention_ds or level == len(self.channel_mult) - 1:
                 self.heads(channels)
@@ -95,10 +94,10 @@ class TimeResBlock(nn.Module):
         super().__init__()
         self.scale_shift = cfg.scale_shift_norm
         self.resize = nn.Identity() if resize is None else resize
-        self.in_layers = nn.Sequential(nn.GroupNorm(GROUPS, c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
+        self.in_layers = nn.Sequential(nn.GroupNorm(cfg.groups, c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(4 * cfg.model_channels,
                                                              2 * c_out if self.scale_shift else c_out))
-        self.out_layers = nn.Sequential(nn.GroupNorm(GROUPS, c_out), nn.SiLU(), nn.Dropout(cfg.dropout),
+        self.out_layers = nn.Sequential(nn.GroupNorm(cfg.groups, c_out), nn.SiLU(), nn.Dropout(cfg.dropout),
                                         zero(nn.Conv2d(c_out, c_out, 3, padding=1)))
         self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
@@ -125,10 +124,10 @@ class SelfAttention(nn.Module):
     stores them (4-d); INFD stores Conv1d weights (3-d), to be reshaped by whoever loads them.
     """
 
-    def __init__(self, channels: int, heads: int):
+    def __init__(self, channels: int, heads: int, groups: int):
         super().__init__()
         self.heads = heads
-        self.norm = nn.GroupNorm(GROUPS, channels)
+        self.norm = nn.GroupNorm(groups, channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj_out = zero(nn.Conv2d(channels, channels, 1))
 
@@ -203,7 +202,7 @@ class UNet(nn.Module):
         def level_layers(c_in: int, c_out: int, ds: int) -> list[nn.Module]:
             layers = [TimeResBlock(cfg, c_in, c_out)]
             if ds in cfg.attention_ds:
-                layers.append(SelfAttention(c_out, cfg.heads(c_out)))
+                layers.append(SelfAttention(c_out, cfg.heads(c_out), cfg.groups))
             return layers
 
         ch = width * cfg.channel_mult[0]
@@ -219,7 +218,7 @@ class UNet(nn.Module):
                 self.input_blocks.append(Stack(down))
                 skips.append(ch)
 
-        self.middle_block = Stack(TimeResBlock(cfg, ch, ch), SelfAttention(ch, cfg.heads(ch)),
+        self.middle_block = Stack(TimeResBlock(cfg, ch, ch), SelfAttention(ch, cfg.heads(ch), cfg.groups),
                                   TimeResBlock(cfg, ch, ch))
 
         self.output_blocks = nn.ModuleList()
@@ -232,7 +231,7 @@ class UNet(nn.Module):
                     layers.append(TimeResBlock(cfg, ch, ch, up) if cfg.resblock_updown else Upsample(ch))
                 self.output_blocks.append(Stack(*layers))
 
-        self.out = nn.Sequential(nn.GroupNorm(GROUPS, ch), nn.SiLU(),
+        self.out = nn.Sequential(nn.GroupNorm(cfg.groups, ch), nn.SiLU(),
                                  zero(nn.Conv2d(ch, cfg.out_channels, 3, padding=1)))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:

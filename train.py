@@ -1,0 +1,833 @@
+"""The training loop: one `fit` for every stage, one `step` per stage, a table of presets, and the command line.
+
+    python train.py --stage ae --preset tiny           encoder, decoder and renderer, patch by patch (INFD, Section J)
+    python train.py --stage ldm --preset tiny          diffusion in the latent space of that autoencoder
+
+The same command again continues the run. Losses and perceptual networks live here, outside the models.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import os
+import signal
+import sys
+import time
+import typing
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import data
+import metrics
+from autoencoder import (AutoencoderConfig, DiscriminatorConfig, FieldAutoencoder, PatchDiscriminator, adaptive_weight,
+                         hinge_loss)
+from data import DataConfig, rng, torch_noise
+from ldm import DiffusionConfig, GaussianDiffusion, UNet, UNetConfig
+from sample import INFD, LatentScale, build, checkpoints, draw, fill, load, newest_checkpoint, pick_device, to_uint8
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every stage can be told by key=value."""
+
+    data: str = "synthetic"           # a name or a path, as --data
+    seed: int = 0
+    steps: int = 1_000_000
+    batch: int = 8                    # images per optimiser step, over all micro-batches
+    accum: int = 1                    # micro-batches per step: more need less memory
+    lr: float = 3.6e-5                # INFD J.2; constant, no warm-up
+    beta1: float = 0.5
+    beta2: float = 0.9
+    weight_decay: float = 0.0
+    ema: float = 0.0                  # rate of the moving average of the weights; 0: none
+    ema_warmup: bool = False          # min(ema, (1 + k) / (10 + k)) as in LDM; the published INFD code has no warm-up
+    size: int = 256                   # side of the encoder's input, pixels
+    flip: bool = False                # random horizontal flips; the published code has none
+    workers: int = 4                  # loader processes; the batches do not depend on it
+    dtype: str = "auto"               # auto: bf16 autocast on a GPU that has it, else fp32
+    compile: str = "auto"             # auto: torch.compile on a GPU; on | off
+    log_every: int = 50
+    grid_every: int = 5_000
+    save_every: int = 5_000
+    keep_every: int = 0               # also keep every checkpoint whose step this divides; 0: the last two only
+
+
+@dataclass(frozen=True)
+class AERun(Run):
+    """Stage ae: autoencoder and renderer, end to end (INFD J.1, J.2)."""
+
+    patch: int = 256                  # side of the ground-truth patch, pixels
+    max_size: int = 1024              # ground truth is resized to at most this before the crop
+    downsample: bool = True           # False: always the largest size, the ablation of Section E
+    p_original: float = 0.0           # chance of the largest size, from step original_from on (J.2: 0.5 on Mountains)
+    original_from: int = 0
+    lpips: str = "vgg"                # vgg | alex | squeeze | none
+    lpips_weight: float = 1.0         # the weights are not in the paper; these four are the published code's
+    gan_weight: float = 0.75          # times the adaptive weight; 0: no discriminator
+    gan_start: int = 0                # first step with the GAN
+    reg_weight: float = 1.0           # of the VQ loss; with kl=true take 1e-6 as LDM does (the published default is 1)
+    ae: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    disc: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+
+
+@dataclass(frozen=True)
+class LDMRun(Run):
+    """Stage ldm: diffusion of the latents of a frozen autoencoder (INFD J.1, J.2)."""
+
+    steps: int = 600_000
+    batch: int = 48
+    lr: float = 9.6e-5
+    beta1: float = 0.9
+    beta2: float = 0.999
+    weight_decay: float = 0.01
+    ema: float = 0.9999
+    init: str = ""                    # run folder or file of stage ae; default: the one beside this run
+    latent_norm: bool = False         # scale latents to unit variance first (published: no)
+    labels: bool = False              # condition on the classes of the data, where it has any
+    pictures: int = 0                 # learn from the first so many pictures only; 0: all
+    cache: bool = False               # encode every picture once and keep z in memory and beside the run
+    preview_steps: int = 50           # DDIM steps of the sample grids, and of the samples that are scored
+    eval_every: int = 0               # Frechet distance of samples to held-out pictures every so many steps; 0: never
+    eval_n: int = 1000                # pictures on either side of that distance
+    eval_features: str = "inception"  # inception (FID, needs its weights) | squeeze (FD-squeeze)
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+
+
+# What a preset changes from the defaults above, which are the paper's ("paper": FFHQ). Keys as on the command line.
+PRESETS = {
+    "ae": {
+        "paper": {},                                                         # J.2: about 4 days on 4 A100
+        "small": {"steps": 30_000, "lr": 1e-4, "ae.ch": 64, "ae.hidden": 128, "ema": 0.999, "grid_every": 2000,
+                  "save_every": 2000},
+        "tiny": {"steps": 2000, "batch": 8, "lr": 1e-3, "beta1": 0.9, "beta2": 0.99, "size": 64, "patch": 64,
+                 "max_size": 256, "lpips": "none", "gan_weight": 0.0, "reg_weight": 1e-6, "ae.ch": 32,
+                 "ae.ch_mult": (1, 2, 2), "ae.num_res_blocks": 1, "ae.groups": 8, "ae.kl": True, "ae.hidden": 48,
+                 "ema": 0.995, "ema_warmup": True, "workers": 1, "log_every": 20, "grid_every": 500, "save_every": 500},
+    },
+    "ldm": {
+        "paper": {},                                                         # J.2: about 4 days per 1M steps, 4 A100
+        "small": {"steps": 40_000, "lr": 2e-4, "ema": 0.999, "ema_warmup": True, "latent_norm": True,
+                  "unet.model_channels": 128, "unet.channel_mult": (1, 2, 3, 4), "grid_every": 2000, "save_every": 2000},
+        "tiny": {"steps": 1500, "batch": 32, "lr": 1e-3, "ema": 0.998, "ema_warmup": True, "size": 64,
+                 "latent_norm": True, "labels": True, "pictures": 4096, "cache": True, "unet.model_channels": 64, "unet.channel_mult": (1, 2),
+                 "unet.num_res_blocks": 1, "unet.attention_ds": (2,), "unet.groups": 16, "workers": 1, "log_every": 20, "grid_every": 500,
+                 "save_every": 500},
+    },
+}
+# The published settings of one data set, on top of preset paper. The supplementary says 1M steps with the switch at
+# 600K (J.2: "in the last 400K iterations"); the published configuration for such data has these.
+PAPER_DATA = {("ae", "mountains"): {"steps": 1_200_000, "p_original": 0.5, "original_from": 800_000}}
+
+# A run may be continued with these changed; anything else belongs to another run.
+FREE = {"steps", "workers", "dtype", "compile", "accum", "log_every", "grid_every", "save_every", "keep_every",
+        "preview_steps", "eval_every", "eval_n", "eval_features"}
+COST = {"ae": "1,000,000 steps at 5.6 TFLOP an image: about 4 days on 4 A100",
+        "ldm": "600,000 steps of batch 48: about 2.5 days on 4 A100"}
+
+
+def options(cls: type, prefix: str = "") -> dict[str, type]:
+    """Every option of a (nested) dataclass with its type, nested ones by dotted name."""
+    found = {}
+    for name, kind in typing.get_type_hints(cls).items():
+        found |= options(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else {prefix + name: kind}
+    return found
+
+
+def convert(name: str, kind: type, text: str):
+    """The value of option `name` from its text; a ValueError names option, type and text."""
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if kind is int:
+            number = float(text.replace("_", ""))
+            if number != int(number):
+                raise ValueError
+            return int(number)
+        if kind in (float, str):
+            return kind(text)
+        return tuple(int(v) for v in text.strip("()").split(",") if v.strip())
+    except (KeyError, ValueError, OverflowError):
+        raise ValueError(f"option {name}={text}: expected {getattr(kind, '__name__', 'integers like 1,2,4')}") from None
+
+
+def apply(cfg, changes: dict):
+    """A copy of the (nested) dataclass with dotted names replaced."""
+    here = {k: v for k, v in changes.items() if "." not in k}
+    for name in {k.split(".")[0] for k in changes if "." in k}:
+        inner = {k.split(".", 1)[1]: v for k, v in changes.items() if k.startswith(name + ".")}
+        here[name] = apply(getattr(cfg, name), inner)
+    return dataclasses.replace(cfg, **here)
+
+
+def configure(stage: str, preset: str, data_name: str, overrides: list[str]) -> Run:
+    """Defaults, then the preset, then key=value; an unknown name or a wrong type is a ValueError that says so."""
+    cls, _ = STAGES[stage]
+    known, given = options(cls), {}
+    for text in overrides:
+        name, eq, value = text.partition("=")
+        if not eq:
+            raise ValueError(f"cannot read {text!r}: options are written key=value")
+        if name not in known:
+            raise ValueError(f"unknown option {name}; stage {stage} has: {', '.join(known)}")
+        given[name] = convert(name, known[name], value)
+    base = PRESETS[stage][preset] | (PAPER_DATA.get((stage, data_name), {}) if preset == "paper" else {})
+    cfg = apply(cls(), base | {"data": data_name} | given)
+    if min(cfg.steps, cfg.batch, cfg.accum, cfg.log_every, cfg.grid_every, cfg.save_every) < 1 or cfg.batch % cfg.accum:
+        raise ValueError("steps, batch, accum and the *_every options must be at least 1, and accum must divide batch")
+    return cfg
+
+
+# ---- the loop --------------------------------------------------------------------------------------------------------
+
+
+class Stopped(Exception):
+    """A signal asked the run to end; it has been saved."""
+
+
+@contextlib.contextmanager
+def stop_flag() -> Iterator[list[int]]:
+    """A list that holds the signal's number after the first SIGTERM or SIGINT; a second one ends the process at once."""
+    caught: list[int] = []
+
+    def handler(number, frame):
+        if caught:
+            os._exit(128 + number)
+        caught.append(number)
+
+    before = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for s, old in before.items():
+            signal.signal(s, old)
+
+
+def ema_update(ema: nn.Module, model: nn.Module, rate: float) -> None:
+    """ema <- rate * ema + (1 - rate) * model, over all parameters; buffers are copied."""
+    with torch.no_grad():
+        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - rate)
+        for mine, theirs in zip(ema.buffers(), model.buffers()):
+            mine.copy_(theirs)
+
+
+def descend(opt: torch.optim.Optimizer) -> bool:
+    """One optimiser step unless a gradient is not finite; says whether it was taken."""
+    grads = [p.grad for group in opt.param_groups for p in group["params"] if p.grad is not None]
+    finite = bool(torch.isfinite(torch.stack(torch._foreach_norm(grads))).all())
+    if finite:
+        opt.step()
+    opt.zero_grad(set_to_none=True)
+    return finite
+
+
+def save_checkpoint(run_dir: Path, step: int, content: dict, keep_every: int) -> Path:
+    """Write step-XXXXXXXX.pt: temporary name, fsync, checksums read back, rename; then delete all but the last two."""
+    path, part = run_dir / f"step-{step:08d}.pt", run_dir / f"step-{step:08d}.part"
+    with open(part, "wb") as f:
+        torch.save(content, f)
+        f.flush()
+        os.fsync(f.fileno())
+    with zipfile.ZipFile(part) as archive:
+        if archive.testzip() is not None:
+            raise OSError(f"{part} was not written correctly; is the disk failing?")
+    part.rename(path)
+    folder = os.open(run_dir, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+    for old in checkpoints(run_dir)[2:]:
+        if not keep_every or int(old.stem.split("-")[1]) % keep_every:
+            old.unlink()
+    return path
+
+
+def plain(value):
+    """Tensors to numbers, tuples to lists: what JSON and a weights-only checkpoint hold."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return value.item() if isinstance(value, Tensor) else value
+
+
+def difference(old: dict, new: dict, prefix: str = "") -> list[str]:
+    """The options in which two stored configurations differ, as 'name: old -> new'."""
+    out = []
+    for k in sorted(set(old) | set(new)):
+        a, b = old.get(k), new.get(k)
+        if isinstance(a, dict) and isinstance(b, dict):
+            out += difference(a, b, f"{prefix}{k}.")
+        elif a != b and prefix + k not in FREE:
+            out.append(f"{prefix}{k}: {a} -> {b}")
+    return out
+
+
+def resume(run_dir: Path, stage: str, cfg: Run, state: dict) -> int:
+    """Restore the newest checkpoint of the run into `state`; returns the step to go on from, 0 for a new run.
+
+    Raises ValueError where the folder holds a run of another stage or configuration: nothing of it is touched.
+    """
+    if not checkpoints(run_dir):
+        return 0
+    path, ckpt = newest_checkpoint(run_dir)
+    changed = [f"stage: {ckpt['stage']} -> {stage}"] if ckpt["stage"] != stage else \
+        difference(ckpt["config"], plain(asdict(cfg)))
+    if changed:
+        raise ValueError(f"{run_dir} holds another run ({'; '.join(changed)}); choose another --out, or the same options")
+    for name, part in state.items():
+        if isinstance(part, nn.Module):
+            fill(part, ckpt["state"][name], f"{name} in {path}")
+        else:
+            part.load_state_dict(ckpt["state"][name])
+    log = run_dir / "log.jsonl"
+    if log.exists():                                     # lines written after that checkpoint are about to come again
+        kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= ckpt["step"]]
+        log.write_text("".join(line + "\n" for line in kept))
+    print(f"continuing {run_dir} from step {ckpt['step']}")
+    return ckpt["step"]
+
+
+def fit(stage: str, cfg: Run, run_dir: Path, state: dict, step: Callable, batches: Callable, preview: Callable,
+        extra: dict) -> None:
+    """Train to cfg.steps: batches, steps, EMA, log.jsonl, grids and checkpoints.
+
+    state    name -> module or optimiser: all that a checkpoint must restore; "model" (and "ema") are the weights sampled
+    step     (batch, k) -> dict of 0-d tensors to log; "taken" says whether the optimiser moved
+    batches  (k) -> iterator of batches from step k on
+    preview  (k) -> None, writes pictures and scores where step k is due for them
+    extra    plain values stored in every checkpoint
+    Raises Stopped after a signal (the run is saved), RuntimeError after 20 steps in a row with non-finite gradients.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    start = resume(run_dir, stage, cfg, state)
+
+    def save(k: int) -> None:
+        content = {"format": 1, "stage": stage, "step": k, "config": plain(asdict(cfg)), **extra,
+                   "state": {name: part.state_dict() for name, part in state.items()}}
+        save_checkpoint(run_dir, k, content, cfg.keep_every)
+
+    stream, sums, bad, wait, since = batches(start), {}, 0, 0.0, time.perf_counter()
+    with stop_flag() as stop, open(run_dir / "log.jsonl", "a") as log, \
+            tqdm(total=cfg.steps, initial=start, desc=stage, unit="step", disable=None, dynamic_ncols=True) as bar:
+        for k in range(start, cfg.steps):
+            before = time.perf_counter()
+            batch = next(stream)
+            wait += time.perf_counter() - before
+            logs = step(batch, k)
+            bad = 0 if logs.pop("taken") else bad + 1
+            if bad == 20:
+                raise RuntimeError(f"the gradients of 20 steps in a row are not finite; last batch: images "
+                                   f"{batch['index'].tolist()} of step {k}. The newest checkpoint is good; lower lr")
+            if "ema" in state:
+                ema_update(state["ema"], state["model"], min(cfg.ema, (1 + k) / (10 + k)) if cfg.ema_warmup else cfg.ema)
+            sums = {name: sums.get(name, 0) + value.detach() for name, value in logs.items()}
+            done = k + 1
+            bar.update(1)
+            if done % cfg.log_every == 0 or done == cfg.steps:
+                n = (done - 1) % cfg.log_every + 1
+                means = {name: round(float(value) / n, 6) for name, value in sums.items()}
+                elapsed = time.perf_counter() - since
+                speed = {"images_per_s": round(n * cfg.batch / elapsed, 2), "data_wait": round(wait / elapsed, 4)}
+                log.write(json.dumps({"step": done, **means, **speed}) + "\n")
+                log.flush()
+                bar.set_postfix({**means, "img/s": speed["images_per_s"], "wait": f"{speed['data_wait']:.0%}"})
+                sums, wait, since = {}, 0.0, time.perf_counter()
+            if done % cfg.save_every == 0 or done == cfg.steps or stop:
+                save(done)
+            preview(done)
+            if stop:
+                raise Stopped(128 + stop[0])
+
+
+# ---- stage ae --------------------------------------------------------------------------------------------------------
+
+
+def micro_batches(batch: dict, accum: int) -> list[dict]:
+    """The batch in `accum` equal parts."""
+    parts = {name: value.chunk(accum) for name, value in batch.items()}
+    return [{name: part[j] for name, part in parts.items()} for j in range(accum)]
+
+
+def ae_step(model: FieldAutoencoder, disc: PatchDiscriminator, opt: torch.optim.Optimizer, opt_d: torch.optim.Optimizer,
+            perceptual: Callable | None, cfg: AERun, autocast: Callable = contextlib.nullcontext) -> Callable:
+    """One iteration of the first stage: the generator (E, D, R), then the discriminator on the updated generator.
+
+    The discriminator runs three times in train mode, on fake, real, fake, and so updates its BatchNorm statistics three
+    times, as the published loop does. LPIPS is in eval mode; the published loop leaves its dropout on by accident.
+    """
+    last = model.renderer.last_weight
+
+    def reconstruct(b: dict) -> tuple[Tensor, Tensor]:
+        noise = stack_noise(b, cfg, model) if cfg.ae.kl else None
+        with autocast():
+            rgb, reg = model(b["image"], b["coord"], b["cell"], noise)       # (B, 3, P, P), ()
+        return rgb.float(), reg
+
+    def generator_loss(b: dict, gan: bool) -> tuple[Tensor, dict]:
+        rgb, reg = reconstruct(b)
+        l1 = (rgb - b["patch"]).abs().mean()
+        logs, nll = {"l1": l1, "reg": reg}, l1
+        if perceptual is not None:
+            with autocast():
+                logs["lpips"] = perceptual(rgb, b["patch"]).float().mean()
+            nll = nll + cfg.lpips_weight * logs["lpips"]
+        loss = nll + cfg.reg_weight * reg
+        if gan:
+            with autocast():
+                g = -disc(rgb).float().mean()
+            weight = adaptive_weight(nll, g, last)
+            loss = loss + cfg.gan_weight * weight * g
+            logs |= {"gan": g, "gan_weight": weight}
+        return loss, logs | {"loss": loss}
+
+    def discriminator_loss(b: dict) -> tuple[Tensor, dict]:
+        with torch.no_grad():
+            rgb, _ = reconstruct(b)                                          # drawn again, by the updated generator
+        with autocast():
+            real, fake = disc(b["patch"]).float(), disc(rgb).float()         # two calls: BatchNorm sees them apart
+        loss = hinge_loss(real, fake)
+        return loss, {"disc": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
+
+    def step(batch: dict, k: int) -> dict:
+        gan, logs = cfg.gan_weight > 0 and k >= cfg.gan_start, {}
+        for phase, optimiser in ((lambda b: generator_loss(b, gan), opt), (discriminator_loss, opt_d))[:2 if gan else 1]:
+            disc.requires_grad_(optimiser is opt_d)
+            for b in micro_batches(batch, cfg.accum):
+                loss, part = phase(b)
+                (loss / cfg.accum).backward()
+                logs = add(logs, part, cfg.accum)
+            if not descend(optimiser):
+                return logs | {"taken": False}
+        return logs | {"taken": True}
+
+    return step
+
+
+def add(logs: dict, part: dict, accum: int) -> dict:
+    """Means over micro-batches, kept on the device."""
+    return {**logs, **{k: logs.get(k, 0) + v.detach() / accum for k, v in part.items()}}
+
+
+def stack_noise(batch: dict, cfg: Run, model: FieldAutoencoder) -> Tensor:
+    """The KL encoder's noise, a function of (seed, sample)."""
+    side = cfg.size // model.cfg.f
+    noise = [torch_noise((model.cfg.z_channels, side, side), cfg.seed, "kl", n) for n in batch["index"].tolist()]
+    return torch.stack(noise).to(batch["image"].device)                      # (B, C, h, w)
+
+
+def ae_batches(cfg: AERun, source, device: torch.device) -> Callable:
+    """Random patches at random scales; from step original_from on, at the largest scale with chance p_original (J.2)."""
+
+    def patches(start: int, p_original: float) -> Iterator[dict]:
+        shape = DataConfig(cfg.size, cfg.patch, cfg.max_size, p_original, cfg.downsample, cfg.flip)
+        stream = data.loader(source, functools.partial(data.random_patch, cfg=shape), cfg.batch, start, cfg.seed,
+                             cfg.workers, pin_memory=device.type == "cuda")
+        return (to_device(batch, device) for batch in stream)
+
+    def batches(start: int) -> Iterator[dict]:
+        if start < cfg.original_from:
+            yield from itertools.islice(patches(start, 0.0), cfg.original_from - start)
+            start = cfg.original_from
+        yield from patches(start, cfg.p_original)
+
+    return batches
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    return {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+
+
+def train_ae(cfg: AERun, run_dir: Path, device: torch.device) -> None:
+    """Stage ae: E, D, R with L1 + LPIPS + adaptive GAN + VQ (or KL), on patches of random scale."""
+    source, held_out = data.open_data(cfg.data, "train"), data.open_data(cfg.data, "val")
+    perceptual = None if cfg.lpips == "none" else metrics.lpips_network(cfg.lpips).to(device)
+    torch.manual_seed(cfg.seed)
+    model, disc = FieldAutoencoder(cfg.ae).to(device), PatchDiscriminator(cfg.disc).to(device)
+    # The published loop has one Adam per part; Adam treats every parameter alone, so one for E, D, R is the same.
+    opt, opt_d = (torch.optim.Adam(m.parameters(), cfg.lr, (cfg.beta1, cfg.beta2)) for m in (model, disc))
+    state = {"model": model, "disc": disc, "opt": opt, "opt_d": opt_d}
+    if cfg.ema:
+        state["ema"] = copy.deepcopy(model).requires_grad_(False)
+    shown = state.get("ema", model)
+    if compiled(cfg, device):
+        model.encoder.compile(), model.decoder.compile()
+    describe("ae", cfg, run_dir, device, source, model)
+
+    def preview(k: int) -> None:
+        if k % cfg.grid_every == 0 or k == cfg.steps:
+            Image.fromarray(ae_sheet(shown, held_out, cfg, device)).save(run_dir / f"grid-{k:08d}.png")
+
+    step = ae_step(model, disc, opt, opt_d, perceptual, cfg, autocast_for(cfg, device))
+    fit("ae", cfg, run_dir, state, step, ae_batches(cfg, source, device), preview, {})
+    result = evaluate_ae(shown, held_out, cfg, device, perceptual)
+    (run_dir / "eval.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(ae_table(result))
+
+
+# ---- what stage ae shows ---------------------------------------------------------------------------------------------
+
+
+def field_model(model: FieldAutoencoder, cfg: AERun) -> INFD:
+    """The autoencoder alone, in the form that sample.py draws."""
+    return INFD(model, None, GaussianDiffusion(DiffusionConfig()), LatentScale(model.cfg.z_channels), cfg.size, cfg.patch)
+
+
+@torch.no_grad()
+def ae_sheet(model: FieldAutoencoder, source, cfg: AERun, device: torch.device, n: int = 4) -> np.ndarray:
+    """Held-out pictures, a row each: the input, then render | truth at 1x, 2x and 4x the training resolution.
+
+    A panel has at most 512 px: of a larger rendering it shows the centre, drawn as a window.
+    """
+    rows, side = [], min(4 * cfg.size, 512)
+    for i in range(min(n, len(source))):
+        picture = source[i]
+        image = data.to_tensor(picture.draw(cfg.size))[None].to(device)
+        phi = model.decode(model.encode(image))
+        panels = [picture.draw(cfg.size)]
+        for scale in (1, 2, 4):
+            res = scale * cfg.size
+            shown, corner = min(res, side), (res - min(res, side)) // 2
+            half = shown / res
+            pixels = draw(field_model(model, cfg), phi, (shown, shown), (-half, -half, half, half))[0]
+            panels += [pixels] + [picture.draw(res, (corner, corner, shown, shown))] * (res <= picture.size)
+        rows.append(panels)
+    return contact_sheet(rows, side)
+
+
+def contact_sheet(rows: list[list[np.ndarray]], side: int, gap: int = 4) -> np.ndarray:
+    """Square pictures in rows, each enlarged to `side` by nearest neighbour, so that pixels stay visible."""
+    sheet = np.full((len(rows) * (side + gap), max(map(len, rows)) * (side + gap), 3), 255, np.uint8)
+    for r, row in enumerate(rows):
+        for c, pixels in enumerate(row):
+            y, x = r * (side + gap), c * (side + gap)
+            sheet[y:y + side, x:x + side] = np.asarray(Image.fromarray(pixels).resize((side, side), Image.NEAREST))
+    return sheet[:-gap, :-gap]
+
+
+@torch.no_grad()
+def evaluate_ae(model: FieldAutoencoder, source, cfg: AERun, device: torch.device, perceptual: Callable | None,
+                n: int = 64) -> dict:
+    """PSNR (and LPIPS) of held-out pictures at 1x, 2x, 4x the training resolution, beside bicubic upsampling of the 1x
+    rendering. A picture counts at a scale only where its original has that many pixels."""
+    scores: dict = {f"{s}x": {"n": 0} for s in (1, 2, 4)}
+    for i in range(min(n, len(source))):
+        picture = source[i]
+        phi = model.decode(model.encode(data.to_tensor(picture.draw(cfg.size))[None].to(device)))
+        base = None
+        for scale in (1, 2, 4):
+            res, out = scale * cfg.size, scores[f"{scale}x"]
+            if res > picture.size:
+                continue
+            rgb = data.to_tensor(draw(field_model(model, cfg), phi, (res, res))[0])[None].to(device)
+            base = rgb if base is None else base
+            truth = data.to_tensor(picture.draw(res))[None].to(device)
+            out["n"] += 1
+            for name, image in (("render", rgb), ("bicubic", F.interpolate(base, (res, res), mode="bicubic"))):
+                out[f"psnr_{name}"] = out.get(f"psnr_{name}", 0) + metrics.psnr(image, truth).item()
+                if perceptual is not None:
+                    out[f"lpips_{name}"] = out.get(f"lpips_{name}", 0) + perceptual(image.clamp(-1, 1), truth).item()
+    return {s: {k: v if k == "n" else round(v / out["n"], 4) for k, v in out.items()} for s, out in scores.items()}
+
+
+def ae_table(result: dict) -> str:
+    """The scores of evaluate_ae as text."""
+    lines = ["held-out pictures      PSNR render  bicubic from 1x   LPIPS render  bicubic"]
+    for scale, r in result.items():
+        if r["n"]:
+            lines.append(f"{scale:>4} ({r['n']:3d} pictures) {r['psnr_render']:12.2f} {r['psnr_bicubic']:16.2f} "
+                         f"{r.get('lpips_render', float('nan')):14.4f} {r.get('lpips_bicubic', float('nan')):8.4f}")
+    return "\n".join(lines)
+
+
+# ---- stage ldm -------------------------------------------------------------------------------------------------------
+
+
+def picture_item(picture, gen: np.random.Generator, size: int, flip: bool) -> dict:
+    """A whole picture at `size`, perhaps mirrored."""
+    image = data.to_tensor(picture.draw(size))
+    return {"image": image.flip(-1) if flip and gen.random() < 0.5 else image}
+
+
+def ldm_step(unet: UNet, encode: Callable, diffusion: GaussianDiffusion, opt: torch.optim.Optimizer, cfg: LDMRun,
+             draw_noise: Callable, autocast: Callable = contextlib.nullcontext) -> Callable:
+    """One iteration of the second stage: the mean squared error of the predicted noise, at uniform time steps.
+
+    encode (batch) -> z; draw_noise (batch) -> (t, noise), a function of the samples' numbers.
+    """
+
+    def step(batch: dict, k: int) -> dict:
+        logs: dict = {}
+        for b in micro_batches(batch, cfg.accum):
+            z = encode(b)                                                    # (B, C, h, w), before quantisation
+            t, noise = draw_noise(b)
+            with autocast():
+                loss = diffusion.loss(unet, z, t, noise, b["label"] if cfg.unet.num_classes else None).mean()
+            (loss / cfg.accum).backward()
+            logs = add(logs, {"loss": loss}, cfg.accum)
+        return logs | {"taken": descend(opt)}
+
+    return step
+
+
+@dataclass
+class Pictures:
+    """The first n pictures of a source at one size, for a DataLoader that goes through them once."""
+
+    source: object
+    n: int
+    size: int
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, i: int) -> Tensor:
+        return data.to_tensor(self.source[i].draw(self.size))                # (3, S, S)
+
+
+@dataclass
+class Latents:
+    """What `data.loader` needs of a source, with latents z (N, C, h, w) in place of pictures."""
+
+    z: Tensor
+    labels: list[int]
+
+    def __len__(self) -> int:
+        return len(self.z)
+
+    def label(self, i: int) -> int:
+        return self.labels[i]
+
+    def __getitem__(self, i: int) -> Tensor:
+        return self.z[i]
+
+
+def latent_item(z: Tensor, gen: np.random.Generator) -> dict:
+    """One latent as an item of a batch."""
+    return {"z": z}
+
+
+@torch.no_grad()
+def encode_all(base: INFD, source, cfg: LDMRun, device: torch.device, folder: Path) -> Latents:
+    """The latents of all (or the first cfg.pictures) pictures; read from `folder` if the same autoencoder left them.
+
+    The KL variant keeps the mean: its standard deviation is a small fraction of the spread between pictures.
+    """
+    n = min(cfg.pictures or len(source), len(source))
+    digest = hashlib.sha256(repr((cfg.data, cfg.size, n)).encode())
+    for weight in base.autoencoder.encoder.state_dict().values():
+        digest.update(weight.cpu().numpy().tobytes())
+    file = folder / f"latents-{digest.hexdigest()[:16]}.pt"
+    if not file.exists():
+        images = torch.utils.data.DataLoader(Pictures(source, n, cfg.size), 32, num_workers=cfg.workers)
+        z = torch.cat([base.autoencoder.encode(x.to(device)).cpu() for x in tqdm(images, "encoding", disable=None)])
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(z, file.with_suffix(".part"))
+        file.with_suffix(".part").rename(file)
+    return Latents(torch.load(file, weights_only=True), [source.label(i) for i in range(n)])
+
+
+def latent_batches(cfg: LDMRun, base: INFD, source, device: torch.device, run_dir: Path) -> tuple[Callable, Callable]:
+    """(batches, encode): batches(start) iterates from that step on, encode(batch) gives z, cached or encoded afresh."""
+    if cfg.cache:
+        latents = encode_all(base, source, cfg, device, run_dir)
+        make = functools.partial(data.loader, latents, latent_item, cfg.batch, seed=cfg.seed, workers=0)
+    else:
+        item = functools.partial(picture_item, size=cfg.size, flip=cfg.flip)
+        make = functools.partial(data.loader, source, item, cfg.batch, seed=cfg.seed, workers=cfg.workers,
+                                 pin_memory=device.type == "cuda")
+    autocast = autocast_for(cfg, device)
+
+    @torch.no_grad()
+    def encode(b: dict) -> Tensor:
+        if cfg.cache:
+            return b["z"]
+        noise = stack_noise(b, cfg, base.autoencoder) if base.autoencoder.cfg.kl else None
+        with autocast():
+            return base.autoencoder.encode(b["image"], noise).float()        # (B, C, h, w)
+
+    return lambda start: (to_device(batch, device) for batch in make(start=start)), encode
+
+
+def train_ldm(cfg: LDMRun, run_dir: Path, device: torch.device) -> None:
+    """Stage ldm: the UNet learns the latents of a frozen autoencoder."""
+    init = Path(cfg.init) if cfg.init else run_dir.parent / "ae"
+    if not init.exists():
+        raise FileNotFoundError(f"stage ldm needs an autoencoder and there is none at {init}; run --stage ae first with "
+                                f"the same --data and --preset, or name one with init=RUN")
+    base = load(init, device)
+    if base.size != cfg.size:
+        raise ValueError(f"the autoencoder in {init} was trained at size={base.size}; give size={base.size}")
+    if cfg.cache and cfg.flip:
+        raise ValueError("cache=true keeps one latent per picture, flip=true asks for two; choose one of them")
+    source = data.open_data(cfg.data, "train")
+    channels, *side = base.latent_shape
+    cfg = apply(cfg, {"unet.in_channels": channels, "unet.out_channels": channels,
+                      "unet.num_classes": len(source.classes) if cfg.labels else 0})
+    torch.manual_seed(cfg.seed)
+    unet, scale, diffusion = UNet(cfg.unet).to(device), LatentScale(channels).to(device), GaussianDiffusion(cfg.diffusion)
+    opt = torch.optim.AdamW(unet.parameters(), cfg.lr, (cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
+    state = {"model": unet, "opt": opt, "scale": scale}
+    if cfg.ema:
+        state["ema"] = copy.deepcopy(unet).requires_grad_(False)
+    describe("ldm", cfg, run_dir, device, source, unet)
+    batches, encode = latent_batches(cfg, base, source, device, run_dir)
+    if cfg.latent_norm and not checkpoints(run_dir):                         # a continued run has them in `scale`
+        z = torch.cat([encode(b).cpu() for b in itertools.islice(batches(0), -(-512 // cfg.batch))])
+        scale.mean.copy_(z.mean(dim=(0, 2, 3))), scale.std.copy_(z.std(dim=(0, 2, 3)))
+    if compiled(cfg, device):
+        unet.compile()
+
+    def draw_noise(b: dict) -> tuple[Tensor, Tensor]:
+        index = b["index"].tolist()
+        t = torch.tensor([int(rng(cfg.seed, "t", n).integers(cfg.diffusion.steps)) for n in index])
+        noise = torch.stack([torch_noise((channels, *side), cfg.seed, "eps", n) for n in index])
+        return t.to(device), noise.to(device)
+
+    step = ldm_step(unet, lambda b: scale(encode(b)), diffusion, opt, cfg, draw_noise, autocast_for(cfg, device))
+    infd = INFD(base.autoencoder, state.get("ema", unet), diffusion, scale, base.size, base.patch, source.classes)
+    extra = {"autoencoder": base_checkpoint(base), "classes": list(source.classes) if cfg.labels else []}
+    network = metrics.load_features(cfg.eval_features).to(device) if cfg.eval_every else None
+
+    def preview(k: int) -> None:
+        if k % cfg.grid_every == 0 or k == cfg.steps:
+            ldm_preview(infd, cfg, run_dir / f"grid-{k:08d}.png")
+        if network is not None and (k % cfg.eval_every == 0 or k == cfg.steps):
+            score_samples(infd, network, cfg, k, run_dir)
+
+    fit("ldm", cfg, run_dir, state, step, batches, preview, extra)
+
+
+def score_samples(infd: INFD, network: nn.Module, cfg: LDMRun, k: int, run_dir: Path) -> None:
+    """Frechet distance between eval_n samples and as many held-out pictures, at the training size, into scores.jsonl."""
+    held_out = data.open_data(cfg.data, "val")
+    n = min(cfg.eval_n, len(held_out))
+    truth = (data.to_tensor(held_out[i].draw(cfg.size))[None] for i in range(n))
+    drawn = (infd.render(infd.sample(list(range(at, min(at + 16, n))), cfg.seed, cfg.preview_steps), cfg.size)
+             for at in range(0, n, 16))
+    protocol = metrics.Protocol(cfg.eval_features)
+    ours, theirs = (metrics.statistics(s, network, protocol).moments["pool"] for s in (drawn, truth))
+    name = "FID" if cfg.eval_features == "inception" else f"FD-{cfg.eval_features}"
+    score = {"step": k, f"{name}@{n}": round(metrics.frechet_distance(*ours, *theirs), 4)}
+    with open(run_dir / "scores.jsonl", "a") as f:
+        f.write(json.dumps(score) + "\n")
+    print(score)
+
+
+def base_checkpoint(base: INFD) -> dict:
+    """What a checkpoint of stage ldm keeps of the autoencoder, so that it can be sampled from alone."""
+    config = {"ae": plain(asdict(base.autoencoder.cfg)), "size": base.size, "patch": base.patch}
+    return {"config": config, "weights": base.autoencoder.state_dict()}
+
+
+def ldm_preview(infd: INFD, cfg: LDMRun, path: Path, n: int = 8) -> None:
+    """The same n latents drawn at 1x, 2x and 4x, a row each, from noise that stays fixed over the run."""
+    z = infd.sample(list(range(n)), cfg.seed, cfg.preview_steps)
+    side, rows = min(4 * infd.size, 512), []
+    for scale in (1, 2, 4):
+        res = min(scale * infd.size, side)
+        rows.append([draw(infd, infd.autoencoder.decode(z[i:i + 1]), (res, res))[0] for i in range(n)])
+    Image.fromarray(contact_sheet(rows, side)).save(path)
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+STAGES = {"ae": (AERun, train_ae), "ldm": (LDMRun, train_ldm)}
+
+
+def autocast_for(cfg: Run, device: torch.device) -> Callable:
+    """A context manager for the forward passes. bf16 needs no loss scaling; fp16 is not offered (it overflows)."""
+    if cfg.dtype not in ("auto", "bf16", "fp32"):
+        raise ValueError(f"option dtype={cfg.dtype}: choose auto, bf16 or fp32")
+    auto = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    if cfg.dtype == "bf16" or (cfg.dtype == "auto" and auto):
+        return functools.partial(torch.autocast, device.type, torch.bfloat16)
+    return contextlib.nullcontext
+
+
+def compiled(cfg: Run, device: torch.device) -> bool:
+    """Whether to compile the networks."""
+    if cfg.compile not in ("auto", "on", "off"):
+        raise ValueError(f"option compile={cfg.compile}: choose auto, on or off")
+    return cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda" and sys.platform == "linux")
+
+
+def describe(stage: str, cfg: Run, run_dir: Path, device: torch.device, source, model: nn.Module) -> None:
+    """One line on what is about to run."""
+    count = sum(p.numel() for p in model.parameters())
+    print(f"stage {stage}: {len(source):,} pictures of {cfg.data}, {count:,} parameters, {cfg.steps:,} steps of batch "
+          f"{cfg.batch}, {device}, into {run_dir}")
+
+
+def check_data(name: str) -> int:
+    """Decode everything there is and list what cannot be used."""
+    bad = []
+    for split in ("train", "val"):
+        source = data.open_data(name, split)
+        found = data.check_data(source)
+        print(f"{split}: {len(source):,} pictures, {len(found)} bad")
+        bad += found
+    for file, reason in bad:
+        print(f"bad: {file}: {reason}")
+    return 2 if bad else 0
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description="Train. The same command again continues the run.",
+                                epilog="key=value sets any option of the stage; a wrong name lists them all")
+    p.add_argument("--stage", choices=list(STAGES), default="ae")
+    p.add_argument("--preset", choices=["paper", "small", "tiny"], default="paper")
+    p.add_argument("--data", default="synthetic", help="a name, or the path of a folder or .zip of images")
+    p.add_argument("--out", help="run folder (default: runs/DATA-PRESET/STAGE)")
+    p.add_argument("--device", default="auto")
+    p.add_argument("--check-data", action="store_true", help="decode every picture, list the bad ones, and stop")
+    p.add_argument("options", nargs="*", metavar="key=value")
+    return p
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.check_data:
+        return check_data(args.data)
+    cfg = configure(args.stage, args.preset, args.data, args.options)
+    device = pick_device(args.device)
+    if args.preset == "paper" and device.type == "cpu" and args.device != "cpu":
+        raise ValueError(f"preset paper of stage {args.stage} is {COST[args.stage]}; there is no GPU here. Take --preset "
+                         f"tiny (minutes on two CPU cores), or insist with --device cpu")
+    run_dir = Path(args.out) if args.out else Path("runs") / f"{Path(args.data).stem}-{args.preset}" / args.stage
+    STAGES[args.stage][1](cfg, run_dir, device)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        return run(args)
+    except Stopped as stop:
+        print("stopped and saved; the same command continues", file=sys.stderr)
+        return stop.args[0]
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "not finite" not in str(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
