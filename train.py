@@ -83,6 +83,7 @@ class AERun(Run):
     gan_weight: float = 0.75          # times the adaptive weight; 0: no discriminator
     gan_start: int = 0                # first step with the GAN
     reg_weight: float = 1.0           # of the VQ loss; with kl=true take 1e-6 as LDM does (the published default is 1)
+    eval_n: int = 64                  # held-out pictures in the scores at the end
     ae: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     disc: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
 
@@ -522,16 +523,16 @@ def contact_sheet(rows: list[list[np.ndarray]], side: int, gap: int = 4) -> np.n
 
 
 @torch.no_grad()
-def evaluate_ae(model: FieldAutoencoder, source, cfg: AERun, device: torch.device, perceptual: Callable | None,
-                n: int = 64) -> dict:
-    """PSNR (and LPIPS) of held-out pictures at 1x, 2x, 4x the training resolution, beside bicubic upsampling of the 1x
-    rendering. A picture counts at a scale only where its original has that many pixels."""
-    scores: dict = {f"{s}x": {"n": 0} for s in (1, 2, 4)}
-    for i in range(min(n, len(source))):
+def evaluate_ae(model: FieldAutoencoder, source, cfg: AERun, device: torch.device, perceptual: Callable | None) -> dict:
+    """PSNR (and LPIPS) of held-out pictures at 1x, 2x, 4x the training resolution, and 8x where max_size trained it,
+    beside bicubic upsampling of the 1x rendering. A picture counts at a scale if its original has that many pixels."""
+    scales = [s for s in (1, 2, 4, 8) if s <= 4 or s * cfg.size <= cfg.max_size]
+    scores: dict = {f"{s}x": {"px": s * cfg.size, "n": 0} for s in scales}
+    for i in range(min(cfg.eval_n, len(source))):
         picture = source[i]
         phi = model.decode(model.encode(data.to_tensor(picture.draw(cfg.size))[None].to(device)))
         base = None
-        for scale in (1, 2, 4):
+        for scale in scales:
             res, out = scale * cfg.size, scores[f"{scale}x"]
             if res > picture.size:
                 continue
@@ -543,7 +544,7 @@ def evaluate_ae(model: FieldAutoencoder, source, cfg: AERun, device: torch.devic
                 out[f"psnr_{name}"] = out.get(f"psnr_{name}", 0) + metrics.psnr(image, truth).item()
                 if perceptual is not None:
                     out[f"lpips_{name}"] = out.get(f"lpips_{name}", 0) + perceptual(image.clamp(-1, 1), truth).item()
-    return {s: {k: v if k == "n" else round(v / out["n"], 4) for k, v in out.items()} for s, out in scores.items()}
+    return {s: {k: v if k in ("n", "px") else round(v / out["n"], 4) for k, v in out.items()} for s, out in scores.items()}
 
 
 def ae_table(result: dict) -> str:
@@ -551,8 +552,9 @@ def ae_table(result: dict) -> str:
     lines = ["held-out pictures      PSNR render  bicubic from 1x   LPIPS render  bicubic"]
     for scale, r in result.items():
         if r["n"]:
-            lines.append(f"{scale:>4} ({r['n']:3d} pictures) {r['psnr_render']:12.2f} {r['psnr_bicubic']:16.2f} "
-                         f"{r.get('lpips_render', float('nan')):14.4f} {r.get('lpips_bicubic', float('nan')):8.4f}")
+            lpips = [f"{r[k]:.4f}" if k in r else "-" for k in ("lpips_render", "lpips_bicubic")]
+            lines.append(f"{scale:>3} {r['px']:4d} px ({r['n']:3d}) {r['psnr_render']:15.2f} {r['psnr_bicubic']:16.2f} "
+                         f"{lpips[0]:>14} {lpips[1]:>8}")
     return "\n".join(lines)
 
 
