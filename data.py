@@ -1,6 +1,6 @@
 """Batches of pictures with coordinates: photographs in folders and zips, or procedural landscapes drawn at any size.
 Paper: INFD supplementary E and J.2 (random downsampling, crops), H (scale consistency); CM-Func uses whole pictures.
-Read next: train.py, whose steps consume these batches.
+Paper: INFD supplementary E and J.2 (random downsampling, crops), H (scale consistency); CM-Func uses whole pictures.
 """
 from __future__ import annotations
 
@@ -664,6 +664,7 @@ class DataConfig:
     size: int = 256           # side of the encoder input; also the smallest ground truth (published code)
     patch: int = 256          # side of the patch that is rendered and compared (published code)
     max_size: int = 1024      # largest ground truth: larger pictures are resized to at most this (published code)
+    p_whole: float = 0.0      # chance of the whole picture at `size` as ground truth (published code has it, unused)
     p_original: float = 0.0   # chance of the largest size (J.2: 0.5 in the last 400K steps on Mountains)
     downsample: bool = True   # False: always the largest size, the ablation of supplementary E
     flip: bool = False        # mirror half of the pictures; the published code does not
@@ -705,8 +706,9 @@ def random_patch(picture, gen: np.random.Generator, cfg: DataConfig) -> dict[str
         # teaches the renderer to blur, so this stops.
         raise DataError(f"{picture.name} is {picture.size} px, smaller than the input of {cfg.size} px; "
                         f"remove it, or train with size={picture.size} or less")
-    keep, mirror = gen.random() < cfg.p_original, cfg.flip and gen.random() < 0.5
+    whole, keep, mirror = gen.random() < cfg.p_whole, gen.random() < cfg.p_original, cfg.flip and gen.random() < 0.5
     r = largest if keep or not cfg.downsample else int(gen.integers(cfg.size, largest + 1))
+    r = cfg.size if whole else r
     top, left = gen.integers(0, r - cfg.patch + 1, 2).tolist()
     return patch_at(picture, r, top, left, cfg, mirror)
 
@@ -756,10 +758,15 @@ def _collate(samples: list) -> tuple[dict[str, Tensor], list[str]] | DataError:
     return batch, [text for _, skipped in samples for text in skipped]
 
 
-def _leave_group(worker: int) -> None:
-    """Ctrl-C and signals to the whole process group are for the main process, which still needs its workers to save."""
-    if hasattr(os, "setpgrp"):
+def _outlive_signals(worker: int) -> None:
+    """Ctrl-C and SIGTERM are for the main process; a worker that dies first would break off the step it is in.
+
+    Out of the process group, Ctrl-C does not come here. A SIGTERM of its own, which batch systems send to every process,
+    ends a worker two seconds later: ignored altogether, it would let the interpreter wait for it at exit.
+    """
+    if hasattr(signal, "SIGALRM"):
         os.setpgrp()
+        signal.signal(signal.SIGTERM, lambda *_: signal.setitimer(signal.ITIMER_REAL, 2))
 
 
 def loader(source, make_item: Callable[..., dict], batch: int, start: int = 0, seed: int | str = 0, workers: int = 0,
@@ -782,7 +789,7 @@ def loader(source, make_item: Callable[..., dict], batch: int, start: int = 0, s
     steps = (range(k * batch + rank * share, k * batch + (rank + 1) * share) for k in count(start))
     batches = torch.utils.data.DataLoader(
         _Samples(source, make_item, seed), batch_sampler=steps, collate_fn=_collate, num_workers=workers,
-        pin_memory=pin_memory, worker_init_fn=_leave_group, generator=torch.Generator())
+        pin_memory=pin_memory, worker_init_fn=_outlive_signals, generator=torch.Generator())
     return _checked(batches, share)
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clif import WHOLE_PLANE, Window, coord_grid
+from ldm import timestep_embedding
 
 
 # ---- coordinates and image functions ----
@@ -131,13 +132,6 @@ class ImageFunction:
 
 
 # ---- transformer parts ----
-
-def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """(B,) -> (B, dim): cos then sin of t at dim / 2 frequencies from 1 down to 1 / 10000. Always float32."""
-    w = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
-    angle = t.float()[:, None] * w
-    return torch.cat([angle.cos(), angle.sin()], dim=1)
-
 
 class PatchTokens(nn.Module):
     """Image to one token per patch, plus a fixed code of its place, as in DiT."""

@@ -1,7 +1,7 @@
 """From a checkpoint to pictures at any resolution: z ~ diffusion, phi = D(z), pixels = R(phi, coord, cell).
 
 Sampling needs neither losses nor optimisers. Reads the checkpoints of train.py and the published INFD files
-(INFD, Section J; 200 DDIM steps, eta 1, tiles of 256 px with a halo of 8). Read clif.py for the renderer, ldm.py for DDIM.
+(INFD, Section J; 200 DDIM steps, eta 1, tiles of 256 px, halo 8). See clif.py for the renderer, ldm.py for DDIM.
 """
 from __future__ import annotations
 
@@ -124,6 +124,9 @@ class LatentScale(nn.Module):
         return z * self.std[:, None, None] + self.mean[:, None, None]
 
 
+NEEDS_LDM = "this checkpoint is an autoencoder (stage ae); sampling needs one of stage ldm"
+
+
 @dataclass
 class INFD:
     """An image neural field diffusion model, rebuilt from a checkpoint alone."""
@@ -137,6 +140,7 @@ class INFD:
     classes: tuple[str, ...] = ()
     step: int = 0
     weights: str = "published"              # which weights these are: EMA or not
+    file: Path = Path()                     # where they were read from
 
     def to(self, device: torch.device | str) -> "INFD":
         for module in (self.autoencoder, self.unet, self.scale):
@@ -160,11 +164,11 @@ class INFD:
         steps (tqdm, say). Raises ValueError for an autoencoder checkpoint.
         """
         if self.unet is None:
-            raise ValueError("this checkpoint is an autoencoder (stage ae); sampling needs one of stage ldm")
+            raise ValueError(NEEDS_LDM)
         device = next(self.unet.parameters()).device
         shape = (self.latent_shape[0], *(latent_size or self.latent_shape[1:]))
 
-        def noise(*key) -> Tensor:                                           # one draw per image: batch size is no input
+        def noise(*key) -> Tensor:                                           # per image: batch size plays no part
             return torch.stack([torch_noise(shape, seed, *key, i) for i in indices]).to(device)
 
         y = self.labels(indices, seed, labels, device)
@@ -201,10 +205,10 @@ def load(path: str | Path, device: torch.device | str = "cpu", raw: bool = False
     if "stage" in ckpt:
         if ckpt["stage"] not in ("ae", "ldm"):
             raise ValueError(f"{path} is a checkpoint of stage {ckpt['stage']}; expected ae or ldm")
-        return from_checkpoint(ckpt, raw).to(device)
+        return dataclasses.replace(from_checkpoint(ckpt, raw), file=path).to(device)
     model = ckpt.get("model")
     if isinstance(model, dict) and {"name", "args", "sd"} <= set(model):
-        return from_published(model, raw).to(device)
+        return dataclasses.replace(from_published(model, raw), file=path).to(device)
     raise ValueError(f"{path} is neither a checkpoint of train.py nor a published INFD file "
                      f"(its keys: {', '.join(map(str, list(ckpt)[:8]))})")
 
@@ -286,7 +290,8 @@ def published_unet(spec: dict) -> UNetConfig:
     """UNetConfig of a published `openai_unet` spec; what it leaves out has the published default."""
     a = spec.get("args") or {}
     return UNetConfig(in_channels=a.get("in_channels", 3), out_channels=a.get("out_channels", 3),
-                      model_channels=a.get("model_channels", 224), channel_mult=tuple(a.get("channel_mult", (1, 2, 3, 4))),
+                      model_channels=a.get("model_channels", 224),
+                      channel_mult=tuple(a.get("channel_mult", (1, 2, 3, 4))),
                       num_res_blocks=a.get("num_res_blocks", 2),
                       attention_ds=tuple(a.get("attention_resolutions", (2, 4, 8))),
                       num_head_channels=a.get("num_head_channels", 32))
@@ -313,7 +318,7 @@ def to_uint8(rgb: Tensor) -> np.ndarray:
 
 def draw(model: INFD, phi: Tensor, res: tuple[int, int], window=None, tile: int | None = None,
          norm: str = "paper") -> np.ndarray:
-    """Pixels (B, H, W, 3) uint8 of the fields phi (B, C, h, w), tile by tile, so that memory holds bytes, not floats."""
+    """Pixels (B, H, W, 3) uint8 of the fields phi (B, C, h, w), tile by tile: memory holds bytes, not floats."""
     out = np.empty((len(phi), *res, 3), np.uint8)
     for y, x, rgb in render_tiles(model.autoencoder.renderer, phi, res, window, tile or model.patch, norm):
         h, w = rgb.shape[-2:]
@@ -440,16 +445,18 @@ def run(args: argparse.Namespace) -> None:
     sizes = [parse_size(s) for s in args.res.split(",")] if args.res else []
     device, path = pick_device(args.device), Path(args.ckpt) if args.ckpt else newest_run()
     model = load(path, device, args.raw)
+    if model.unet is None:
+        raise ValueError(NEEDS_LDM)
     latent = parse_size(args.latent_size) if args.latent_size else None
     if args.fid and len(sizes) > 1:
         raise ValueError("--fid compares pictures of one size; give --res one size")
-    network = metrics.load_features(args.features).to(device) if args.fid else None      # fails before the work, not after
-    sizes = sizes or [tuple(s * model.autoencoder.cfg.f for s in latent)] if latent else sizes or [(model.size,) * 2]
+    network = metrics.load_features(args.features).to(device) if args.fid else None      # fail before the work
+    if not sizes:                                                            # the pixels that the latent stands for
+        sizes = [tuple(side * model.autoencoder.cfg.f for side in latent or model.latent_shape[1:])]
     label, out = pick_label(model, args.label), Path(args.out) if args.out else new_folder()
-    file = path if path.is_file() else checkpoints(path)[0]
-    common = {"ckpt": file.name, "sha256": file_hash(file), "weights": model.weights, "seed": args.seed,
-              "steps": args.steps, "eta": args.eta, "window": window, "norm": args.norm, "tile": args.tile or model.patch,
-              "latent_size": latent, "label": args.label}
+    common = {"ckpt": model.file.name, "sha256": file_hash(model.file), "weights": model.weights, "seed": args.seed,
+              "steps": args.steps, "eta": args.eta, "window": window, "norm": args.norm,
+              "tile": args.tile or model.patch, "latent_size": latent, "label": args.label}
     jobs = {i: {size: out / f"seed{args.seed}-{i:06d}-{size[0]}x{size[1]}.png" for size in sizes}
             for i in range(args.start, args.start + args.n)}
     info = lambda i, size: json.loads(json.dumps({**common, "index": i, "res": size}))
@@ -458,7 +465,8 @@ def run(args: argparse.Namespace) -> None:
     for at in range(0, len(todo), args.batch):
         part = todo[at:at + args.batch]
         bar = functools.partial(tqdm, total=args.steps, desc=f"images {part[0]}..{part[-1]}", leave=False, disable=None)
-        z = model.sample(part, args.seed, args.steps, args.eta, latent, None if label is None else [label] * len(part), bar)
+        labels = None if label is None else [label] * len(part)
+        z = model.sample(part, args.seed, args.steps, args.eta, latent, labels, bar)
         for b, i in enumerate(part):
             phi = model.autoencoder.decode(z[b:b + 1])                       # decoded once, drawn at every size
             for size in sizes:
@@ -480,7 +488,7 @@ def file_hash(path: Path) -> str:
 def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     for i, arg in enumerate(argv[:-1]):
-        if arg == "--window":                                                # argparse would take "-1,..." for an option
+        if arg == "--window":                                                # argparse takes "-1,..." for an option
             argv[i:i + 2] = [f"--window={argv[i + 1]}"]
     args = parser().parse_args(argv)
     try:

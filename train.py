@@ -76,6 +76,7 @@ class AERun(Run):
     patch: int = 256                  # side of the ground-truth patch, pixels
     max_size: int = 1024              # ground truth is resized to at most this before the crop
     downsample: bool = True           # False: always the largest size, the ablation of Section E
+    p_whole: float = 0.0              # chance of the whole picture at `size`: a random patch at 4x shows z but 1/16 of it
     p_original: float = 0.0           # chance of the largest size, from step original_from on (J.2: 0.5 on Mountains)
     original_from: int = 0
     lpips: str = "vgg"                # vgg | alex | squeeze | none
@@ -119,28 +120,29 @@ PRESETS = {
         "small": {"steps": 30_000, "lr": 1e-4, "ae.ch": 64, "ae.hidden": 128, "ema": 0.999, "grid_every": 2000,
                   "save_every": 2000},
         "tiny": {"steps": 2000, "batch": 8, "lr": 1e-3, "beta1": 0.9, "beta2": 0.99, "size": 64, "patch": 64,
-                 "max_size": 256, "lpips": "none", "gan_weight": 0.0, "reg_weight": 1e-6, "ae.ch": 32,
+                 "max_size": 256, "p_whole": 0.5, "lpips": "none", "gan_weight": 0.0, "reg_weight": 1e-6, "ae.ch": 32,
                  "ae.ch_mult": (1, 2, 2), "ae.num_res_blocks": 1, "ae.groups": 8, "ae.kl": True, "ae.hidden": 48,
                  "ema": 0.995, "ema_warmup": True, "workers": 1, "log_every": 20, "grid_every": 500, "save_every": 500},
     },
     "ldm": {
         "paper": {},                                                         # J.2: about 4 days per 1M steps, 4 A100
         "small": {"steps": 40_000, "lr": 2e-4, "ema": 0.999, "ema_warmup": True, "latent_norm": True,
-                  "unet.model_channels": 128, "unet.channel_mult": (1, 2, 3, 4), "grid_every": 2000, "save_every": 2000},
+                  "unet.model_channels": 128, "grid_every": 2000, "save_every": 2000},
         "tiny": {"steps": 1500, "batch": 32, "lr": 1e-3, "ema": 0.998, "ema_warmup": True, "size": 64,
-                 "latent_norm": True, "labels": True, "pictures": 4096, "cache": True, "unet.model_channels": 64, "unet.channel_mult": (1, 2),
-                 "unet.num_res_blocks": 1, "unet.attention_ds": (2,), "unet.groups": 16, "workers": 1, "log_every": 20, "grid_every": 500,
-                 "save_every": 500},
+                 "latent_norm": True, "labels": True, "pictures": 4096, "cache": True, "unet.model_channels": 64,
+                 "unet.channel_mult": (1, 2), "unet.num_res_blocks": 1, "unet.attention_ds": (2,), "unet.groups": 16,
+                 "workers": 1, "log_every": 20, "grid_every": 500, "save_every": 500},
     },
 }
 # The published settings of one data set, on top of preset paper. The supplementary says 1M steps with the switch at
-# 600K (J.2: "in the last 400K iterations"); the published configuration for such data has these.
+# 600K (J.2: "in the last 400K iterations"); the published configuration for such data has these. It also leaves the
+# second stage at 600K steps, where the text says 1.7M for Mountains: steps=1.7e6 follows the text.
 PAPER_DATA = {("ae", "mountains"): {"steps": 1_200_000, "p_original": 0.5, "original_from": 800_000}}
 
 # A run may be continued with these changed; anything else belongs to another run.
 FREE = {"steps", "workers", "dtype", "compile", "accum", "log_every", "grid_every", "save_every", "keep_every",
         "preview_steps", "eval_every", "eval_n", "eval_features"}
-COST = {"ae": "1,000,000 steps at 5.6 TFLOP an image: about 4 days on 4 A100",
+COST = {"ae": "1,000,000 steps of batch 8: about 4 days on 4 A100",
         "ldm": "600,000 steps of batch 48: about 2.5 days on 4 A100"}
 
 
@@ -205,13 +207,15 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def stop_flag() -> Iterator[list[int]]:
-    """A list that holds the signal's number after the first SIGTERM or SIGINT; a second one ends the process at once."""
+    """A list that holds the signal's number after the first SIGTERM or SIGINT; a second one ends the process."""
     caught: list[int] = []
 
     def handler(number, frame):
         if caught:
             os._exit(128 + number)
         caught.append(number)
+        if hasattr(signal, "SIGCHLD"):                    # a loader process that ends now must not break off the step
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     before = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -291,7 +295,7 @@ def resume(run_dir: Path, stage: str, cfg: Run, state: dict) -> int:
     changed = [f"stage: {ckpt['stage']} -> {stage}"] if ckpt["stage"] != stage else \
         difference(ckpt["config"], plain(asdict(cfg)))
     if changed:
-        raise ValueError(f"{run_dir} holds another run ({'; '.join(changed)}); choose another --out, or the same options")
+        raise ValueError(f"{run_dir} holds another run ({'; '.join(changed)}); choose another --out or the same options")
     for name, part in state.items():
         if isinstance(part, nn.Module):
             fill(part, ckpt["state"][name], f"{name} in {path}")
@@ -309,7 +313,7 @@ def fit(stage: str, cfg: Run, run_dir: Path, state: dict, step: Callable, batche
         extra: dict) -> None:
     """Train to cfg.steps: batches, steps, EMA, log.jsonl, grids and checkpoints.
 
-    state    name -> module or optimiser: all that a checkpoint must restore; "model" (and "ema") are the weights sampled
+    state    name -> module or optimiser, all that a checkpoint must restore; "ema" follows "model"
     step     (batch, k) -> dict of 0-d tensors to log; "taken" says whether the optimiser moved
     batches  (k) -> iterator of batches from step k on
     preview  (k) -> None, writes pictures and scores where step k is due for them
@@ -337,7 +341,8 @@ def fit(stage: str, cfg: Run, run_dir: Path, state: dict, step: Callable, batche
                 raise RuntimeError(f"the gradients of 20 steps in a row are not finite; last batch: images "
                                    f"{batch['index'].tolist()} of step {k}. The newest checkpoint is good; lower lr")
             if "ema" in state:
-                ema_update(state["ema"], state["model"], min(cfg.ema, (1 + k) / (10 + k)) if cfg.ema_warmup else cfg.ema)
+                rate = min(cfg.ema, (1 + k) / (10 + k)) if cfg.ema_warmup else cfg.ema
+                ema_update(state["ema"], state["model"], rate)
             sums = {name: sums.get(name, 0) + value.detach() for name, value in logs.items()}
             done = k + 1
             bar.update(1)
@@ -408,7 +413,8 @@ def ae_step(model: FieldAutoencoder, disc: PatchDiscriminator, opt: torch.optim.
 
     def step(batch: dict, k: int) -> dict:
         gan, logs = cfg.gan_weight > 0 and k >= cfg.gan_start, {}
-        for phase, optimiser in ((lambda b: generator_loss(b, gan), opt), (discriminator_loss, opt_d))[:2 if gan else 1]:
+        phases = [(lambda b: generator_loss(b, gan), opt)] + [(discriminator_loss, opt_d)] * gan
+        for phase, optimiser in phases:
             disc.requires_grad_(optimiser is opt_d)
             for b in micro_batches(batch, cfg.accum):
                 loss, part = phase(b)
@@ -434,10 +440,10 @@ def stack_noise(batch: dict, cfg: Run, model: FieldAutoencoder) -> Tensor:
 
 
 def ae_batches(cfg: AERun, source, device: torch.device) -> Callable:
-    """Random patches at random scales; from step original_from on, at the largest scale with chance p_original (J.2)."""
+    """Random patches at random scales; from step original_from on, with chance p_original at the largest (J.2)."""
 
     def patches(start: int, p_original: float) -> Iterator[dict]:
-        shape = DataConfig(cfg.size, cfg.patch, cfg.max_size, p_original, cfg.downsample, cfg.flip)
+        shape = DataConfig(cfg.size, cfg.patch, cfg.max_size, cfg.p_whole, p_original, cfg.downsample, cfg.flip)
         stream = data.loader(source, functools.partial(data.random_patch, cfg=shape), cfg.batch, start, cfg.seed,
                              cfg.workers, pin_memory=device.type == "cuda")
         return (to_device(batch, device) for batch in stream)
@@ -487,7 +493,8 @@ def train_ae(cfg: AERun, run_dir: Path, device: torch.device) -> None:
 
 def field_model(model: FieldAutoencoder, cfg: AERun) -> INFD:
     """The autoencoder alone, in the form that sample.py draws."""
-    return INFD(model, None, GaussianDiffusion(DiffusionConfig()), LatentScale(model.cfg.z_channels), cfg.size, cfg.patch)
+    diffusion, scale = GaussianDiffusion(DiffusionConfig()), LatentScale(model.cfg.z_channels)
+    return INFD(model, None, diffusion, scale, cfg.size, cfg.patch)
 
 
 @torch.no_grad()
@@ -544,7 +551,8 @@ def evaluate_ae(model: FieldAutoencoder, source, cfg: AERun, device: torch.devic
                 out[f"psnr_{name}"] = out.get(f"psnr_{name}", 0) + metrics.psnr(image, truth).item()
                 if perceptual is not None:
                     out[f"lpips_{name}"] = out.get(f"lpips_{name}", 0) + perceptual(image.clamp(-1, 1), truth).item()
-    return {s: {k: v if k in ("n", "px") else round(v / out["n"], 4) for k, v in out.items()} for s, out in scores.items()}
+    return {scale: {k: v if k in ("n", "px") else round(v / out["n"], 4) for k, v in out.items()}
+            for scale, out in scores.items()}
 
 
 def ae_table(result: dict) -> str:
@@ -671,19 +679,24 @@ def train_ldm(cfg: LDMRun, run_dir: Path, device: torch.device) -> None:
     """Stage ldm: the UNet learns the latents of a frozen autoencoder."""
     init = Path(cfg.init) if cfg.init else run_dir.parent / "ae"
     if not init.exists():
-        raise FileNotFoundError(f"stage ldm needs an autoencoder and there is none at {init}; run --stage ae first with "
-                                f"the same --data and --preset, or name one with init=RUN")
+        raise FileNotFoundError(f"stage ldm needs an autoencoder and there is none at {init}; run --stage ae first "
+                                f"with the same --data and --preset, or name one with init=RUN")
     base = load(init, device)
     if base.size != cfg.size:
         raise ValueError(f"the autoencoder in {init} was trained at size={base.size}; give size={base.size}")
     if cfg.cache and cfg.flip:
         raise ValueError("cache=true keeps one latent per picture, flip=true asks for two; choose one of them")
+    if cfg.pictures and not cfg.cache:
+        raise ValueError("pictures=N goes with cache=true: only cached latents can be a part of the data")
     source = data.open_data(cfg.data, "train")
+    if isinstance(source, data.SixKMix):                                     # the published second stage of the 6K-mix
+        source = source.photos                                               # sees every file once, at 256 px
     channels, *side = base.latent_shape
     cfg = apply(cfg, {"unet.in_channels": channels, "unet.out_channels": channels,
                       "unet.num_classes": len(source.classes) if cfg.labels else 0})
     torch.manual_seed(cfg.seed)
-    unet, scale, diffusion = UNet(cfg.unet).to(device), LatentScale(channels).to(device), GaussianDiffusion(cfg.diffusion)
+    unet, scale = UNet(cfg.unet).to(device), LatentScale(channels).to(device)
+    diffusion = GaussianDiffusion(cfg.diffusion)
     opt = torch.optim.AdamW(unet.parameters(), cfg.lr, (cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
     state = {"model": unet, "opt": opt, "scale": scale}
     if cfg.ema:
@@ -717,7 +730,7 @@ def train_ldm(cfg: LDMRun, run_dir: Path, device: torch.device) -> None:
 
 
 def score_samples(infd: INFD, network: nn.Module, cfg: LDMRun, k: int, run_dir: Path) -> None:
-    """Frechet distance between eval_n samples and as many held-out pictures, at the training size, into scores.jsonl."""
+    """Frechet distance of eval_n samples to as many held-out pictures, at the training size, into scores.jsonl."""
     held_out = data.open_data(cfg.data, "val")
     n = min(cfg.eval_n, len(held_out))
     truth = (data.to_tensor(held_out[i].draw(cfg.size))[None] for i in range(n))
@@ -810,8 +823,8 @@ def run(args: argparse.Namespace) -> int:
     cfg = configure(args.stage, args.preset, args.data, args.options)
     device = pick_device(args.device)
     if args.preset == "paper" and device.type == "cpu" and args.device != "cpu":
-        raise ValueError(f"preset paper of stage {args.stage} is {COST[args.stage]}; there is no GPU here. Take --preset "
-                         f"tiny (minutes on two CPU cores), or insist with --device cpu")
+        raise ValueError(f"preset paper of stage {args.stage} is {COST[args.stage]}; there is no GPU here. Take "
+                         f"--preset tiny (minutes on two CPU cores), or insist with --device cpu")
     run_dir = Path(args.out) if args.out else Path("runs") / f"{Path(args.data).stem}-{args.preset}" / args.stage
     STAGES[args.stage][1](cfg, run_dir, device)
     return 0
