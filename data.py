@@ -1,6 +1,6 @@
 """Batches of pictures with coordinates: photographs in folders and zips, or procedural landscapes drawn at any size.
 Paper: INFD supplementary E and J.2 (random downsampling, crops), H (scale consistency); CM-Func uses whole pictures.
-Paper: INFD supplementary E and J.2 (random downsampling, crops), H (scale consistency); CM-Func uses whole pictures.
+Read next: train.py, whose steps consume these batches.
 """
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pickle
 import posixpath
 import re
 import shutil
+import signal
 import struct
 import sys
 import warnings
