@@ -38,7 +38,7 @@ from autoencoder import (AutoencoderConfig, DiscriminatorConfig, FieldAutoencode
                          hinge_loss)
 from data import DataConfig, rng, torch_noise
 from ldm import DiffusionConfig, GaussianDiffusion, UNet, UNetConfig
-from sample import INFD, LatentScale, build, checkpoints, draw, fill, load, newest_checkpoint, pick_device, to_uint8
+from sample import INFD, LatentScale, checkpoints, draw, fill, load, newest_checkpoint, pick_device
 
 # ---- options ---------------------------------------------------------------------------------------------------------
 
@@ -119,10 +119,11 @@ PRESETS = {
         "paper": {},                                                         # J.2: about 4 days on 4 A100
         "small": {"steps": 30_000, "lr": 1e-4, "ae.ch": 64, "ae.hidden": 128, "ema": 0.999, "grid_every": 2000,
                   "save_every": 2000},
-        "tiny": {"steps": 2000, "batch": 8, "lr": 1e-3, "beta1": 0.9, "beta2": 0.99, "size": 64, "patch": 64,
+        "tiny": {"steps": 3000, "batch": 4, "lr": 7e-4, "beta1": 0.9, "beta2": 0.99, "size": 64, "patch": 64,
                  "max_size": 256, "p_whole": 0.5, "lpips": "none", "gan_weight": 0.0, "reg_weight": 1e-6, "ae.ch": 32,
                  "ae.ch_mult": (1, 2, 2), "ae.num_res_blocks": 1, "ae.groups": 8, "ae.kl": True, "ae.hidden": 48,
-                 "ema": 0.995, "ema_warmup": True, "workers": 1, "log_every": 20, "grid_every": 500, "save_every": 500},
+                 "ema": 0.998, "ema_warmup": True, "workers": 1, "log_every": 20, "grid_every": 1000,
+                 "save_every": 1000},
     },
     "ldm": {
         "paper": {},                                                         # J.2: about 4 days per 1M steps, 4 A100
@@ -284,8 +285,44 @@ def difference(old: dict, new: dict, prefix: str = "") -> list[str]:
     return out
 
 
-def resume(run_dir: Path, stage: str, cfg: Run, state: dict) -> int:
-    """Restore the newest checkpoint of the run into `state`; returns the step to go on from, 0 for a new run.
+class Meter:
+    """Means of what the steps report between two log lines, kept on the device so that no step waits for a number."""
+
+    def __init__(self):
+        self.sums: dict[str, tuple] = {}                  # name -> (sum, count); goes into checkpoints
+        self.images, self.waited, self.since = 0, 0.0, time.perf_counter()
+
+    def wait_for(self, stream: Iterator[dict]) -> dict:
+        """The next batch; the time it takes counts as waiting for data."""
+        before = time.perf_counter()
+        batch = next(stream)
+        self.waited += time.perf_counter() - before
+        return batch
+
+    def add(self, logs: dict, images: int) -> None:
+        for name, value in logs.items():
+            total, n = self.sums.get(name, (0, 0))
+            self.sums[name] = total + value.detach(), n + 1
+        self.images += images
+
+    def means(self) -> dict:
+        """Means, images/s and the share of the time spent waiting for data; starts the next window."""
+        elapsed = time.perf_counter() - self.since
+        line = {name: round(float(total) / n, 6) for name, (total, n) in self.sums.items()}
+        line |= {"images_per_s": round(self.images / elapsed, 2), "data_wait": round(self.waited / elapsed, 4)}
+        self.sums, self.images, self.waited, self.since = {}, 0, 0.0, time.perf_counter()
+        return line
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that is no training time: saving and drawing."""
+        before = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - before
+
+
+def resume(run_dir: Path, stage: str, cfg: Run, state: dict, meter: Meter) -> int:
+    """Restore the newest checkpoint of the run into `state` and `meter`; returns the step to go on from, 0 if it is new.
 
     Raises ValueError where the folder holds a run of another stage or configuration: nothing of it is touched.
     """
@@ -301,6 +338,7 @@ def resume(run_dir: Path, stage: str, cfg: Run, state: dict) -> int:
             fill(part, ckpt["state"][name], f"{name} in {path}")
         else:
             part.load_state_dict(ckpt["state"][name])
+    meter.sums = {name: tuple(value) for name, value in ckpt["log"].items()}
     log = run_dir / "log.jsonl"
     if log.exists():                                     # lines written after that checkpoint are about to come again
         kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= ckpt["step"]]
@@ -321,43 +359,40 @@ def fit(stage: str, cfg: Run, run_dir: Path, state: dict, step: Callable, batche
     Raises Stopped after a signal (the run is saved), RuntimeError after 20 steps in a row with non-finite gradients.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    start = resume(run_dir, stage, cfg, state)
+    meter = Meter()
+    start = resume(run_dir, stage, cfg, state, meter)
 
     def save(k: int) -> None:
         content = {"format": 1, "stage": stage, "step": k, "config": plain(asdict(cfg)), **extra,
-                   "state": {name: part.state_dict() for name, part in state.items()}}
+                   "state": {name: part.state_dict() for name, part in state.items()}, "log": plain(meter.sums)}
         save_checkpoint(run_dir, k, content, cfg.keep_every)
 
-    stream, sums, bad, wait, since = batches(start), {}, 0, 0.0, time.perf_counter()
+    stream, bad = batches(start), 0
     with stop_flag() as stop, open(run_dir / "log.jsonl", "a") as log, \
             tqdm(total=cfg.steps, initial=start, desc=stage, unit="step", disable=None, dynamic_ncols=True) as bar:
         for k in range(start, cfg.steps):
-            before = time.perf_counter()
-            batch = next(stream)
-            wait += time.perf_counter() - before
+            batch = meter.wait_for(stream)
             logs = step(batch, k)
-            bad = 0 if logs.pop("taken") else bad + 1
+            taken = logs.pop("taken")
+            bad = 0 if taken else bad + 1
             if bad == 20:
                 raise RuntimeError(f"the gradients of 20 steps in a row are not finite; last batch: images "
                                    f"{batch['index'].tolist()} of step {k}. The newest checkpoint is good; lower lr")
             if "ema" in state:
                 rate = min(cfg.ema, (1 + k) / (10 + k)) if cfg.ema_warmup else cfg.ema
                 ema_update(state["ema"], state["model"], rate)
-            sums = {name: sums.get(name, 0) + value.detach() for name, value in logs.items()}
+            meter.add(logs if taken else {"skipped": torch.ones(())}, cfg.batch)
             done = k + 1
             bar.update(1)
             if done % cfg.log_every == 0 or done == cfg.steps:
-                n = (done - 1) % cfg.log_every + 1
-                means = {name: round(float(value) / n, 6) for name, value in sums.items()}
-                elapsed = time.perf_counter() - since
-                speed = {"images_per_s": round(n * cfg.batch / elapsed, 2), "data_wait": round(wait / elapsed, 4)}
-                log.write(json.dumps({"step": done, **means, **speed}) + "\n")
+                line = {"step": done, **meter.means()}
+                log.write(json.dumps(line) + "\n")
                 log.flush()
-                bar.set_postfix({**means, "img/s": speed["images_per_s"], "wait": f"{speed['data_wait']:.0%}"})
-                sums, wait, since = {}, 0.0, time.perf_counter()
-            if done % cfg.save_every == 0 or done == cfg.steps or stop:
-                save(done)
-            preview(done)
+                bar.set_postfix({name: line[name] for name in ("loss", "images_per_s", "data_wait") if name in line})
+            with meter.paused():
+                if done % cfg.save_every == 0 or done == cfg.steps or stop:
+                    save(done)
+                preview(done)
             if stop:
                 raise Stopped(128 + stop[0])
 
