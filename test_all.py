@@ -2134,6 +2134,35 @@ def test_fine_tuning_at_the_original_size_begins_where_it_should():
     assert next(again)["cell"][:, 0].tolist() == cells[1]
 
 
+class MainFeatures(torch.nn.Module):
+    """Stands in for the networks that need a download: the mean colours of the four quarters."""
+
+    weights, layers = "none", ("pool",)
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, images):
+        return {"pool": torch.nn.functional.adaptive_avg_pool2d(images.float() * self.scale, 2).flatten(1)}
+
+
+def test_samples_are_scored_in_training_and_after_sampling(main_runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train.metrics, "load_features", lambda name, path=None: MainFeatures())
+    args = ["--stage", "ldm", "--preset", "tiny", "--out", tmp_path / "ldm", *TINY_LDM, f"init={main_runs / 'ae'}"]
+    assert main_train(*args, "eval_every=2", "eval_n=8", "eval_features=squeeze") == 0
+    scores = [json.loads(line) for line in (tmp_path / "ldm/scores.jsonl").read_text().splitlines()]
+    assert [score["step"] for score in scores] == [2, 4] and all(score["FD-squeeze@8"] > 0 for score in scores)
+    (tmp_path / "truth").mkdir()
+    for i in range(6):
+        Image.fromarray(train.data.open_data("synthetic")[i].draw(16)).save(tmp_path / f"truth/{i}.png")
+    drawing = ["--ckpt", tmp_path / "ldm", "--steps", 2, "--out", tmp_path / "out", "--features", "squeeze"]
+    assert main_sample(*drawing, "--n", 5, "--res", 16, "--fid", tmp_path / "truth") == 0
+    assert "FD-squeeze@5 = " in capsys.readouterr().out
+    assert main_sample(*drawing, "--res", "16,32", "--fid", tmp_path / "truth") == 2
+    assert "give --res one size" in capsys.readouterr().err
+
+
 # ======================================================================================================================
 # Metrics
 # ======================================================================================================================
