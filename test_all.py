@@ -2163,6 +2163,13 @@ def test_samples_are_scored_in_training_and_after_sampling(main_runs, tmp_path, 
     assert "give --res one size" in capsys.readouterr().err
 
 
+def test_the_whole_picture_can_be_the_ground_truth():
+    cfg = train.AERun(size=8, patch=8, max_size=32, batch=4, p_whole=1.0, workers=0)
+    batch = next(train.ae_batches(cfg, train.data.open_data("synthetic"), torch.device("cpu"))(0))
+    assert batch["cell"].tolist() == [[pytest.approx(2 / 8)] * 2] * 4
+    assert torch.equal(batch["patch"], batch["image"])
+
+
 # ======================================================================================================================
 # Metrics
 # ======================================================================================================================
