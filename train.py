@@ -120,7 +120,7 @@ PRESETS = {
         "small": {"steps": 30_000, "lr": 1e-4, "ae.ch": 64, "ae.hidden": 128, "ema": 0.999, "grid_every": 2000,
                   "save_every": 2000},
         # Narrow and shallow: in minutes the number of steps counts for more than the width.
-        "tiny": {"steps": 4000, "batch": 4, "lr": 1e-3, "beta1": 0.9, "beta2": 0.99, "size": 64, "patch": 64,
+        "tiny": {"steps": 3000, "batch": 4, "lr": 1e-3, "beta1": 0.9, "beta2": 0.99, "size": 64, "patch": 64,
                  "max_size": 256, "p_whole": 0.5, "lpips": "none", "gan_weight": 0.0, "reg_weight": 1e-6, "ae.ch": 16,
                  "ae.num_res_blocks": 1, "ae.groups": 8, "ae.kl": True, "ae.hidden": 32, "ema": 0.998,
                  "ema_warmup": True, "workers": 1, "grid_every": 1000, "save_every": 1000},
