@@ -17,6 +17,8 @@ from clif import CLIF, LIIF, CLIFConfig, LIIFConfig, ResBlock, Window, render
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
+    """Architecture of encoder, latent, decoder and renderer; the defaults are the published FFHQ model (J.1)."""
+
     ch: int = 128                     # base channels, a multiple of groups (supplementary J.1)
     ch_mult: tuple[int, ...] = (1, 2, 4)    # width of each level in units of ch (supplementary J.1)
     num_res_blocks: int = 2           # per encoder level; the decoder has one more (published code)
@@ -68,6 +70,8 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
+    """(B, C, h, w) -> (B, C, h/2, w/2) by a strided convolution."""
+
     def __init__(self, c: int):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, stride=2)
@@ -77,6 +81,8 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    """(B, C, h, w) -> (B, C, 2h, 2w): nearest neighbour, then a convolution."""
+
     def __init__(self, c: int):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, padding=1)
@@ -268,6 +274,8 @@ class FieldAutoencoder(nn.Module):
 
 @dataclass(frozen=True)
 class DiscriminatorConfig:
+    """Width and depth of the PatchGAN discriminator."""
+
     ndf: int = 64                     # channels of the first layer (published code)
     n_layers: int = 3                 # layers with stride 2; 3 sees 70 pixels (pix2pix)
 

@@ -95,6 +95,8 @@ def query(phi: Tensor, coord: Tensor, cell: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class CLIFConfig:
+    """Architecture of CLIF; the defaults are the published renderer (supplementary J.1)."""
+
     in_channels: int = 128            # channels of phi: the decoder's base width (supplementary J.1)
     hidden: int = 256                 # width of the renderer, a multiple of groups (published code)
     num_blocks: int = 2               # residual blocks (supplementary J.1)
@@ -148,6 +150,8 @@ class CLIF(nn.Module):
 
 @dataclass(frozen=True)
 class LIIFConfig:
+    """Architecture of LIIF; the three switches are its published ablations."""
+
     in_channels: int = 128            # channels of phi
     hidden: int = 256                 # width of the MLP (LIIF)
     depth: int = 4                    # hidden layers (LIIF)

@@ -246,6 +246,7 @@ class Block(nn.Module):
 
 
 def check_sizes(size: int, patch: int, dim: int, heads: int) -> None:
+    """ValueError where patches do not tile the picture or heads do not divide the width."""
     if size < 1 or patch < 1 or size % patch:
         raise ValueError(f"patch size {patch} does not divide resolution {size}; choose another patch or size")
     if dim % heads or dim % 4:
@@ -253,6 +254,7 @@ def check_sizes(size: int, patch: int, dim: int, heads: int) -> None:
 
 
 def check_inputs(x: Tensor, y: Tensor | None, size: int, num_classes: int) -> None:
+    """ValueError where x is not (B, 3, size, size), or classes y are missing or unexpected."""
     if x.shape[1:] != (3, size, size):
         raise ValueError(f"input is {tuple(x.shape[1:])}; this generator takes noise and images of (3, {size}, {size})")
     if y is not None and not num_classes:

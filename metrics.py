@@ -951,6 +951,7 @@ def no_reference(names: Sequence[str], samples: str | Path, protocol: Protocol =
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description="Scores of SAMPLES against REFERENCE: folders, zips, .npz batches.",
                                      epilog="torchrun shares the work between ranks; the result is the same.")
     parser.add_argument("metric", help="fid, sfid, is, pr in one pass (fid,sfid,is,pr), fd (= fid --features squeeze), "
@@ -1000,6 +1001,7 @@ def run(args: argparse.Namespace) -> list[Score]:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Print every score as a line with its protocol, and as JSON; bad input ends with one line and exit code 2."""
     args = parse(argv)
     together = int(os.environ.get("WORLD_SIZE", 1)) > 1              # started by torchrun
     if together:

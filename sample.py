@@ -404,6 +404,7 @@ def new_folder() -> Path:
 
 
 def parser() -> argparse.ArgumentParser:
+    """The command line."""
     p = argparse.ArgumentParser(description="Draw images as functions: one latent, any resolution, any window.")
     p.add_argument("--ckpt", help="run folder or checkpoint file (default: the newest runs/*/ldm)")
     p.add_argument("--n", type=int, default=1, help="number of images")
@@ -439,6 +440,7 @@ def pick_label(model: INFD, text: str | None) -> int | None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Draw what the command line asks for. Raises ValueError, FileNotFoundError, FileExistsError before any work."""
     if min(args.n, args.batch, args.steps) < 1 or args.start < 0:
         raise ValueError("--n, --batch and --steps must be at least 1, --start at least 0")
     window = parse_window(args.window) if args.window else None
@@ -486,6 +488,7 @@ def file_hash(path: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The exit code: 0, or 2 after one line on what is wrong."""
     argv = list(sys.argv[1:] if argv is None else argv)
     for i, arg in enumerate(argv[:-1]):
         if arg == "--window":                                                # argparse takes "-1,..." for an option

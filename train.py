@@ -840,6 +840,7 @@ def check_data(name: str) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
+    """The command line."""
     p = argparse.ArgumentParser(description="Train. The same command again continues the run.",
                                 epilog="key=value sets any option of the stage; a wrong name lists them all")
     p.add_argument("--stage", choices=list(STAGES), default="ae")
@@ -853,6 +854,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Check the data, or train; returns the exit code."""
     if args.check_data:
         return check_data(args.data)
     cfg = configure(args.stage, args.preset, args.data, args.options)
@@ -866,6 +868,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The exit code: 0, 2 after one line on what is wrong, 143 or 130 after a signal."""
     args = parser().parse_args(argv)
     try:
         return run(args)
