@@ -2363,8 +2363,9 @@ class MetricsStages(nn.Module):
 
 
 def test_metrics_golden_lpips(monkeypatch):
-    torchvision = pytest.importorskip("torchvision")
     golden = metrics_golden("infd/lpips")
+    metrics.import_lpips()                                           # first: it mends a torchvision of another build
+    import torchvision
     layers = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])    # without the 500 MB classifier
     monkeypatch.setattr(torchvision.models, "vgg16", lambda pretrained: types.SimpleNamespace(features=layers))
     monkeypatch.setattr(metrics, "weights_file", lambda *a: None)
