@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import pickle
 import sys
 import typing
 import zipfile
@@ -55,9 +56,7 @@ def read_checkpoint(path: str | Path) -> dict:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except (zipfile.BadZipFile, EOFError, RuntimeError, OSError) as error:
         raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
-    except Exception as error:                          # torch raises pickle.UnpicklingError and its own kin here
-        if type(error).__name__ != "UnpicklingError":
-            raise
+    except pickle.UnpicklingError as error:
         raise ValueError(f"{path} holds more than tensors and plain values and was not opened") from error
     if not isinstance(ckpt, dict):
         raise ValueError(f"{path} is not a checkpoint: expected a dict, found {type(ckpt).__name__}")
@@ -69,14 +68,12 @@ def newest_checkpoint(run: Path) -> tuple[Path, dict]:
     files = checkpoints(run)
     if not files:
         raise FileNotFoundError(f"no checkpoint (step-*.pt) in {run}; train one with train.py")
-    for i, path in enumerate(files):
+    for path, older in zip(files, files[1:]):
         try:
             return path, read_checkpoint(path)
         except ValueError as error:
-            if i == len(files) - 1:
-                raise
-            print(f"warning: {error}; falling back to {files[i + 1]}", file=sys.stderr)
-    raise AssertionError("unreachable")
+            print(f"warning: {error}; falling back to {older}", file=sys.stderr)
+    return files[-1], read_checkpoint(files[-1])
 
 
 def build(cls: type, values: dict):
@@ -316,11 +313,11 @@ def to_uint8(rgb: Tensor) -> np.ndarray:
     return ((rgb.float() * 0.5 + 0.5).clamp(0, 1) * 255).to(torch.uint8).movedim(0, -1).cpu().numpy()
 
 
-def draw(model: INFD, phi: Tensor, res: tuple[int, int], window=None, tile: int | None = None,
+def draw(renderer: nn.Module, phi: Tensor, res: tuple[int, int], tile: int, window=None,
          norm: str = "paper") -> np.ndarray:
     """Pixels (B, H, W, 3) uint8 of the fields phi (B, C, h, w), tile by tile: memory holds bytes, not floats."""
     out = np.empty((len(phi), *res, 3), np.uint8)
-    for y, x, rgb in render_tiles(model.autoencoder.renderer, phi, res, window, tile or model.patch, norm):
+    for y, x, rgb in render_tiles(renderer, phi, res, window, tile, norm):
         h, w = rgb.shape[-2:]
         for b in range(len(phi)):
             out[b, y:y + h, x:x + w] = to_uint8(rgb[b])
@@ -472,7 +469,8 @@ def run(args: argparse.Namespace) -> None:
         for b, i in enumerate(part):
             phi = model.autoencoder.decode(z[b:b + 1])                       # decoded once, drawn at every size
             for size in sizes:
-                write_png(jobs[i][size], draw(model, phi, size, window, args.tile, args.norm)[0], info(i, size))
+                pixels = draw(model.autoencoder.renderer, phi, size, common["tile"], window, args.norm)[0]
+                write_png(jobs[i][size], pixels, info(i, size))
     print(f"{len(jobs) * len(sizes)} pictures ({model.weights}, step {model.step}) in {out}")
     if args.fid:
         print(metrics.fid(out, args.fid, metrics.Protocol(args.features, size=sizes[0][0]), net=network))

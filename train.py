@@ -76,7 +76,7 @@ class AERun(Run):
     patch: int = 256                  # side of the ground-truth patch, pixels
     max_size: int = 1024              # ground truth is resized to at most this before the crop
     downsample: bool = True           # False: always the largest size, the ablation of Section E
-    p_whole: float = 0.0              # chance of the whole picture at `size`: a random patch at 4x shows z but 1/16 of it
+    p_whole: float = 0.0              # chance of the whole picture at `size`: a patch at 4x shows 1/16 of z
     p_original: float = 0.0           # chance of the largest size, from step original_from on (J.2: 0.5 on Mountains)
     original_from: int = 0
     lpips: str = "vgg"                # vgg | alex | squeeze | none
@@ -322,7 +322,7 @@ class Meter:
 
 
 def resume(run_dir: Path, stage: str, cfg: Run, state: dict, meter: Meter) -> int:
-    """Restore the newest checkpoint of the run into `state` and `meter`; returns the step to go on from, 0 if it is new.
+    """Restore the newest checkpoint of the run into `state` and `meter`; returns the step to go on from, or 0.
 
     Raises ValueError where the folder holds a run of another stage or configuration: nothing of it is touched.
     """
@@ -332,7 +332,7 @@ def resume(run_dir: Path, stage: str, cfg: Run, state: dict, meter: Meter) -> in
     changed = [f"stage: {ckpt['stage']} -> {stage}"] if ckpt["stage"] != stage else \
         difference(ckpt["config"], plain(asdict(cfg)))
     if changed:
-        raise ValueError(f"{run_dir} holds another run ({'; '.join(changed)}); choose another --out or the same options")
+        raise ValueError(f"{run_dir} holds another run ({'; '.join(changed)}); choose another --out, or those options")
     for name, part in state.items():
         if isinstance(part, nn.Module):
             fill(part, ckpt["state"][name], f"{name} in {path}")
@@ -493,6 +493,7 @@ def ae_batches(cfg: AERun, source, device: torch.device) -> Callable:
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
+    """The batch on the device; from pinned memory the copy does not wait."""
     return {k: v.to(device, non_blocking=True) for k, v in batch.items()}
 
 
@@ -526,12 +527,6 @@ def train_ae(cfg: AERun, run_dir: Path, device: torch.device) -> None:
 # ---- what stage ae shows ---------------------------------------------------------------------------------------------
 
 
-def field_model(model: FieldAutoencoder, cfg: AERun) -> INFD:
-    """The autoencoder alone, in the form that sample.py draws."""
-    diffusion, scale = GaussianDiffusion(DiffusionConfig()), LatentScale(model.cfg.z_channels)
-    return INFD(model, None, diffusion, scale, cfg.size, cfg.patch)
-
-
 @torch.no_grad()
 def ae_sheet(model: FieldAutoencoder, source, cfg: AERun, device: torch.device, n: int = 4) -> np.ndarray:
     """Held-out pictures, a row each: the input, then render | truth at 1x, 2x and 4x the training resolution.
@@ -548,7 +543,7 @@ def ae_sheet(model: FieldAutoencoder, source, cfg: AERun, device: torch.device, 
             res = scale * cfg.size
             shown, corner = min(res, side), (res - min(res, side)) // 2
             half = shown / res
-            pixels = draw(field_model(model, cfg), phi, (shown, shown), (-half, -half, half, half))[0]
+            pixels = draw(model.renderer, phi, (shown, shown), cfg.patch, (-half, -half, half, half))[0]
             panels += [pixels] + [picture.draw(res, (corner, corner, shown, shown))] * (res <= picture.size)
         rows.append(panels)
     return contact_sheet(rows, side)
@@ -578,7 +573,7 @@ def evaluate_ae(model: FieldAutoencoder, source, cfg: AERun, device: torch.devic
             res, out = scale * cfg.size, scores[f"{scale}x"]
             if res > picture.size:
                 continue
-            rgb = data.to_tensor(draw(field_model(model, cfg), phi, (res, res))[0])[None].to(device)
+            rgb = data.to_tensor(draw(model.renderer, phi, (res, res), cfg.patch)[0])[None].to(device)
             base = rgb if base is None else base
             truth = data.to_tensor(picture.draw(res))[None].to(device)
             out["n"] += 1
@@ -789,10 +784,11 @@ def base_checkpoint(base: INFD) -> dict:
 def ldm_preview(infd: INFD, cfg: LDMRun, path: Path, n: int = 8) -> None:
     """The same n latents drawn at 1x, 2x and 4x, a row each, from noise that stays fixed over the run."""
     z = infd.sample(list(range(n)), cfg.seed, cfg.preview_steps)
+    fields = [infd.autoencoder.decode(z[i:i + 1]) for i in range(n)]          # decoded once, drawn three times
     side, rows = min(4 * infd.size, 512), []
     for scale in (1, 2, 4):
         res = min(scale * infd.size, side)
-        rows.append([draw(infd, infd.autoencoder.decode(z[i:i + 1]), (res, res))[0] for i in range(n)])
+        rows.append([draw(infd.autoencoder.renderer, phi, (res, res), infd.patch)[0] for phi in fields])
     Image.fromarray(contact_sheet(rows, side)).save(path)
 
 
