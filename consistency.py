@@ -213,12 +213,13 @@ def pseudo_huber(a: Tensor, b: Tensor, c: float | None = None) -> Tensor:
     return ((a - b).square().flatten(1).sum(1) + c**2).sqrt() - c
 
 
-def lpips_224(lpips: nn.Module, average_pool: bool = True) -> Metric:
+def lpips_resized(lpips: nn.Module, average_pool: bool = True, size: int = 224) -> Metric:
     """LPIPS of both images after bilinear interpolation to 224 x 224 (Appendix A.1), as a metric.
 
     lpips: a module (a, b in [-1, 1]) -> one distance per image, frozen and in eval mode; it is copied.
     average_pool: left open by the paper. The published PyTorch code replaces every max pooling of the VGG by average
     pooling; False keeps the network as it is, like the lpips package and the published JAX code.
+    size: less than 224 is cheaper and another loss.
     """
     lpips = deepcopy(lpips)
     for parent in list(lpips.modules()) if average_pool else []:
@@ -228,7 +229,7 @@ def lpips_224(lpips: nn.Module, average_pool: bool = True) -> Metric:
                 setattr(parent, name, pool)
 
     def metric(a: Tensor, b: Tensor) -> Tensor:
-        a, b = (F.interpolate(image, size=(224, 224), mode="bilinear", align_corners=False) for image in (a, b))
+        a, b = (F.interpolate(image, size=(size, size), mode="bilinear", align_corners=False) for image in (a, b))
         return lpips(a, b).flatten()                                 # (B,)
 
     return metric
@@ -267,6 +268,24 @@ def sample_multistep(f: ConsistencyModel, noises: Sequence[Tensor], sigmas: Sequ
         x = image + math.sqrt(sigma**2 - f.cfg.sigma_min**2) * noise
         image = f(x, levels_like(x, sigma), y)
     return image.clamp(-1, 1)
+
+
+@torch.no_grad()
+def sample_heun(f: ConsistencyModel, noise: Tensor, steps: int, y: Tensor | None = None) -> Tensor:
+    """Heun's method along dx/dsigma = (x - f) / sigma (Karras et al. 2022, Algorithm 1, no churn); images in [-1, 1].
+
+    For a plain denoiser f, such as OpenAI's edm_* files: 2 steps - 1 network calls from sigma_max to 0. A consistency
+    model needs none of it.
+    """
+    sigmas = [*f.cfg.karras_sigmas(steps).tolist(), 0.0]
+    x = sigmas[0] * noise
+    for sigma, lower in zip(sigmas[:-1], sigmas[1:]):
+        slope = (x - f(x, levels_like(x, sigma), y)) / sigma
+        ahead = x + (lower - sigma) * slope                          # Euler
+        if lower:
+            slope = (slope + (ahead - f(ahead, levels_like(x, lower), y)) / lower) / 2   # corrected
+        x = x + (lower - sigma) * slope
+    return x.clamp(-1, 1)
 
 
 @torch.no_grad()

@@ -1,7 +1,9 @@
-"""From a checkpoint to pictures at any resolution: z ~ diffusion, phi = D(z), pixels = R(phi, coord, cell).
+"""From a checkpoint to pictures at any resolution.
 
-Sampling needs neither losses nor optimisers. Reads the checkpoints of train.py and the published INFD files
-(INFD, Section J; 200 DDIM steps, eta 1, tiles of 256 px, halo 8). See clif.py for the renderer, ldm.py for DDIM.
+INFD: z ~ diffusion, phi = D(z), pixels = R(phi, coord, cell) (Section J; 200 DDIM steps, eta 1, tiles of 256 px).
+CM-Func: one call of the generator gives an image function, drawn wherever it is asked (Appendix D.3.1).
+Sampling needs neither losses nor optimisers. Reads the checkpoints of train.py, published INFD files, and OpenAI's
+consistency models. See clif.py for the renderer, ldm.py for DDIM, consistency.py for one-step sampling.
 """
 from __future__ import annotations
 
@@ -12,9 +14,10 @@ import hashlib
 import json
 import pickle
 import sys
+import time
 import typing
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,12 +25,17 @@ import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import metrics
 from autoencoder import AutoencoderConfig, FieldAutoencoder
 from clif import render_tiles
+from consistency import (ConsistencyConfig, ConsistencyModel, sample_function, sample_heun, sample_multistep,
+                         sample_onestep)
 from data import rng, torch_noise
+from inr_generator import DiT, FunctionGenerator, GeneratorConfig, ImageFunction, TransformerConfig, UViT
 from ldm import DiffusionConfig, GaussianDiffusion, UNet, UNetConfig, qkv_from_legacy
 
 # ---- checkpoint files ------------------------------------------------------------------------------------------------
@@ -99,7 +107,7 @@ def fill(module: nn.Module, weights: dict[str, Tensor], what: str) -> None:
     module.load_state_dict(weights)
 
 
-# ---- the model -------------------------------------------------------------------------------------------------------
+# ---- INFD ---------------------------------------------------------------------------------------------------------------
 
 
 class LatentScale(nn.Module):
@@ -168,7 +176,7 @@ class INFD:
         def noise(*key) -> Tensor:                                           # per image: batch size plays no part
             return torch.stack([torch_noise(shape, seed, *key, i) for i in indices]).to(device)
 
-        y = self.labels(indices, seed, labels, device)
+        y = draw_labels(self.unet.cfg.num_classes, indices, seed, labels, device)
         walk = self.diffusion.ddim_loop(self.unet, noise("x_T"), steps, eta, lambda k: noise("ddim", k), y)
         for x_t, _ in progress(walk):                                        # (n, C, h, w)
             pass
@@ -179,35 +187,111 @@ class INFD:
         """Latents z (n, C, h, w) -> pictures (n, 3, H, W); options as in `clif.render_tiles`."""
         return self.autoencoder.render(self.autoencoder.decode(z), res, **{"tile": self.patch, **options})
 
-    def labels(self, indices: list[int], seed: int, labels: list[int] | None, device) -> Tensor | None:
-        """Class labels (n,): those given, else uniform draws from (seed, index); None where there are no classes."""
-        n = self.unet.cfg.num_classes
-        if not n:
-            return None
-        drawn = labels or [int(rng(seed, "label", i).integers(n)) for i in indices]
-        return torch.tensor(drawn, device=device)
+
+def draw_labels(n: int, indices: list[int], seed: int, labels: list[int] | None, device) -> Tensor | None:
+    """Class labels (n,): those given, else uniform draws from (seed, index); None where there are no classes."""
+    if not n:
+        return None
+    return torch.tensor(labels or [int(rng(seed, "label", i).integers(n)) for i in indices], device=device)
+
+
+# ---- one-step models -------------------------------------------------------------------------------------------------
+
+
+# The four generators of CM-Func: name -> (network, its configuration, the field of that configuration in a run).
+GENERATORS = {"func": (FunctionGenerator, GeneratorConfig, "func"), "unet": (UNet, UNetConfig, "unet"),
+              "uvit": (UViT, TransformerConfig, "vit"), "dit": (DiT, TransformerConfig, "vit")}
+
+
+def build_generator(name: str, configs: Callable[[str], object]) -> nn.Module:
+    """A generator by name; configs(field) gives its configuration. ValueError for an unknown name."""
+    if name not in GENERATORS:
+        raise ValueError(f"unknown generator {name}; there are: {', '.join(GENERATORS)}")
+    network, _, field = GENERATORS[name]
+    return network(configs(field))
+
+
+@dataclass
+class OneStep:
+    """A consistency model, rebuilt from a checkpoint alone."""
+
+    f: ConsistencyModel
+    size: int                               # training resolution, which is also that of the noise (CM-Func D.3.1)
+    second: float = 0.0                     # noise level of the second of two steps; 0: none is known
+    heun: bool = False                      # a plain EDM denoiser, which needs many steps
+    classes: tuple[str, ...] = ()
+    step: int = 0
+    weights: str = "published"              # which weights these are: EMA or not
+    file: Path = Path()                     # where they were read from
+
+    def to(self, device: torch.device | str) -> "OneStep":
+        self.f.to(device).eval().requires_grad_(False)
+        return self
+
+    def noise(self, indices: list[int], seed: int, k: int = 0) -> Tensor:
+        """(n, 3, S, S): the k-th standard normal of each image, a function of (seed, index, k) alone."""
+        made = [torch_noise((3, self.size, self.size), seed, "x_T", i, k) for i in indices]
+        return torch.stack(made).to(next(self.f.parameters()).device)
+
+    def labels(self, indices: list[int], seed: int, labels: list[int] | None) -> Tensor | None:
+        return draw_labels(self.f.net.cfg.num_classes, indices, seed, labels, next(self.f.parameters()).device)
+
+    def sample(self, indices: list[int], seed: int = 0, sigmas: tuple[float, ...] = (),
+               labels: list[int] | None = None) -> Tensor:
+        """Images (n, 3, S, S) in [-1, 1]: one step, and one more from each of the noise levels `sigmas`."""
+        y, noises = self.labels(indices, seed, labels), [self.noise(indices, seed, k) for k in range(len(sigmas) + 1)]
+        if not sigmas:
+            return sample_onestep(self.f, noises[0], y)
+        return sample_multistep(self.f, noises, (self.f.cfg.sigma_max, *sigmas), y)
+
+    def functions(self, indices: list[int], seed: int = 0, labels: list[int] | None = None) -> ImageFunction:
+        """Image functions, one step: n images to be drawn at any resolution. ValueError where F makes pixels."""
+        return sample_function(self.f, self.noise(indices, seed), self.labels(indices, seed, labels))
+
+    def denoise(self, indices: list[int], seed: int, steps: int, labels: list[int] | None = None) -> Tensor:
+        """Images of an EDM denoiser: Heun's method on a grid of `steps` levels."""
+        return sample_heun(self.f, self.noise(indices, seed), steps, self.labels(indices, seed, labels))
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------
 
 
-def load(path: str | Path, device: torch.device | str = "cpu", raw: bool = False) -> INFD:
-    """Rebuild a model from a checkpoint of train.py (a file or its run folder) or from a published INFD file.
+def load(path: str | Path, device: torch.device | str = "cpu", raw: bool = False) -> INFD | OneStep:
+    """Rebuild a model from a checkpoint of train.py (a file or its run folder) or from a published file.
 
-    raw takes the trained weights where the checkpoint also has their moving average (the default).
+    raw takes the trained weights where the checkpoint also has their moving average (the default). Published files are
+    known by what is in them: INFD's {'model': {'name', 'args', 'sd'}}, OpenAI's flat dict of a UNet.
     Raises FileNotFoundError, or ValueError naming what does not fit.
     """
     path = Path(path)
     path, ckpt = newest_checkpoint(path) if path.is_dir() else (path, read_checkpoint(path))
-    if "stage" in ckpt:
-        if ckpt["stage"] not in ("ae", "ldm"):
-            raise ValueError(f"{path} is a checkpoint of stage {ckpt['stage']}; expected ae or ldm")
-        return dataclasses.replace(from_checkpoint(ckpt, raw), file=path).to(device)
     model = ckpt.get("model")
-    if isinstance(model, dict) and {"name", "args", "sd"} <= set(model):
-        return dataclasses.replace(from_published(model, raw), file=path).to(device)
-    raise ValueError(f"{path} is neither a checkpoint of train.py nor a published INFD file "
-                     f"(its keys: {', '.join(map(str, list(ckpt)[:8]))})")
+    if "stage" in ckpt:
+        if ckpt["stage"] not in ("ae", "ldm", "cm"):
+            raise ValueError(f"{path} is a checkpoint of stage {ckpt['stage']}; expected ae, ldm or cm")
+        made = cm_from_checkpoint(ckpt, raw) if ckpt["stage"] == "cm" else from_checkpoint(ckpt, raw)
+    elif isinstance(model, dict) and {"name", "args", "sd"} <= set(model):
+        made = from_published(model, raw)
+    elif {"time_embed.0.weight", "input_blocks.0.0.weight", "out.2.weight"} <= set(ckpt):
+        made = from_openai(ckpt, path.name)
+    else:
+        raise ValueError(f"{path} is neither a checkpoint of train.py nor a published INFD or OpenAI file "
+                         f"(its keys: {', '.join(map(str, list(ckpt)[:8]))})")
+    return dataclasses.replace(made, file=path).to(device)
+
+
+def cm_from_checkpoint(ckpt: dict, raw: bool = False) -> OneStep:
+    """The one-step model of a checkpoint of stage cm."""
+    config, state = ckpt["config"], ckpt["state"]
+    name = config["generator"]
+    net = build_generator(name, lambda field: build(GENERATORS[name][1], config[field]))
+    ema = "ema" in state and not raw
+    fill(net, state["ema" if ema else "model"], f"the generator {name}")
+    cfg = build(ConsistencyConfig, config["cm"])
+    # iCT and ECT publish 0.821 for 32 px; for the paper's recipe the level published for LSUN with the same s1.
+    second = 0.821 if cfg.metric == "huber" else float(cfg.karras_sigmas(151)[67])
+    return OneStep(ConsistencyModel(net, cfg), config["size"], second, classes=tuple(ckpt.get("classes", ())),
+                   step=ckpt["step"], weights="EMA" if ema else "trained weights")
 
 
 def from_checkpoint(ckpt: dict, raw: bool = False) -> INFD:
@@ -305,6 +389,43 @@ def unet_from_published(unet: UNet, weights: dict[str, Tensor]) -> dict[str, Ten
     return out
 
 
+def from_openai(weights: dict, name: str) -> OneStep:
+    """A consistency model (cd_*, ct_*) or denoiser (edm_*) of OpenAI; only the kind is read from the file's name."""
+    unet = UNet(openai_unet(weights))
+    own = unet.state_dict()                                          # qkv is ours as it is: q|k|v, not head by head
+    fill(unet, {k: v.float().reshape(own[k].shape) if k in own and v.numel() == own[k].numel() else v.float()
+                for k, v in weights.items()}, "the OpenAI UNet")
+    kind, levels, cfg = name.split("_")[0], len(unet.cfg.channel_mult), ConsistencyConfig()
+    second = {("cd", 4): cfg.karras_sigmas(40)[22], ("ct", 4): cfg.karras_sigmas(201)[106],     # published two-step
+              ("cd", 6): cfg.karras_sigmas(40)[17 if "l2" not in name else 18],                 # levels of CD and CT
+              ("ct", 6): cfg.karras_sigmas(151)[62 if "cat" in name else 67]}.get((kind, levels), 0)
+    if levels not in (4, 6):
+        raise ValueError(f"a UNet of {levels} levels is none of OpenAI's: ImageNet at 64 px has 4, LSUN at 256 px has 6")
+    f = ConsistencyModel(unet, dataclasses.replace(cfg, boundary=kind != "edm"))
+    return OneStep(f, 64 if levels == 4 else 256, float(second), heun=kind == "edm")
+
+
+def openai_unet(weights: dict[str, Tensor]) -> UNetConfig:
+    """UNetConfig of an OpenAI consistency model, from the names and shapes of its tensors.
+
+    Their heads have 64 channels and they resample inside residual blocks, neither of which shows in the weights.
+    """
+    blocks = 1 + max(int(k.split(".")[1]) for k in weights if k.startswith("output_blocks."))
+    ups = [i for i in range(blocks) if any(f"output_blocks.{i}.{c}.in_layers.0.weight" in weights for c in (1, 2))]
+    if not ups:
+        raise ValueError("the UNet in this file does not resample in residual blocks: no OpenAI consistency model")
+    ends = [*ups, blocks - 1]                                        # last block of each level, from the coarsest up
+    width = weights["input_blocks.0.0.weight"].shape[0]
+    out = [weights[f"output_blocks.{i}.0.out_layers.3.weight"].shape[0] for i in ends]
+    attends = [f"output_blocks.{i}.1.qkv.weight" in weights for i in ends]
+    emb = weights["output_blocks.0.0.emb_layers.1.weight"].shape[0]
+    return UNetConfig(model_channels=width, channel_mult=tuple(c // width for c in reversed(out)),
+                      num_res_blocks=ups[0], resblock_updown=True, num_head_channels=64,
+                      attention_ds=tuple(2**i for i, a in enumerate(reversed(attends)) if a),
+                      num_classes=weights["label_emb.weight"].shape[0] if "label_emb.weight" in weights else 0,
+                      scale_shift_norm=emb == 2 * out[0])
+
+
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
 
@@ -347,6 +468,69 @@ def already_drawn(path: Path, info: dict) -> bool:
     return True
 
 
+# ---- speed -----------------------------------------------------------------------------------------------------------
+
+
+def seconds(calls: dict[str, Callable], device: torch.device, repeats: int = 5) -> dict[str, float]:
+    """Median seconds of each call after a warm-up, synchronised; taken in turn, so that a disturbance meets them all."""
+
+    def once(call: Callable) -> float:
+        begin = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - begin
+
+    times = [[once(call) for call in calls.values()] for _ in range(repeats + 1)][1:]
+    return dict(zip(calls, np.median(times, axis=0).tolist()))
+
+
+def gflop(call: Callable) -> float:
+    """Billions of floating-point operations of a call: 2 per multiply-add, matrix products and convolutions only."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):    # fused attention is not counted
+        call()
+    return counter.get_total_flops() / 1e9
+
+
+def onestep_calls(f: ConsistencyModel, size: int, batch: int, sizes: tuple[int, ...]) -> dict[str, Callable]:
+    """What sampling `batch` images takes: the image of a pixel generator; or the function, and each rendering of it."""
+    device = next(f.parameters()).device
+    noise, y = torch.randn(batch, 3, size, size, device=device), None
+    if f.net.cfg.num_classes:
+        y = torch.arange(batch, device=device) % f.net.cfg.num_classes
+    if not hasattr(f.net, "function"):
+        return {f"image {size}": lambda: sample_onestep(f, noise, y)}
+    function = sample_function(f, noise, y)
+    draw_at = lambda res: lambda: torch.no_grad()(function.draw)(res)
+    return {"function": lambda: sample_function(f, noise, y), **{f"render {res}": draw_at(res) for res in sizes}}
+
+
+def bench(model: INFD | OneStep, steps: int, sizes: list[tuple[int, int]]) -> str:
+    """Time per image of each part of sampling, as text and a JSON line."""
+    if isinstance(model, OneStep):
+        device = next(model.f.parameters()).device
+        lines, result = [], {}
+        for batch in (1, 64):
+            times = seconds(onestep_calls(model.f, model.size, batch, tuple({32, 64, 128, model.size})), device)
+            lines += [f"batch {batch:2d}: {name:12} {1000 * t / batch:9.2f} ms per image" for name, t in times.items()]
+            own = times.get("function", 0) + times.get(f"render {model.size}", times.get(f"image {model.size}", 0))
+            result[f"batch {batch}"] = {**times, "images_per_s": batch / own}
+            lines.append(f"batch {batch:2d}: {batch / own:.1f} images/s at {model.size} px")
+    else:
+        device = next(model.unet.parameters()).device
+        z = torch.randn(1, *model.latent_shape, device=device)
+        t = torch.zeros(1, dtype=torch.long, device=device)
+        phi, y = model.autoencoder.decode(z), draw_labels(model.unet.cfg.num_classes, [0], 0, None, device)
+        calls = {"network call": lambda: torch.no_grad()(model.unet)(z, t, y), "decode": lambda: model.autoencoder.decode(z)}
+        for size in sizes:
+            calls[f"render {size[0]}x{size[1]}"] = functools.partial(draw, model.autoencoder.renderer, phi, size,
+                                                                     model.patch)
+        result = seconds(calls, device, 3)
+        result = {f"latent, {steps} steps": steps * result.pop("network call"), **result}
+        lines = [f"{name:18} {1000 * t:10.1f} ms per image" for name, t in result.items()]
+    return "\n".join([*lines, json.dumps({"device": str(device), "seconds": result})])
+
+
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
@@ -386,12 +570,12 @@ def pick_device(name: str) -> torch.device:
 
 
 def newest_run() -> Path:
-    """The run folder of stage ldm that was written last, for a sample.py without --ckpt."""
-    files = sorted(Path("runs").glob("*/ldm/step-*.pt"), key=lambda p: p.stat().st_mtime)
+    """The run folder of stage ldm or cm that was written last, for a sample.py without --ckpt."""
+    files = [p for pattern in ("*/ldm/step-*.pt", "*/cm*/step-*.pt") for p in Path("runs").glob(pattern)]
     if not files:
-        raise FileNotFoundError("no --ckpt given and no trained model in runs/*/ldm; train a small one with: "
+        raise FileNotFoundError("no --ckpt given and no trained model in runs/*/ldm or runs/*/cm; train a small one: "
                                 "python train.py --stage ae --preset tiny && python train.py --stage ldm --preset tiny")
-    return files[-1].parent
+    return max(files, key=lambda p: p.stat().st_mtime).parent
 
 
 def new_folder() -> Path:
@@ -402,60 +586,125 @@ def new_folder() -> Path:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(description="Draw images as functions: one latent, any resolution, any window.")
-    p.add_argument("--ckpt", help="run folder or checkpoint file (default: the newest runs/*/ldm)")
+    p = argparse.ArgumentParser(description="Draw images as functions: any resolution, any window.")
+    p.add_argument("--ckpt", help="run folder or checkpoint file (default: the newest runs/*/ldm or runs/*/cm)")
     p.add_argument("--n", type=int, default=1, help="number of images")
     p.add_argument("--res", default="", help="512, or 512x1024 (height x width), or several: 256,512,1024")
     p.add_argument("--window", help="y0,x0,y1,x1 in [-1, 1]: draw this part of the image at --res")
-    p.add_argument("--steps", type=int, default=200, help="DDIM steps")
-    p.add_argument("--eta", type=float, default=1.0, help="DDIM noise: 0 deterministic, 1 as published")
+    p.add_argument("--steps", type=int, help="INFD: DDIM steps (200); CM: network calls, 1 or 2 (1); edm_*: 40")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--start", type=int, default=0, help="index of the first image")
     p.add_argument("--label", help="class, by name or number (default: drawn per image)")
-    p.add_argument("--batch", type=int, default=4, help="images denoised together; does not change them")
-    p.add_argument("--latent-size", help="side(s) of a larger noise map: convolutional sampling (Section D)")
-    p.add_argument("--norm", default="paper", help="GroupNorm statistics of the renderer: paper (per tile) or global")
-    p.add_argument("--tile", type=int, help="tile side in pixels (default: the training patch)")
+    p.add_argument("--batch", type=int, default=4, help="images made together; does not change them")
     p.add_argument("--raw", action="store_true", help="the trained weights instead of their moving average")
     p.add_argument("--device", default="auto")
     p.add_argument("--out", help="folder (default: a new one under samples/)")
     p.add_argument("--fid", metavar="REFERENCE", help="score the samples against this folder, zip or statistics file")
     p.add_argument("--features", default="inception", choices=["inception", "squeeze"], help="of --fid; see metrics.py")
+    p.add_argument("--bench", action="store_true", help="measure how fast this model samples, and draw nothing")
+    infd, cm = p.add_argument_group("INFD only"), p.add_argument_group("CM only")
+    infd.add_argument("--eta", type=float, help="DDIM noise: 0 deterministic, 1 as published (1)")
+    infd.add_argument("--latent-size", help="side(s) of a larger noise map: convolutional sampling (Section D)")
+    infd.add_argument("--norm", help="GroupNorm statistics of the renderer: paper, per tile (default), or global")
+    infd.add_argument("--tile", type=int, help="tile side in pixels (default: the training patch)")
+    cm.add_argument("--sigmas", help="noise levels of further steps, decreasing: 4.0,0.8 (training resolution only)")
     return p
 
 
-def pick_label(model: INFD, text: str | None) -> int | None:
+def pick_label(model: INFD | OneStep, text: str | None) -> int | None:
     """A class given by name or number."""
     if text is None:
         return None
-    n = model.unet.cfg.num_classes if model.unet else 0
+    net = model.unet if isinstance(model, INFD) else model.f.net
+    n = net.cfg.num_classes
     label = model.classes.index(text) if text in model.classes else int(text) if text.isdigit() else -1
     if not 0 <= label < n:
-        has = ", ".join(model.classes) if n else "no classes: leave --label out"
+        has = (", ".join(model.classes) or f"classes 0 to {n - 1}") if n else "no classes: leave --label out"
         raise ValueError(f"--label {text}: this model has {has}")
     return label
 
 
+Painter = Callable[[list[int], list[int] | None], Iterator[tuple[int, tuple[int, int], np.ndarray]]]
+
+
+def refuse(args: argparse.Namespace, model: str, *names: str) -> None:
+    """ValueError for options of the other kind of model."""
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
+    if given:
+        raise ValueError(f"{', '.join(given)} means nothing to this checkpoint, which is {model}")
+
+
+def infd_painter(model: INFD, args: argparse.Namespace, sizes: list, window) -> tuple[dict, list, Painter]:
+    """(what the PNGs say, the sizes to draw, a function that draws some images at all of them)."""
+    refuse(args, "an INFD model", "sigmas")
+    if model.unet is None:
+        raise ValueError(NEEDS_LDM)
+    latent = parse_size(args.latent_size) if args.latent_size else None
+    steps, eta = args.steps or 200, 1.0 if args.eta is None else args.eta
+    tile, norm = args.tile or model.patch, args.norm or "paper"
+    if not sizes:                                                            # the pixels that the latent stands for
+        sizes = [tuple(side * model.autoencoder.cfg.f for side in latent or model.latent_shape[1:])]
+
+    def paint(part, labels):
+        bar = functools.partial(tqdm, total=steps, desc=f"images {part[0]}..{part[-1]}", leave=False, disable=None)
+        z = model.sample(part, args.seed, steps, eta, latent, labels, bar)
+        for b, i in enumerate(part):
+            phi = model.autoencoder.decode(z[b:b + 1])                       # decoded once, drawn at every size
+            for size in sizes:
+                yield i, size, draw(model.autoencoder.renderer, phi, size, tile, window, norm)[0]
+
+    return {"steps": steps, "eta": eta, "norm": norm, "tile": tile, "latent_size": latent}, sizes, paint
+
+
+def onestep_painter(model: OneStep, args: argparse.Namespace, sizes: list, window) -> tuple[dict, list, Painter]:
+    """As infd_painter. One step of a function generator draws functions; all else makes pixels at the training size."""
+    refuse(args, "a one-step model", "eta", "latent_size", "norm", "tile")
+    steps, own = args.steps or (40 if model.heun else 1), (model.size, model.size)
+    sigmas = tuple(float(v) for v in args.sigmas.split(",")) if args.sigmas else ()
+    if sigmas and list(sigmas) != sorted(sigmas, reverse=True) or (sigmas and sigmas[0] >= model.f.cfg.sigma_max):
+        raise ValueError(f"--sigmas {args.sigmas}: write decreasing noise levels below {model.f.cfg.sigma_max:g}")
+    if not model.heun and not sigmas and steps > 1:
+        if steps > 2 or not model.second:
+            raise ValueError(f"--steps {steps}: name the noise levels of the further steps, as in --sigmas 4.0,0.8")
+        sigmas = (model.second,)
+    free = hasattr(model.f.net, "function") and not sigmas and not model.heun
+    sizes = sizes or [own]
+    if not free and (window or sizes != [own]):
+        raise ValueError(f"only one step of generator=func can be drawn at any size and window; this draws "
+                         f"--res {model.size} and the whole image")
+
+    def paint(part, labels):
+        if free:
+            functions = model.functions(part, args.seed, labels)
+            for b, i in enumerate(part):
+                for size in sizes:
+                    yield i, size, to_uint8(functions[b].draw(size, window)[0])
+            return
+        made = model.denoise(part, args.seed, steps, labels) if model.heun else \
+            model.sample(part, args.seed, sigmas, labels)
+        yield from ((i, own, to_uint8(image)) for i, image in zip(part, made))
+
+    return {"steps": steps, "sigmas": sigmas}, sizes, paint
+
+
 def run(args: argparse.Namespace) -> None:
     """Draw what the command line asks for. Raises ValueError, FileNotFoundError, FileExistsError before any work."""
-    if min(args.n, args.batch, args.steps) < 1 or args.start < 0:
+    if min(args.n, args.batch, 1 if args.steps is None else args.steps) < 1 or args.start < 0:
         raise ValueError("--n, --batch and --steps must be at least 1, --start at least 0")
     window = parse_window(args.window) if args.window else None
     sizes = [parse_size(s) for s in args.res.split(",")] if args.res else []
     device, path = pick_device(args.device), Path(args.ckpt) if args.ckpt else newest_run()
     model = load(path, device, args.raw)
-    if model.unet is None:
-        raise ValueError(NEEDS_LDM)
-    latent = parse_size(args.latent_size) if args.latent_size else None
+    painter = infd_painter if isinstance(model, INFD) else onestep_painter
+    described, sizes, paint = painter(model, args, sizes, window)
+    if args.bench:
+        return print(bench(model, described["steps"], sizes))
     if args.fid and len(sizes) > 1:
         raise ValueError("--fid compares pictures of one size; give --res one size")
     network = metrics.load_features(args.features).to(device) if args.fid else None      # fail before the work
-    if not sizes:                                                            # the pixels that the latent stands for
-        sizes = [tuple(side * model.autoencoder.cfg.f for side in latent or model.latent_shape[1:])]
     label, out = pick_label(model, args.label), Path(args.out) if args.out else new_folder()
     common = {"ckpt": model.file.name, "sha256": file_hash(model.file), "weights": model.weights, "seed": args.seed,
-              "steps": args.steps, "eta": args.eta, "window": window, "norm": args.norm,
-              "tile": args.tile or model.patch, "latent_size": latent, "label": args.label}
+              "window": window, "label": args.label, **described}
     jobs = {i: {size: out / f"seed{args.seed}-{i:06d}-{size[0]}x{size[1]}.png" for size in sizes}
             for i in range(args.start, args.start + args.n)}
     info = lambda i, size: json.loads(json.dumps({**common, "index": i, "res": size}))
@@ -463,14 +712,8 @@ def run(args: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for at in range(0, len(todo), args.batch):
         part = todo[at:at + args.batch]
-        bar = functools.partial(tqdm, total=args.steps, desc=f"images {part[0]}..{part[-1]}", leave=False, disable=None)
-        labels = None if label is None else [label] * len(part)
-        z = model.sample(part, args.seed, args.steps, args.eta, latent, labels, bar)
-        for b, i in enumerate(part):
-            phi = model.autoencoder.decode(z[b:b + 1])                       # decoded once, drawn at every size
-            for size in sizes:
-                pixels = draw(model.autoencoder.renderer, phi, size, common["tile"], window, args.norm)[0]
-                write_png(jobs[i][size], pixels, info(i, size))
+        for i, size, pixels in paint(part, None if label is None else [label] * len(part)):
+            write_png(jobs[i][size], pixels, info(i, size))
     print(f"{len(jobs) * len(sizes)} pictures ({model.weights}, step {model.step}) in {out}")
     if args.fid:
         print(metrics.fid(out, args.fid, metrics.Protocol(args.features, size=sizes[0][0]), net=network))

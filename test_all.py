@@ -45,7 +45,7 @@ from autoencoder import (AutoencoderConfig, Decoder, DiscriminatorConfig, Encode
                          PatchDiscriminator, VectorQuantizer, adaptive_weight, hinge_loss, kl_loss, split_moments)
 from clif import CLIF, LIIF, CLIFConfig, LIIFConfig, coord_grid, query, render, render_tiles
 from consistency import (ECT, ICT, ConsistencyConfig, ConsistencyModel, consistency_loss, denoising_distance, l2,
-                         lpips_224, noise_condition, per_image, pseudo_huber, sample_function, sample_multistep,
+                         lpips_resized, noise_condition, per_image, pseudo_huber, sample_function, sample_multistep,
                          sample_onestep)
 from inr_generator import (AdaLNBlock, Block, DiT, FunctionGenerator, FunctionPrediction, GeneratorConfig,
                            ImageFunction, TransformerConfig, UViT, pixel_coord, positional_encoding,
@@ -3120,7 +3120,7 @@ def test_cm_metrics_known_answers():
     assert 0.00054 * math.sqrt(3 * 64 * 64) == pytest.approx(0.060, abs=5e-4)
 
 
-def test_cm_lpips_224_resizes_and_swaps_the_pooling_of_a_copy():
+def test_cm_lpips_resized_resizes_and_swaps_the_pooling_of_a_copy():
     class Probe(nn.Module):
         def __init__(self):
             super().__init__()
@@ -3132,11 +3132,11 @@ def test_cm_lpips_224_resizes_and_swaps_the_pooling_of_a_copy():
 
     probe = Probe()
     image = cm_randn(2, 3, 32, 32)
-    assert lpips_224(probe)(image, image).shape == (2,)
+    assert lpips_resized(probe)(image, image).shape == (2,)
     assert isinstance(probe.net[0], nn.MaxPool2d)
     mean = F.interpolate(image, size=(224, 224), mode="bilinear").mean((1, 2, 3))
-    cm_close(lpips_224(probe)(image, torch.zeros_like(image)), mean)
-    assert (lpips_224(probe, average_pool=False)(image, torch.zeros_like(image)) > mean).all()
+    cm_close(lpips_resized(probe)(image, torch.zeros_like(image)), mean)
+    assert (lpips_resized(probe, average_pool=False)(image, torch.zeros_like(image)) > mean).all()
 
 
 def test_cm_denoising_distance_known_answer():
@@ -3481,7 +3481,7 @@ def test_cm_golden_karras():
 def cm_golden_metric(name, g):
     """The four metrics of ct_loss.pt; l1 and l2-32 belong to no recipe here and show that a metric is any callable."""
     if name == "lpips":
-        return lpips_224(CmTinyLPIPS(g["state_dict"], g["config"]["lpips_layers"]))
+        return lpips_resized(CmTinyLPIPS(g["state_dict"], g["config"]["lpips_layers"]))
     return {"l2": l2, "l1": lambda a, b: (a - b).abs().mean((1, 2, 3)),
             "l2-32": lambda a, b: l2(*(F.interpolate(x, size=32, mode="bilinear") for x in (a, b)))}[name]
 
@@ -3516,7 +3516,7 @@ def test_cm_golden_lpips_at_224():
     lpips = CmTinyLPIPS(g["state_dict"], g["config"]["layers"])
     a, b = g["inputs"]["a"], g["inputs"]["b"]
     cm_close(lpips(a, b).flatten(), g["outputs"]["maxpool"])
-    cm_close(lpips_224(lpips)(a, b), g["outputs"]["avgpool_224"])
+    cm_close(lpips_resized(lpips)(a, b), g["outputs"]["avgpool_224"])
 
 
 def test_cm_golden_samplers():
@@ -3826,6 +3826,370 @@ def test_cm_golden_composed_generator():
 
 
 # ======================================================================================================================
+# Tests of stages pretrain and cm: the loop, starting from pre-training, sampling, published files, the efficiency report.
+
+TINY_FUNC = ["batch=4", "size=16", "func.dim=32", "func.heads=2", "func.encoder_depth=1", "func.decoder_depth=1",
+             "func.groups=4", "func.hidden=16", "func.pe_dim=8", "func.patch=4", "workers=0", "log_every=2", "save_every=3",
+             "grid_every=100"]
+TINY_PRETRAIN = [*TINY_FUNC, "steps=6", "eval_n=2", "ema=0.9"]
+TINY_CM = [*TINY_FUNC, "steps=6", "distance_n=2", "distance_every=3"]
+TINY_TEACHER = ["cm.mu0=0.9", "cm.stages=0", "cm.metric=l2", "cm.gap_weight=false"]
+TINY_NETS = ["vit.patch=4", "vit.dim=32", "vit.depth=3", "vit.heads=2", "unet.model_channels=16", "unet.channel_mult=1,2",
+             "unet.groups=8", "unet.num_head_channels=16", "unet.attention_ds=2"]
+
+
+@pytest.fixture(scope="module")
+def stage_runs(tmp_path_factory):
+    """Finished runs of both stages, and of a baseline, as small as can be."""
+    root = tmp_path_factory.mktemp("cm-runs")
+    assert main_train("--stage", "pretrain", "--preset", "tiny", "--out", root / "pretrain", *TINY_PRETRAIN) == 0
+    assert main_train("--stage", "cm", "--preset", "tiny", "--out", root / "cm", *TINY_CM) == 0
+    assert main_train("--stage", "cm", "--preset", "tiny", "--out", root / "cm-unet", *TINY_CM, *TINY_NETS,
+                      "generator=unet", "labels=false", "steps=3") == 0
+    return root
+
+
+def stage_cm(*overrides):
+    """Configuration, student, target and optimiser of a small run, from the options of its command line."""
+    cfg = train.configure("cm", "tiny", "synthetic", [*TINY_CM, *TINY_NETS, *overrides])
+    cfg = train.cm_config(cfg, 4)
+    torch.manual_seed(0)
+    net = sample.build_generator(cfg.generator, lambda part: getattr(cfg, part))
+    return cfg, *train.cm_parts(cfg, net, torch.device("cpu"))
+
+
+def stage_batch(cfg, step=0):
+    index = torch.arange(step * cfg.batch, (step + 1) * cfg.batch)
+    return {"image": cm_randn(cfg.batch, 3, cfg.size, cfg.size).clamp(-1, 1), "index": index, "label": index % 4}
+
+
+# ---- the loop ----
+
+def test_stage_cm_shares_every_draw_between_student_and_target_whatever_the_micro_batches():
+    """Noise, shifts and levels belong to the samples: two micro-batches see what the whole batch saw."""
+    for levels in (TINY_TEACHER, [], ["cm.stages=0", "cm.lognormal=true"]):
+        cfg, *_ = stage_cm(*levels)
+        draw, batch = train.cm_noise(cfg), stage_batch(cfg, step=3)
+        z, t, r, extra = draw(batch, 3)
+        assert extra["coord"].shape == (4, 16, 16, 2) and (t > r).all()
+        halves = [draw(part, 3) for part in train.micro_batches(batch, 2)]
+        for i, whole in enumerate((z, t, r)):
+            assert torch.equal(whole, torch.cat([half[i] for half in halves]))
+        assert torch.equal(extra["coord"], torch.cat([half[3]["coord"] for half in halves]))
+        other = draw(stage_batch(cfg, step=4), 4)
+        assert not torch.equal(z, other[0]) and not torch.equal(t, other[1])
+    f, target = cm_toy(), cm_toy(seed=5)
+    cfg, *_ = stage_cm(*TINY_TEACHER, "labels=false")
+    models = [ConsistencyModel(net, cfg.cm) for net in (f, target)]
+    models[1].requires_grad_(False)
+    opt = torch.optim.SGD(f.parameters(), 0.1)
+    train.cm_step(*models, opt, cfg, l2, train.cm_noise(cfg))(stage_batch(cfg), 0)
+    (ours,), (theirs,) = f.calls, target.calls
+    assert torch.equal(ours["coord"], theirs["coord"])
+    c_in = lambda call: torch.exp(call["t"] / 250).square().add(0.25).rsqrt()[:, None, None, None]
+    noise = [call["x"] / c_in(call) - stage_batch(cfg)["image"] for call in (ours, theirs)]
+    sigmas = [torch.exp(call["t"] / 250)[:, None, None, None] for call in (ours, theirs)]
+    torch.testing.assert_close(noise[0] / sigmas[0], noise[1] / sigmas[1], rtol=1e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("recipe", [TINY_TEACHER, []])
+def test_stage_cm_moves_the_student_and_only_a_teacher_follows(recipe):
+    cfg, f, target, opt = stage_cm(*recipe)
+    assert (target is f) == (not recipe)
+    before, teacher = deepcopy(f.state_dict()), deepcopy(target.state_dict())
+    metric = train.cm_metric(cfg, torch.device("cpu"))
+    logs = train.cm_step(f, target, opt, cfg, metric, train.cm_noise(cfg))(stage_batch(cfg), 2)
+    assert logs["taken"]
+    moved = [k for k, v in f.state_dict().items() if not torch.equal(v, before[k])]
+    assert moved and all(p.grad is None for p in target.parameters())
+    if recipe:
+        mu = cfg.cm.mu(2, cfg.K)
+        assert logs["N"] == cfg.cm.N(2, cfg.K) and logs["mu"] == pytest.approx(mu, rel=1e-6)
+        for key in moved:
+            torch.testing.assert_close(target.state_dict()[key], mu * teacher[key] + (1 - mu) * f.state_dict()[key])
+    else:
+        assert logs["stage"] == 2 * 8 // 6
+
+
+def test_stage_cm_accumulates_to_the_same_step():
+    weights = []
+    for accum in (1, 4):
+        cfg, f, target, opt = stage_cm(*TINY_TEACHER, f"accum={accum}")
+        train.cm_step(f, target, opt, cfg, l2, train.cm_noise(cfg))(stage_batch(cfg), 1)
+        weights.append(torch.cat([p.detach().flatten() for p in f.parameters()]))
+    assert (weights[0] - weights[1]).abs().max() < 2e-4                      # RAdam's first steps divide by nothing
+
+
+@pytest.mark.parametrize("stage, recipe", [("pretrain", []), ("cm", []), ("cm", TINY_TEACHER)])
+def test_stage_resumed_run_equals_the_uninterrupted_one(stage_runs, tmp_path, monkeypatch, stage, recipe):
+    args = {"pretrain": TINY_PRETRAIN, "cm": [*TINY_CM, f"init={stage_runs / 'pretrain'}"]}[stage]
+    args = ["--stage", stage, "--preset", "tiny", *args, *recipe]
+    assert main_train(*args, "--out", tmp_path / "whole") == 0
+    steps, descend = [], train.descend
+
+    def stop_in_step_3(*inputs):
+        steps.append(0)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return descend(*inputs)
+
+    monkeypatch.setattr(train, "descend", stop_in_step_3)
+    assert main_train(*args, "--out", tmp_path / "parts") == 143
+    monkeypatch.undo()
+    assert sample.newest_checkpoint(tmp_path / "parts")[1]["step"] == 3
+    assert main_train(*args, "--out", tmp_path / "parts") == 0
+    assert main_same(main_state(tmp_path / "parts"), main_state(tmp_path / "whole"))
+    assert main_log(tmp_path / "parts") == main_log(tmp_path / "whole")
+
+
+def test_stage_cm_keeps_its_schedule_when_continued_for_longer(stage_runs, tmp_path, capsys):
+    """N(k) depends on the planned length K, so more steps alone are another run; K=6 steps=8 goes on."""
+    out = tmp_path / "run"
+    args = ["--stage", "cm", "--preset", "tiny", "--out", out, *TINY_CM, f"init={stage_runs / 'pretrain'}"]
+    assert main_train(*args) == 0
+    assert main_train(*args, "steps=8") == 2 and "K: 6 -> 8" in capsys.readouterr().err
+    assert main_train(*args, "steps=8", "K=6") == 0
+    assert sample.newest_checkpoint(out)[1]["step"] == 8
+
+
+def test_stage_cm_logs_and_draws_what_it_promises(stage_runs):
+    lines = main_log(stage_runs / "cm")
+    assert {"step", "loss", "difference", "stage"} <= set(lines[0])
+    assert [line["step"] for line in lines if "denoising_distance" in line] == [4, 6]
+    assert main_log(stage_runs / "pretrain")[-1]["loss"] > 0
+    grid = np.asarray(Image.open(stage_runs / "cm" / "grid-00000006.png"))
+    assert grid.shape == (7 * 36 - 4, 8 * 36 - 4, 3) or grid.shape == (5 * 36 - 4, 8 * 36 - 4, 3)
+    scores = json.loads((stage_runs / "pretrain" / "eval.json").read_text())
+    assert scores["1x"]["n"] == scores["2x"]["n"] == 2 and scores["2x"]["px"] == 32
+
+
+# ---- from pre-training to consistency training ----
+
+def test_stage_cm_starts_as_the_pretrained_reconstructor(stage_runs, tmp_path):
+    """The encoder is the identity at first, so F(c_in x) is M(c_in x); at sigma = 0 that is the reconstruction."""
+    ckpt = sample.newest_checkpoint(stage_runs / "pretrain")[1]
+    cfg = train.cm_config(train.configure("cm", "tiny", "synthetic", TINY_CM), 4)
+    torch.manual_seed(1)
+    net = FunctionGenerator(cfg.func)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    train.start_from(net, cfg, stage_runs / "cm")
+    for key, value in net.state_dict().items():
+        pretrained = ckpt["state"]["ema"].get(key)
+        assert torch.equal(value, before[key] if pretrained is None else pretrained), key
+        assert (pretrained is None) == key.startswith(("encoder.", "condition.")), key
+    x = cm_randn(2, 3, 16, 16).clamp(-1, 1)
+    with torch.no_grad():
+        assert torch.equal(net(2 * x, torch.full((2,), 5.0), torch.tensor([0, 3])), net.reconstruct(2 * x).draw(16))
+
+
+@pytest.mark.parametrize("args, said", [
+    (["generator=gan"], "unknown generator gan; there are: func, unet, uvit, dit"),
+    (["size=18"], "patch size 4 does not divide resolution 18"),
+    (["generator=dit", "size=18"], "patch size 4 does not divide resolution 18"),
+    (["func.dim=64", "func.heads=4"], "the pre-training in"),
+    (["init=nowhere"], "there is none at nowhere"),
+    (["generator=unet", "init=nowhere"], "only generator=func has a pre-training"),
+    (["cm.mu0=1.5"], "mu0 1.5 must be in [0, 1)"),
+    (["cm.metric=ssim"], "unknown metric ssim"),
+])
+def test_stage_cm_bad_options(stage_runs, tmp_path, capsys, args, said):
+    init = [] if any("init" in a or "generator" in a for a in args) else [f"init={stage_runs / 'pretrain'}"]
+    assert main_train("--stage", "cm", "--preset", "tiny", "--out", tmp_path / "cm", *TINY_CM, *TINY_NETS, *init,
+                      *args) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and said in err and err.count("\n") == 1
+    assert not list(tmp_path.glob("cm/step-*"))
+
+
+def test_stage_cm_other_inputs_that_do_not_fit(stage_runs, tmp_path, capsys):
+    for name in "abcd":
+        Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / f"{name}.png")
+    args = ["--stage", "cm", "--preset", "tiny", *TINY_CM, "init=none"]
+    assert main_train(*args, "--data", tmp_path, "--out", tmp_path / "run") == 2     # no sub-folders, labels=true
+    assert "has no classes" in capsys.readouterr().err
+    assert main_train("--stage", "cm", "--preset", "tiny", "--out", tmp_path / "run", *TINY_CM,
+                      f"init={stage_runs / 'cm'}") == 2
+    assert "is no run of stage pretrain" in capsys.readouterr().err
+    assert main_sample("--ckpt", stage_runs / "pretrain") == 2
+    assert "a checkpoint of stage pretrain; expected ae, ldm or cm" in capsys.readouterr().err
+
+
+# ---- sampling ----
+
+def test_stage_cm_one_function_is_drawn_at_any_size_and_window(stage_runs, tmp_path):
+    common = ["--ckpt", stage_runs / "cm", "--n", 3]
+    assert main_sample(*common, "--res", "16,32,16x48", "--out", tmp_path / "a") == 0
+    assert main_sample(*common, "--res", 16, "--window", "0,-1,1,0", "--batch", 1, "--out", tmp_path / "b") == 0
+    model = sample.load(stage_runs / "cm")
+    assert model.weights == "EMA" and model.classes == data.Landscapes.classes and model.f.cfg.stages == 8
+    for i in range(3):
+        function = model.functions([i])                                      # alone, where the files came from three
+        small, large, wide = ((main_png(tmp_path / "a" / f"seed0-{i:06d}-{r}.png")) for r in ("16x16", "32x32", "16x48"))
+        for (pixels, info), res in ((small, 16), (large, 32), (wide, (16, 48))):
+            own = sample.to_uint8(function.draw(res)[0])
+            assert np.abs(pixels.astype(int) - own).max() <= 1 and info["steps"] == 1 and info["index"] == i
+        part, _ = main_png(tmp_path / "b" / f"seed0-{i:06d}-16x16.png")
+        assert np.abs(part.astype(int) - large[0][16:, :16]).max() <= 1      # a quarter of the plane at twice the size
+    first, second = (main_png(tmp_path / "a" / f"seed0-00000{i}-16x16.png")[0].astype(int) for i in (0, 1))
+    assert np.abs(first - second).max() > 1
+
+
+def test_stage_cm_more_steps_stay_at_the_training_resolution(stage_runs, tmp_path, capsys):
+    model = sample.load(stage_runs / "cm")
+    assert main_sample("--ckpt", stage_runs / "cm", "--sigmas", "4,0.5", "--label", "dusk", "--out", tmp_path / "a") == 0
+    pixels, info = main_png(tmp_path / "a" / "seed0-000000-16x16.png")
+    noises = [data.torch_noise((3, 16, 16), 0, "x_T", 0, k)[None] for k in range(3)]
+    image = sample_multistep(model.f, noises, (80.0, 4.0, 0.5), torch.tensor([data.Landscapes.classes.index("dusk")]))
+    assert np.abs(pixels.astype(int) - sample.to_uint8(image[0])).max() <= 1 and info["sigmas"] == [4.0, 0.5]
+    assert main_sample("--ckpt", stage_runs / "cm", "--steps", 2, "--out", tmp_path / "two") == 0
+    assert main_png(tmp_path / "two" / "seed0-000000-16x16.png")[1]["sigmas"] == [0.821]
+    for args, said in ((["--steps", 2, "--res", 32], "only one step of generator=func"),
+                       (["--steps", 3], "name the noise levels"), (["--sigmas", "1,2"], "decreasing"),
+                       (["--eta", 0, "--norm", "global"], "--eta, --norm means nothing"), (["--label", 7], "dawn, day")):
+        assert main_sample("--ckpt", stage_runs / "cm", "--out", tmp_path / "bad", *args) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "bad").exists()
+
+
+def test_stage_cm_a_generator_of_pixels_draws_its_own_size(stage_runs, tmp_path, capsys):
+    assert main_sample("--ckpt", stage_runs / "cm-unet", "--out", tmp_path / "a") == 0
+    pixels, _ = main_png(tmp_path / "a" / "seed0-000000-16x16.png")
+    model = sample.load(stage_runs / "cm-unet")
+    image = sample_onestep(model.f, data.torch_noise((3, 16, 16), 0, "x_T", 0, 0)[None])
+    assert np.abs(pixels.astype(int) - sample.to_uint8(image[0])).max() <= 1
+    assert main_sample("--ckpt", stage_runs / "cm-unet", "--res", "16,32", "--out", tmp_path / "b") == 2
+    assert "only one step of generator=func can be drawn at any size" in capsys.readouterr().err
+    assert main_sample("--ckpt", stage_runs / "cm-unet", "--label", 0, "--out", tmp_path / "b") == 2
+    assert "no classes: leave --label out" in capsys.readouterr().err
+
+
+def test_stage_cm_heun_follows_a_gaussian_to_its_closed_form():
+    """For data N(0, s^2) the ideal denoiser is x s^2 / (s^2 + sigma^2), and x(0) = x_T s / sqrt(s^2 + sigma_max^2)."""
+    s, cfg, noise = 0.5, ConsistencyConfig(boundary=False), cm_randn(2, 3, 4, 4)
+
+    class Ideal(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cfg, self.calls = cfg, 0
+
+        def forward(self, x, sigma, y=None):
+            self.calls += 1
+            return x * s**2 / (s**2 + per_image(sigma) ** 2)
+
+    exact = (cfg.sigma_max * noise * s / math.sqrt(s**2 + cfg.sigma_max**2)).clamp(-1, 1)
+    errors = []
+    for steps in (20, 40, 80):
+        f = Ideal()
+        errors.append((sample.sample_heun(f, noise, steps) - exact).abs().max().item())
+        assert f.calls == 2 * steps - 1
+    assert errors[0] > 3 * errors[1] > 9 * errors[2] and errors[2] < 3e-3    # second order
+
+
+# ---- published checkpoints ----
+
+@pytest.mark.parametrize("cfg", [LDM_IMAGENET64, LDM_BEDROOM256])
+def test_stage_openai_architecture_is_read_from_the_names_and_shapes(cfg):
+    with torch.device("meta"):
+        weights = UNet(cfg).state_dict()
+    assert len(weights) == (541 if cfg.num_classes else 566)                 # tensors of the published files
+    assert sample.openai_unet(weights) == cfg
+
+
+@pytest.mark.parametrize("name, boundary, second", [
+    ("ct_imagenet64.pt", True, 1.913), ("cd_imagenet64_lpips.pt", True, 1.382), ("edm_imagenet64_ema.pt", False, 0)])
+def test_stage_openai_checkpoint_is_sampled(tmp_path, capsys, name, boundary, second):
+    cfg = UNetConfig(model_channels=64, channel_mult=(1, 1, 1, 1), num_res_blocks=1, attention_ds=(8,),
+                     num_head_channels=64, resblock_updown=True, scale_shift_norm=True, num_classes=3)
+    net = cm_randomised(UNet(cfg)).eval()
+    torch.save(net.state_dict(), tmp_path / name)
+    model = sample.load(tmp_path / name)
+    assert model.f.net.cfg == cfg and model.size == 64
+    assert model.f.cfg.boundary == boundary and model.second == pytest.approx(second, abs=1e-3)
+    x, sigma, y = cm_randn(1, 3, 64, 64), torch.tensor([2.0]), torch.tensor([1])
+    with torch.no_grad():
+        own = ConsistencyModel(net, ConsistencyConfig(boundary=boundary))(x, sigma, y)
+        torch.testing.assert_close(model.f(x, sigma, y), own, rtol=0, atol=1e-6)
+    steps = 3 if not boundary else 2
+    assert main_sample("--ckpt", tmp_path / name, "--steps", steps, "--label", 1, "--out", tmp_path / "out") == 0
+    pixels, info = main_png(tmp_path / "out" / "seed0-000000-64x64.png")
+    noises = [data.torch_noise((3, 64, 64), 0, "x_T", 0, k)[None] for k in range(2)]
+    image = sample.sample_heun(model.f, noises[0], 3, y) if not boundary else \
+        sample_multistep(model.f, noises, (80.0, model.second), y)
+    assert np.abs(pixels.astype(int) - sample.to_uint8(image[0])).max() <= 1
+    assert info["weights"] == "published"
+
+
+def test_stage_openai_checkpoint_with_a_renamed_key_is_refused(tmp_path, capsys):
+    cfg = UNetConfig(model_channels=64, channel_mult=(1, 1, 1, 1), num_res_blocks=1, attention_ds=(8,),
+                     num_head_channels=64, resblock_updown=True)
+    weights = UNet(cfg).state_dict()
+    weights["middle_block.0.in_layers.9.weight"] = weights.pop("middle_block.0.in_layers.2.weight")
+    torch.save(weights, tmp_path / "ct.pt")
+    assert main_sample("--ckpt", tmp_path / "ct.pt", "--out", tmp_path / "out") == 2
+    err = capsys.readouterr().err
+    assert "missing middle_block.0.in_layers.2.weight" in err and "left over middle_block.0.in_layers.9.weight" in err
+
+
+# ---- the efficiency report ----
+
+@pytest.mark.parametrize("size, unet, uvit, dit, function", [
+    (32, 80.38, 15.08, 13.90, 35.63), (64, 300.79, 61.90, 57.53, 62.53), (128, 613.59, 62.01, 57.64, 62.58)])
+def test_stage_cm_flops_of_the_paper_presets(size, unet, uvit, dit, function):
+    """Forward GFLOP of the published modules at batch 1, counted here without computing anything."""
+    for name, expected in (("unet", unet), ("uvit", uvit), ("dit", dit), ("func", function)):
+        cfg = train.cm_config(train.configure("cm", "paper", "celeba", [f"size={size}", f"generator={name}"]), 0)
+        with torch.device("meta"):
+            net = sample.build_generator(name, lambda part: getattr(cfg, part))
+            x, t = torch.empty(1, 3, size, size), torch.empty(1)
+            if name == "func":
+                assert sample.gflop(lambda: net.function(x, t)) == pytest.approx(function, rel=2e-3)
+                made = net.function(x, t)
+                for res, render in ((32, 0.541), (64, 2.163), (128, 8.653)):     # these count biases as products
+                    counted = sample.gflop(lambda: made(torch.empty(1, res, res, 2)))
+                    assert counted == pytest.approx(2e-9 * res**2 * (4 * 256 * 256 + 3 * 256))
+                    assert counted == pytest.approx(render, rel=5e-3)
+            else:
+                assert sample.gflop(lambda: net(x, t)) == pytest.approx(expected, rel=2e-3)
+
+
+def test_stage_cm_bench_reports_every_part_and_their_sum(capsys):
+    args = ["--stage", "cm", "--preset", "tiny", "--bench", *TINY_CM, *TINY_NETS, "batch=2", "labels=false",
+            "size=32", "generator=func,dit,unet"]
+    assert main_train(*args) == 0
+    out = capsys.readouterr().out
+    report = json.loads(out.splitlines()[-1])
+    assert set(report) == {"device", "func", "dit", "unet"} and "multi-res FPS" in out
+    assert set(report["func"]["ms"]) == {"function", "render 32", "render 64", "render 128"}
+    assert set(report["dit"]["ms"]) == {"image 32", "image 64", "image 128"}
+    for row in (report["func"], report["dit"], report["unet"]):
+        assert row["multi_res_fps"] == pytest.approx(3000 / sum(row["ms"].values()), rel=1e-3)      # Section 4.3
+        assert row["multi_res_gflop"] == pytest.approx(sum(row["gflop"].values()), abs=0.02)
+        assert row["train_images_per_s"] > 0 and row["parameters"] > 0
+    assert main_train("--stage", "ae", "--preset", "tiny", "--bench") == 2
+
+
+def test_stage_sample_bench_times_each_part(stage_runs, main_runs, capsys):
+    for run, parts in ((stage_runs / "cm", {"function", "render 16", "render 32", "render 64", "render 128"}),
+                       (stage_runs / "cm-unet", {"image 16"}), (main_runs / "ldm", {"decode", "render 24x24"})):
+        args = ["--res", 24] if run.name == "ldm" else []
+        assert main_sample("--ckpt", run, "--bench", *args) == 0
+        result = json.loads(capsys.readouterr().out.splitlines()[-1])["seconds"]
+        assert parts <= set(result.get("batch 64", result)) and not (run / "samples").exists()
+
+
+@pytest.mark.parametrize("data_name, size, patch, steps, mu0, classes", [
+    ("cifar10", 32, 4, 400_000, 0.9, 10), ("celeba", 64, 4, 900_000, 0.95, 0), ("lsun-church", 128, 8, 900_000, 0.95, 0)])
+def test_stage_cm_paper_presets(data_name, size, patch, steps, mu0, classes):
+    cfg = train.cm_config(train.configure("cm", "paper", data_name, []), classes)
+    assert (cfg.size, cfg.func.patch, cfg.steps, cfg.K) == (size, patch, steps, steps)
+    assert (cfg.cm.s0, cfg.cm.s1, cfg.cm.mu0, cfg.cm.metric, cfg.batch, cfg.lr) == (2, 150, mu0, "lpips", 32, 5e-4)
+    assert cfg.func.num_classes == classes and cfg.func.size == size
+    pretrain = train.configure("pretrain", "paper", data_name, [])
+    assert (pretrain.size, pretrain.func.patch, pretrain.epochs, pretrain.lr) == (size, patch, 30, 1e-4)
+    assert train.configure("cm", "paper", "celeba", ["size=128"]).func.patch == 8
+
+
+# ======================================================================================================================
 # The README
 # ======================================================================================================================
 
@@ -3858,7 +4222,8 @@ def test_readme_commands_parse():
 @pytest.mark.parametrize("stage", list(train.STAGES))
 def test_every_preset_is_a_configuration(stage):
     for preset in train.PRESETS[stage]:
-        assert train.configure(stage, preset, "synthetic", []).steps > 0
+        cfg = train.configure(stage, preset, "synthetic", [])
+        assert cfg.steps > 0 or cfg.epochs > 0
         assert train.configure(stage, preset, "mountains", ["steps=7"]).steps == 7
 
 

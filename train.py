@@ -2,6 +2,8 @@
 
     python train.py --stage ae --preset tiny           encoder, decoder and renderer, patch by patch (INFD, Section J)
     python train.py --stage ldm --preset tiny          diffusion in the latent space of that autoencoder
+    python train.py --stage pretrain --preset tiny     image functions that reconstruct pictures (CM-Func, 3.4)
+    python train.py --stage cm --preset tiny           consistency training of the function generator (CM-Func, 3.1)
 
 The same command again continues the run. Losses and perceptual networks live here, outside the models.
 """
@@ -36,9 +38,13 @@ import data
 import metrics
 from autoencoder import (AutoencoderConfig, DiscriminatorConfig, FieldAutoencoder, PatchDiscriminator, adaptive_weight,
                          hinge_loss)
+from consistency import (ECT, ConsistencyConfig, ConsistencyModel, consistency_loss, denoising_distance, l2,
+                         lpips_resized, pseudo_huber)
 from data import DataConfig, rng, torch_noise
+from inr_generator import FunctionGenerator, GeneratorConfig, TransformerConfig, pixel_coord, variational_coord
 from ldm import DiffusionConfig, GaussianDiffusion, UNet, UNetConfig
-from sample import INFD, LatentScale, checkpoints, draw, fill, load, newest_checkpoint, pick_device
+from sample import (GENERATORS, INFD, LatentScale, OneStep, build_generator, checkpoints, draw, fill, gflop,
+                    load, newest_checkpoint, onestep_calls, pick_device, read_checkpoint, seconds, to_uint8)
 
 # ---- options ---------------------------------------------------------------------------------------------------------
 
@@ -113,6 +119,59 @@ class LDMRun(Run):
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
 
 
+@dataclass(frozen=True)
+class PretrainRun(Run):
+    """Stage pretrain: image functions that reconstruct clean pictures (CM-Func 3.4, A.1). "open": paper does not say."""
+
+    steps: int = 0                    # 0: as many as `epochs` need
+    epochs: int = 30                  # A.1
+    batch: int = 32                   # open: the reported hours fit 32
+    lr: float = 1e-4                  # A.1, Adam
+    lr_drop: bool = False             # open: a tenth of lr in the last fifth, as Trans-INR's code has it
+    beta1: float = 0.9                # open: Adam's own
+    beta2: float = 0.999
+    size: int = 64
+    flip: bool = True                 # open: OpenAI's default, here and in stage cm
+    eval_n: int = 64                  # held-out pictures in the scores at the end
+    func: GeneratorConfig = field(default_factory=GeneratorConfig)
+
+
+# Appendix A.3: base 256, 2 residual blocks, mult 1,2,3,4, attention at 32, 16 and 8 px. open: resampling inside residual
+# blocks and heads of 64 channels, as Song et al.'s launch script has it ("4 heads" of 64 channels cannot both hold).
+CM_UNET = UNetConfig(model_channels=256, num_head_channels=64, resblock_updown=True)
+
+
+@dataclass(frozen=True)
+class CMRun(Run):
+    """Stage cm: consistency training of one of four generators (CM-Func 3.1, A.1). "open": the paper does not say."""
+
+    steps: int = 900_000              # A.1: 400,000 for CIFAR-10
+    K: int = 0                        # the run's length as N(k), mu(k) and ECT's stages know it; 0: steps
+    batch: int = 32                   # A.1
+    lr: float = 5e-4                  # A.1, RAdam; open: no warm-up, no clipping, no weight decay
+    beta1: float = 0.9                # open: RAdam's own
+    beta2: float = 0.999
+    ema: float = 0.9999               # open: average that samples are drawn from, beside the teacher's; published code
+    size: int = 64
+    flip: bool = True
+    generator: str = "func"           # func | unet | uvit | dit (D.2.1, A.3)
+    init: str = ""                    # func: run of stage pretrain; default: the one beside this run; none: without
+    labels: bool = False              # condition on the classes of the data; the paper does for CIFAR-10
+    lpips: str = "vgg"                # of cm.metric=lpips: vgg | alex | squeeze
+    lpips_size: int = 224             # A.1
+    distance_every: int = 5000        # denoising distance of distance_n held-out pictures into the log every so often
+    distance_n: int = 64              # open
+    cm: ConsistencyConfig = field(default_factory=ConsistencyConfig)
+    func: GeneratorConfig = field(default_factory=GeneratorConfig)
+    vit: TransformerConfig = field(default_factory=TransformerConfig)        # of uvit and dit
+    unet: UNetConfig = field(default_factory=lambda: CM_UNET)
+
+
+# Parts of the presets below. Easy consistency tuning as in consistency.ECT; the generator for two CPU cores.
+CM_ECT = {f"cm.{k}": v for k, v in asdict(ECT).items() if v != getattr(ConsistencyConfig(), k)}
+CM_TINY_FUNC = {"size": 64, "func.patch": 8, "func.dim": 128, "func.heads": 4, "func.encoder_depth": 4,
+                "func.decoder_depth": 3, "func.groups": 16, "func.hidden": 48, "func.pe_dim": 48, "func.pe_sigma": 128.0}
+
 # What a preset changes from the defaults above, which are the paper's ("paper": FFHQ). Keys as on the command line.
 PRESETS = {
     "ae": {
@@ -134,17 +193,51 @@ PRESETS = {
                  "unet.channel_mult": (1, 2), "unet.num_res_blocks": 1, "unet.attention_ds": (2,), "unet.groups": 16,
                  "workers": 1, "log_every": 20, "grid_every": 500, "save_every": 500},
     },
+    "pretrain": {
+        "paper": {},                                                         # Table 3: 13 hours on an A6000
+        "small": {"epochs": 0, "steps": 20_000, "func.dim": 384, "func.heads": 6, "func.encoder_depth": 6,
+                  "func.decoder_depth": 4, "func.hidden": 128, "lr": 3e-4, "grid_every": 2000, "save_every": 2000},
+        "tiny": CM_TINY_FUNC | {"steps": 1500, "lr": 1e-3, "lr_drop": True, "workers": 1, "grid_every": 500,
+                                "save_every": 500},
+    },
+    "cm": {
+        "paper": {},                                                         # Table 3: 224 hours on an A6000
+        # Easy consistency tuning: no second copy of the weights, no LPIPS, and pictures long before the paper's recipe.
+        "small": CM_ECT | {"steps": 60_000, "batch": 64, "lr": 3e-4, "ema": 0.999, "ema_warmup": True, "func.dim": 384,
+                           "func.heads": 6, "func.encoder_depth": 6, "func.decoder_depth": 4, "func.hidden": 128,
+                           "vit.dim": 384, "vit.heads": 6, "vit.depth": 11, "unet.model_channels": 96,
+                           "unet.num_head_channels": 32, "grid_every": 2000, "save_every": 2000, "distance_every": 2000},
+        "tiny": CM_TINY_FUNC | CM_ECT | {"steps": 2000, "lr": 1e-3, "ema": 0.998, "ema_warmup": True, "labels": True,
+                                         "vit.patch": 8, "vit.dim": 128, "vit.depth": 7, "vit.heads": 4,
+                                         "unet.model_channels": 16, "unet.channel_mult": (1, 2, 3, 4),
+                                         "unet.num_res_blocks": 1, "unet.attention_ds": (4, 8), "unet.groups": 8,
+                                         "unet.num_head_channels": 16, "workers": 1, "log_every": 20,
+                                         "grid_every": 500, "save_every": 500, "distance_every": 500},
+    },
 }
 # The published settings of one data set, on top of preset paper. The supplementary says 1M steps with the switch at
 # 600K (J.2: "in the last 400K iterations"); the published configuration for such data has these. It also leaves the
 # second stage at 600K steps, where the text says 1.7M for Mountains: steps=1.7e6 follows the text.
-PAPER_DATA = {("ae", "mountains"): {"steps": 1_200_000, "p_original": 0.5, "original_from": 800_000}}
+PAPER_DATA = {("ae", "mountains"): {"steps": 1_200_000, "p_original": 0.5, "original_from": 800_000},
+              ("pretrain", "cifar10"): {"size": 32},
+              ("pretrain", "lsun-church"): {"size": 128},
+              ("pretrain", "lsun-classroom"): {"size": 128},
+              ("cm", "cifar10"): {"size": 32, "steps": 400_000, "labels": True, "cm.mu0": 0.9},
+              ("cm", "lsun-church"): {"size": 128},
+              ("cm", "lsun-classroom"): {"size": 128}}
+# CM-Func by resolution (A.2, D.2.1; attention of the UNet at 32, 16, 8 px). The text has four levels at 128 px too; with
+# the published default of five the network grows with the resolution, as Figure 2 says: unet.channel_mult=1,2,3,4.
+PAPER_SIZE = {32: {"func.patch": 4, "vit.patch": 4, "unet.attention_ds": (1, 2, 4)},
+              64: {"func.patch": 4, "vit.patch": 4, "unet.attention_ds": (2, 4, 8)},
+              128: {"func.patch": 8, "vit.patch": 8, "unet.attention_ds": (4, 8, 16), "unet.channel_mult": (1, 1, 2, 3, 4)}}
 
 # A run may be continued with these changed; anything else belongs to another run.
 FREE = {"steps", "workers", "dtype", "compile", "accum", "log_every", "grid_every", "save_every", "keep_every",
         "preview_steps", "eval_every", "eval_n", "eval_features"}
 COST = {"ae": "1,000,000 steps of batch 8: about 4 days on 4 A100",
-        "ldm": "600,000 steps of batch 48: about 2.5 days on 4 A100"}
+        "ldm": "600,000 steps of batch 48: about 2.5 days on 4 A100",
+        "pretrain": "30 epochs: 13 hours on an A6000 for CelebA at 64 px (Table 3)",
+        "cm": "900,000 steps of batch 32: 224 hours on an A6000 for CelebA at 64 px (Table 3)"}
 
 
 def options(cls: type, prefix: str = "") -> dict[str, type]:
@@ -193,8 +286,10 @@ def configure(stage: str, preset: str, data_name: str, overrides: list[str]) -> 
             raise ValueError(f"unknown option {name}; stage {stage} has: {', '.join(known)}")
         given[name] = convert(name, known[name], value)
     base = PRESETS[stage][preset] | (PAPER_DATA.get((stage, data_name), {}) if preset == "paper" else {})
-    cfg = apply(cls(), base | {"data": data_name} | given)
-    if min(cfg.steps, cfg.batch, cfg.accum, cfg.log_every, cfg.grid_every, cfg.save_every) < 1 or cfg.batch % cfg.accum:
+    size = given.get("size", base.get("size", cls.size))
+    by_size = {name: v for name, v in PAPER_SIZE.get(size, {}).items() if name in known}
+    cfg = apply(cls(), by_size | base | {"data": data_name} | given)
+    if min(cfg.steps or "epochs" in known, cfg.batch, cfg.accum, cfg.log_every, cfg.grid_every, cfg.save_every) < 1 or cfg.batch % cfg.accum:
         raise ValueError("steps, batch, accum and the *_every options must be at least 1, and accum must divide batch")
     return cfg
 
@@ -521,7 +616,7 @@ def train_ae(cfg: AERun, run_dir: Path, device: torch.device) -> None:
     fit("ae", cfg, run_dir, state, step, ae_batches(cfg, source, device), preview, {})
     result = evaluate_ae(shown, held_out, cfg, device, perceptual)
     (run_dir / "eval.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(ae_table(result))
+    print(score_table(result))
 
 
 # ---- what stage ae shows ---------------------------------------------------------------------------------------------
@@ -560,20 +655,22 @@ def contact_sheet(rows: list[list[np.ndarray]], side: int, gap: int = 4) -> np.n
 
 
 @torch.no_grad()
-def evaluate_ae(model: FieldAutoencoder, source, cfg: AERun, device: torch.device, perceptual: Callable | None) -> dict:
-    """PSNR (and LPIPS) of held-out pictures at 1x, 2x, 4x the training resolution, and 8x where max_size trained it,
-    beside bicubic upsampling of the 1x rendering. A picture counts at a scale if its original has that many pixels."""
-    scales = [s for s in (1, 2, 4, 8) if s <= 4 or s * cfg.size <= cfg.max_size]
-    scores: dict = {f"{s}x": {"px": s * cfg.size, "n": 0} for s in scales}
-    for i in range(min(cfg.eval_n, len(source))):
-        picture = source[i]
-        phi = model.decode(model.encode(data.to_tensor(picture.draw(cfg.size))[None].to(device)))
-        base = None
+def evaluate(reconstruct: Callable, source, n: int, size: int, scales: list[int], device: torch.device,
+             perceptual: Callable | None = None) -> dict:
+    """PSNR (and LPIPS) of n held-out pictures at multiples of the training resolution, beside bicubic upsampling of the
+    1x rendering. A picture counts at a scale if its original has that many pixels.
+
+    reconstruct (image (1, 3, S, S)) -> a function of the resolution that draws (1, 3, res, res) in [-1, 1].
+    """
+    scores: dict = {f"{s}x": {"px": s * size, "n": 0} for s in scales}
+    for i in range(min(n, len(source))):
+        picture, base = source[i], None
+        drawn = reconstruct(data.to_tensor(picture.draw(size))[None].to(device))
         for scale in scales:
-            res, out = scale * cfg.size, scores[f"{scale}x"]
+            res, out = scale * size, scores[f"{scale}x"]
             if res > picture.size:
                 continue
-            rgb = data.to_tensor(draw(model.renderer, phi, (res, res), cfg.patch)[0])[None].to(device)
+            rgb = data.to_tensor(to_uint8(drawn(res)[0]))[None].to(device)
             base = rgb if base is None else base
             truth = data.to_tensor(picture.draw(res))[None].to(device)
             out["n"] += 1
@@ -585,8 +682,19 @@ def evaluate_ae(model: FieldAutoencoder, source, cfg: AERun, device: torch.devic
             for scale, out in scores.items()}
 
 
-def ae_table(result: dict) -> str:
-    """The scores of evaluate_ae as text."""
+def evaluate_ae(model: FieldAutoencoder, source, cfg: AERun, device: torch.device, perceptual: Callable | None) -> dict:
+    """Scores at 1x, 2x, 4x the training resolution, and 8x where max_size trained it."""
+
+    def reconstruct(image: Tensor) -> Callable:
+        phi = model.decode(model.encode(image))
+        return lambda res: model.render(phi, res, tile=cfg.patch)
+
+    scales = [s for s in (1, 2, 4, 8) if s <= 4 or s * cfg.size <= cfg.max_size]
+    return evaluate(reconstruct, source, cfg.eval_n, cfg.size, scales, device, perceptual)
+
+
+def score_table(result: dict) -> str:
+    """The scores of `evaluate` as text."""
     lines = ["held-out pictures      PSNR render  bicubic from 1x   LPIPS render  bicubic"]
     for scale, r in result.items():
         if r["n"]:
@@ -792,10 +900,313 @@ def ldm_preview(infd: INFD, cfg: LDMRun, path: Path, n: int = 8) -> None:
     Image.fromarray(contact_sheet(rows, side)).save(path)
 
 
+# ---- stage pretrain --------------------------------------------------------------------------------------------------
+
+
+def function_parts(net: FunctionGenerator) -> nn.ModuleDict:
+    """What stage pretrain trains and hands to stage cm (3.4): patch embedding and function prediction."""
+    return nn.ModuleDict({"embed": net.embed, "predict": net.predict})
+
+
+def picture_batches(cfg: Run, source, device: torch.device) -> Callable:
+    """batches(start) of whole pictures at cfg.size."""
+    item = functools.partial(picture_item, size=cfg.size, flip=cfg.flip)
+
+    def batches(start: int) -> Iterator[dict]:
+        stream = data.loader(source, item, cfg.batch, start, cfg.seed, cfg.workers, pin_memory=device.type == "cuda")
+        return (to_device(batch, device) for batch in stream)
+
+    return batches
+
+
+def moved_grid(batch: dict, cfg: Run, corners: bool) -> Tensor:
+    """Variational coordinates (B, S, S, 2) of the pixels, shifted by each sample's own noise (3.2)."""
+    shape, device = (cfg.size, cfg.size), batch["image"].device
+    noise = torch.stack([torch_noise((*shape, 2), cfg.seed, "coord", n) for n in batch["index"].tolist()]).to(device)
+    return variational_coord(pixel_coord(shape, corners=corners, device=device), noise)
+
+
+def pretrain_step(net: FunctionGenerator, opt: torch.optim.Optimizer, cfg: PretrainRun,
+                  autocast: Callable = contextlib.nullcontext) -> Callable:
+    """One iteration of pre-training: the encoder is skipped, and sigma is 0."""
+
+    def step(batch: dict, k: int) -> dict:
+        logs: dict = {}
+        for group in opt.param_groups:
+            group["lr"] = cfg.lr * (0.1 if cfg.lr_drop and k >= 0.8 * cfg.steps else 1)
+        for b in micro_batches(batch, cfg.accum):
+            x = b["image"]                                                   # (B, 3, S, S)
+            with autocast():
+                function = net.reconstruct(x / ConsistencyConfig.sigma_data)             # c_in at sigma = 0
+            rgb = function(moved_grid(b, cfg, cfg.func.corners)).movedim(-1, 1)
+            loss = (rgb - x).square().mean()                                 # Eq. (10)
+            (loss / cfg.accum).backward()
+            logs = add(logs, {"loss": loss}, cfg.accum)
+        return logs | {"taken": descend(opt)}
+
+    return step
+
+
+def train_pretrain(cfg: PretrainRun, run_dir: Path, device: torch.device) -> None:
+    """Stage pretrain: the function prediction of CM-Func learns to reconstruct pictures."""
+    source, held_out = data.open_data(cfg.data, "train"), data.open_data(cfg.data, "val")
+    cfg = apply(cfg, {"steps": cfg.steps or cfg.epochs * len(source) // cfg.batch, "func.size": cfg.size})
+    torch.manual_seed(cfg.seed)
+    net = FunctionGenerator(cfg.func).to(device)
+    shown, model = copy.deepcopy(net) if cfg.ema else net, function_parts(net)
+    opt = torch.optim.Adam(model.parameters(), cfg.lr, (cfg.beta1, cfg.beta2))
+    state = {"model": model, "opt": opt}
+    if cfg.ema:
+        state["ema"] = function_parts(shown).requires_grad_(False)
+    if compiled(cfg, device):
+        net.predict.fuse = torch.compile(net.predict.fuse)
+    describe("pretrain", cfg, run_dir, device, source, model)
+
+    def reconstruct(image: Tensor) -> Callable:
+        return shown.reconstruct(image / ConsistencyConfig.sigma_data).draw
+
+    @torch.no_grad()
+    def preview(k: int) -> None:
+        if k % cfg.grid_every == 0 or k == cfg.steps:
+            rows = []
+            for i in range(min(4, len(held_out))):
+                image = held_out[i].draw(cfg.size)
+                drawn = reconstruct(data.to_tensor(image)[None].to(device))
+                rows.append([image] + [to_uint8(drawn(s * cfg.size)[0]) for s in (1, 2)])
+            Image.fromarray(contact_sheet(rows, 2 * cfg.size)).save(run_dir / f"grid-{k:08d}.png")
+
+    fit("pretrain", cfg, run_dir, state, pretrain_step(net, opt, cfg, autocast_for(cfg, device)),
+        picture_batches(cfg, source, device), preview, {})
+    result = evaluate(reconstruct, held_out, cfg.eval_n, cfg.size, [1, 2], device)
+    (run_dir / "eval.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(score_table(result))
+
+
+# ---- stage cm --------------------------------------------------------------------------------------------------------
+
+
+def cm_step(f: ConsistencyModel, target: ConsistencyModel, opt: torch.optim.Optimizer, cfg: CMRun, metric: Callable,
+            draw_noise: Callable, autocast: Callable = contextlib.nullcontext) -> Callable:
+    """One iteration of consistency training: student to target, then the target follows the new student by mu(k).
+
+    draw_noise (batch, k) -> (z, t, r, extra): functions of the samples' numbers, the same for both sides. target may
+    be f itself (iCT, ECT).
+    """
+
+    def step(batch: dict, k: int) -> dict:
+        logs: dict = {}
+        for b in micro_batches(batch, cfg.accum):
+            z, t, r, extra = draw_noise(b, k)                                # (B, 3, S, S), (B,), (B,)
+            y = b["label"] if cfg.labels else None
+            with autocast():
+                d = consistency_loss(f, target, b["image"], z, t, r, metric, y, **extra)        # (B,)
+            loss = (cfg.cm.weight(t, r) * d).mean()                          # Eq. (5)
+            (loss / cfg.accum).backward()
+            logs = add(logs, {"loss": loss, "difference": d.mean()}, cfg.accum)
+        taken, mu = descend(opt), cfg.cm.mu(k, cfg.K)
+        if taken and target is not f:
+            ema_update(target, f, mu)                                        # theta^- <- mu theta^- + (1 - mu) theta
+        return logs | cm_schedule(cfg, k) | {"taken": taken}
+
+    return step
+
+
+def cm_schedule(cfg: CMRun, k: int) -> dict[str, Tensor]:
+    """Where the curriculum is at step k, for the log: N and mu, or ECT's stage."""
+    if cfg.cm.stages:
+        return {"stage": torch.tensor(float(min(k * cfg.cm.stages // cfg.K, cfg.cm.stages - 1)))}
+    return {"N": torch.tensor(float(cfg.cm.N(k, cfg.K))), "mu": torch.tensor(cfg.cm.mu(k, cfg.K))}
+
+
+def cm_noise(cfg: CMRun) -> Callable:
+    """draw_noise of cm_step: z and the coordinates' shifts by sample; the levels by step, a sample taking its own."""
+
+    def draw_noise(b: dict, k: int) -> tuple[Tensor, Tensor, Tensor, dict]:
+        index, device = b["index"].tolist(), b["image"].device
+        z = torch.stack([torch_noise((3, cfg.size, cfg.size), cfg.seed, "z", n) for n in index]).to(device)
+        generator = torch.Generator().manual_seed(int(rng(cfg.seed, "levels", k).integers(2**62)))
+        t, r = (levels[[n % cfg.batch for n in index]].to(device)
+                for levels in cfg.cm.draw_levels(k, cfg.K, cfg.batch, generator))
+        extra = {"coord": moved_grid(b, cfg, cfg.func.corners)} if cfg.generator == "func" else {}
+        return z, t, r, extra
+
+    return draw_noise
+
+
+def cm_metric(cfg: CMRun, device: torch.device) -> Callable:
+    """The distance between student and target."""
+    if cfg.cm.metric != "lpips":
+        return {"l2": l2, "huber": pseudo_huber}[cfg.cm.metric]
+    network = metrics.lpips_network(cfg.lpips, "train without it: cm.metric=huber cm.mu0=0 cm.gap_weight=true")
+    return lpips_resized(network.to(device), average_pool=cfg.lpips == "vgg", size=cfg.lpips_size)
+
+
+def start_from(net: FunctionGenerator, cfg: CMRun, run_dir: Path) -> None:
+    """Load what stage pretrain has learned (3.4)."""
+    init = Path(cfg.init) if cfg.init else run_dir.parent / "pretrain"
+    if not init.exists():
+        raise FileNotFoundError(f"stage cm starts from stage pretrain and there is none at {init}; run --stage pretrain "
+                                f"first with the same --data and --preset, name one with init=RUN, or give init=none")
+    path, ckpt = newest_checkpoint(init) if init.is_dir() else (init, read_checkpoint(init))
+    if ckpt.get("stage") != "pretrain":
+        raise ValueError(f"init={init} is no run of stage pretrain")
+    fill(function_parts(net), ckpt["state"].get("ema", ckpt["state"]["model"]), f"the pre-training in {path}")
+    print(f"starting from {path}")
+
+
+def cm_config(cfg: CMRun, classes: int) -> CMRun:
+    """The configuration with what follows from other options: sizes, classes, K."""
+    if cfg.labels and not classes:
+        raise ValueError(f"labels=true, but {cfg.data} has no classes (sub-folders); leave labels out")
+    if cfg.init and cfg.init != "none" and cfg.generator != "func":
+        raise ValueError(f"init={cfg.init}: only generator=func has a pre-training")
+    if cfg.generator not in GENERATORS:
+        raise ValueError(f"unknown generator {cfg.generator}; there are: {', '.join(GENERATORS)}")
+    part = GENERATORS[cfg.generator][2]
+    sized = {} if part == "unet" else {f"{part}.size": cfg.size}
+    return apply(cfg, {"K": cfg.K or cfg.steps, f"{part}.num_classes": classes if cfg.labels else 0} | sized)
+
+
+def cm_parts(cfg: CMRun, net: nn.Module, device: torch.device) -> tuple:
+    """Student, target and optimiser. Without a teacher EMA (mu0 = 0) the student is its own target."""
+    f = ConsistencyModel(net, cfg.cm).to(device)
+    target = copy.deepcopy(f).requires_grad_(False) if cfg.cm.mu0 else f
+    return f, target, torch.optim.RAdam(f.parameters(), cfg.lr, (cfg.beta1, cfg.beta2))
+
+
+def train_cm(cfg: CMRun, run_dir: Path, device: torch.device) -> None:
+    """Stage cm: noise to image (function) in one step."""
+    source, held_out = data.open_data(cfg.data, "train"), data.open_data(cfg.data, "val")
+    cfg = cm_config(cfg, len(source.classes))
+    torch.manual_seed(cfg.seed)
+    net = build_generator(cfg.generator, lambda name: getattr(cfg, name))
+    if cfg.generator == "func" and cfg.init != "none" and not checkpoints(run_dir):
+        start_from(net, cfg, run_dir)
+    f, target, opt = cm_parts(cfg, net, device)
+    state = {"model": net, "opt": opt}
+    if target is not f:
+        state["target"] = target.net
+    shown = f
+    if cfg.ema:
+        shown = copy.deepcopy(f).requires_grad_(False)
+        state["ema"] = shown.net
+    for module in {f, target} if compiled(cfg, device) else ():
+        module.net.compile()
+    describe("cm", cfg, run_dir, device, source, net)
+    images, labels = zip(*[(data.to_tensor(held_out[i].draw(cfg.size)), held_out.label(i))
+                           for i in range(min(cfg.distance_n, len(held_out)))])
+    x, y = torch.stack(images).to(device), torch.tensor(labels, device=device) if cfg.labels else None
+    z = torch.stack([torch_noise(x.shape[1:], cfg.seed, "held out", i) for i in range(len(x))]).to(device)
+    take = cm_step(f, target, opt, cfg, cm_metric(cfg, device), cm_noise(cfg), autocast_for(cfg, device))
+
+    def step(batch: dict, k: int) -> dict:
+        logs = take(batch, k)
+        if (k + 1) % cfg.distance_every == 0 or k + 1 == cfg.steps:          # Appendix B, of the student
+            logs["denoising_distance"] = denoising_distance(f, x, z, y)[1].mean()
+        return logs
+
+    model = OneStep(shown, cfg.size, classes=source.classes if cfg.labels else ())
+
+    def preview(k: int) -> None:
+        if k % cfg.grid_every == 0 or k == cfg.steps:
+            held = [None if v is None else v[:4] for v in (x, z, y)]
+            Image.fromarray(cm_sheet(model, cfg.seed, *held)).save(run_dir / f"grid-{k:08d}.png")
+
+    fit("cm", cfg, run_dir, state, step, picture_batches(cfg, source, device), preview,
+        {"classes": list(source.classes) if cfg.labels else []})
+
+
+@torch.no_grad()
+def cm_sheet(model: OneStep, seed: int, x: Tensor, z: Tensor, y: Tensor | None, n: int = 8) -> np.ndarray:
+    """n one-step samples from noise that stays fixed over the run, at 1x and (functions) 2x beside bilinear upsampling;
+    then each held-out picture x and its denoised images at n - 1 levels from sigma_max down."""
+    size, rows = model.size, []
+    if hasattr(model.f.net, "function"):
+        functions = model.functions(list(range(n)), seed)
+        once = functions.draw(size).clamp(-1, 1)
+        larger = F.interpolate(once, scale_factor=2, mode="bilinear")
+        rows = [[to_uint8(image) for image in row] for row in (once, functions.draw(2 * size), larger)]
+    else:
+        rows = [[to_uint8(image) for image in model.sample(list(range(n)), seed)]]
+    columns = [x] + [model.f(x + sigma * z, sigma.expand(len(x)), y)
+                     for sigma in model.f.cfg.karras_sigmas(18, x.device)[::18 // (n - 1)][:n - 1]]
+    rows += [[to_uint8(column[i]) for column in columns] for i in range(len(x))]
+    return contact_sheet(rows, 2 * size)
+
+
+# ---- how fast is it? -------------------------------------------------------------------------------------------------
+
+
+def peak_memory(device: torch.device, reset: bool = False) -> int:
+    """Bytes at the peak since the last reset: of the GPU, or of the process (Linux; elsewhere 0)."""
+    if device.type == "cuda":
+        return torch.cuda.reset_peak_memory_stats(device) or 0 if reset else torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    return 1024 * int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1])
+
+
+def bench_cm(cfg: CMRun, device: torch.device, repeats: int = 5) -> dict:
+    """What each generator named in cfg.generator (comma-separated) costs, in training and in sampling, side by side.
+
+    multi_res_fps is Section 4.3's: pictures per second when each is wanted at 32, 64 and 128 px, which takes one function
+    and three renderings, or three networks, each trained for its size. The batch is random, so no data is waited for.
+    """
+    sizes, report = (32, 64, 128), {}
+    calls: dict[str, Callable] = {}
+    for name in cfg.generator.split(","):
+        own = cm_config(dataclasses.replace(cfg, generator=name), 0)
+        net = build_generator(name, lambda part: getattr(own, part))
+        f, target, opt = cm_parts(own, net, device)
+        step = cm_step(f, target, opt, own, cm_metric(own, device), cm_noise(own), autocast_for(own, device))
+        batch = {"image": torch.rand(own.batch, 3, own.size, own.size, device=device) * 2 - 1,
+                 "index": torch.arange(own.batch)}
+        peak_memory(device, reset=True)
+        train = seconds({"train": lambda: step(batch, 0)}, device, repeats)["train"]
+        report[name] = {"parameters": sum(p.numel() for p in net.parameters()),
+                        "train_images_per_s": round(own.batch / train, 3), "train_peak_gb": round(peak_memory(device) / 1e9, 2)}
+        del target, opt, step
+        models = {own.size: f.eval().requires_grad_(False)}
+        if name != "func":
+            models = {size: sized_model(own, size, device) for size in sizes}
+        for size, model in models.items():
+            calls |= {(name, part): call for part, call in onestep_calls(model, size, 1, sizes).items()}
+    times = seconds(calls, device, repeats)
+    for (name, part), call in calls.items():
+        report[name].setdefault("ms", {})[part] = round(1000 * times[name, part], 2)
+        report[name].setdefault("gflop", {})[part] = round(gflop(call), 3)
+    for row in report.values():
+        row["multi_res_fps"] = round(3000 / sum(row["ms"].values()), 3)
+        row["multi_res_gflop"] = round(sum(row["gflop"].values()), 2)
+    return report
+
+
+def bench_table(report: dict) -> str:
+    """The report of bench_cm as text."""
+    lines = ["generator  parameters  train images/s  peak GB  multi-res FPS  GFLOP   parts of sampling, ms (GFLOP)"]
+    for name, r in report.items():
+        parts = ", ".join(f"{part} {ms:.1f} ({r['gflop'][part]:.2f})" for part, ms in r["ms"].items())
+        lines.append(f"{name:9} {r['parameters']:>11,} {r['train_images_per_s']:15.2f} {r['train_peak_gb']:8.2f} "
+                     f"{r['multi_res_fps']:14.3f} {r['multi_res_gflop']:6.1f}   {parts}")
+    return "\n".join(lines)
+
+
+def sized_model(cfg: CMRun, size: int, device: torch.device) -> ConsistencyModel:
+    """The generator as it would be trained for another resolution."""
+    known = options(CMRun)
+    sized = cm_config(apply(cfg, {"size": size} | {k: v for k, v in PAPER_SIZE[size].items() if k in known}), 0)
+    net = build_generator(cfg.generator, lambda part: getattr(sized, part))
+    return ConsistencyModel(net, cfg.cm).to(device).eval().requires_grad_(False)
+
+
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
-STAGES = {"ae": (AERun, train_ae), "ldm": (LDMRun, train_ldm)}
+STAGES = {"ae": (AERun, train_ae), "ldm": (LDMRun, train_ldm), "pretrain": (PretrainRun, train_pretrain),
+          "cm": (CMRun, train_cm)}
 
 
 def autocast_for(cfg: Run, device: torch.device) -> Callable:
@@ -844,6 +1255,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--data", default="synthetic", help="a name, or the path of a folder or .zip of images")
     p.add_argument("--out", help="run folder (default: runs/DATA-PRESET/STAGE)")
     p.add_argument("--device", default="auto")
+    p.add_argument("--bench", action="store_true",
+                   help="measure how fast stage cm trains and samples, and stop; generator=func,dit compares several")
     p.add_argument("--check-data", action="store_true", help="decode every picture, list the bad ones, and stop")
     p.add_argument("options", nargs="*", metavar="key=value")
     return p
@@ -855,10 +1268,17 @@ def run(args: argparse.Namespace) -> int:
         return check_data(args.data)
     cfg = configure(args.stage, args.preset, args.data, args.options)
     device = pick_device(args.device)
+    if args.bench:
+        if args.stage != "cm":
+            raise ValueError("--bench measures stage cm")
+        report = bench_cm(cfg, device)
+        print(bench_table(report), json.dumps({"device": str(device), **report}), sep="\n")
+        return 0
     if args.preset == "paper" and device.type == "cpu" and args.device != "cpu":
         raise ValueError(f"preset paper of stage {args.stage} is {COST[args.stage]}; there is no GPU here. Take "
                          f"--preset tiny (minutes on two CPU cores), or insist with --device cpu")
-    run_dir = Path(args.out) if args.out else Path("runs") / f"{Path(args.data).stem}-{args.preset}" / args.stage
+    folder = args.stage if getattr(cfg, "generator", "func") == "func" else f"{args.stage}-{cfg.generator}"
+    run_dir = Path(args.out) if args.out else Path("runs") / f"{Path(args.data).stem}-{args.preset}" / folder
     STAGES[args.stage][1](cfg, run_dir, device)
     return 0
 
