@@ -6,11 +6,14 @@ Read next: ldm.py, which generates z; clif.py holds the renderer.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 
 from clif import CLIF, LIIF, CLIFConfig, LIIFConfig, ResBlock, Window, render
 
@@ -280,6 +283,26 @@ class DiscriminatorConfig:
     n_layers: int = 3                 # layers with stride 2; 3 sees 70 pixels (pix2pix)
 
 
+class BatchNorm(nn.BatchNorm2d):
+    """Batch norm over the batches of all processes, as published (nn.SyncBatchNorm, which has no CPU version)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, h, w) -> (B, C, h, w)."""
+        if not (self.training and dist.is_available() and dist.is_initialized()):
+            return super().forward(x)
+        world = dist.get_world_size()
+        local = torch.stack([x.mean(dim=(0, 2, 3)), x.square().mean(dim=(0, 2, 3))])     # (2, C)
+        mean, square = all_reduce(local) / world
+        var = square - mean.square()
+        n = world * x.numel() // x.shape[1]
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * n / (n - 1), self.momentum)
+        scale = self.weight * (var + self.eps).rsqrt()
+        return x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]
+
+
 class PatchDiscriminator(nn.Module):
     """The PatchGAN of pix2pix: one real-or-fake logit per overlapping patch of the picture."""
 
@@ -291,13 +314,13 @@ class PatchDiscriminator(nn.Module):
             width = cfg.ndf * min(2**n, 8)
             stride = 2 if n < cfg.n_layers else 1
             layers += [nn.Conv2d(c, width, 4, stride=stride, padding=1, bias=False),
-                       nn.BatchNorm2d(width), nn.LeakyReLU(0.2)]
+                       BatchNorm(width), nn.LeakyReLU(0.2)]
             c = width
         self.main = nn.Sequential(*layers, nn.Conv2d(c, 1, 4, padding=1))
         for layer in self.main:                                      # pix2pix; biases keep PyTorch's default
             if isinstance(layer, nn.Conv2d):
                 nn.init.normal_(layer.weight, 0.0, 0.02)
-            elif isinstance(layer, nn.BatchNorm2d):
+            elif isinstance(layer, BatchNorm):
                 nn.init.normal_(layer.weight, 1.0, 0.02)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -310,11 +333,13 @@ def hinge_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
     return 0.5 * (F.relu(1.0 - logits_real).mean() + F.relu(1.0 + logits_fake).mean())
 
 
-def adaptive_weight(nll: Tensor, g_loss: Tensor, last_weight: Tensor) -> Tensor:
+def adaptive_weight(nll: Tensor, g_loss: Tensor, last_weight: Tensor, average: Callable = lambda grads: grads) -> Tensor:
     """lambda = |grad nll| / (|grad g_loss| + 1e-4), at most 1e4: equal pull of both losses on the last layer's weight.
 
-    Detached; the graphs of both losses stay alive for the backward pass that follows.
+    Detached; the graphs of both losses stay alive for the backward pass that follows. average: takes the means of the
+    gradients over several processes, which then agree on lambda.
     """
     g_nll, = torch.autograd.grad(nll, last_weight, retain_graph=True)
     g_gan, = torch.autograd.grad(g_loss, last_weight, retain_graph=True)
+    g_nll, g_gan = average([g_nll, g_gan])
     return (g_nll.norm() / (g_gan.norm() + 1e-4)).clamp(0.0, 1e4).detach()

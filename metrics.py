@@ -6,6 +6,7 @@ Read `frechet_distance` and `evaluate` first. Nothing of the other modules is im
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import io
@@ -14,6 +15,7 @@ import math
 import os
 import pickle
 import re
+import signal
 import socket
 import struct
 import sys
@@ -613,6 +615,25 @@ def crop_patches(images: Tensor, index: Sequence[int], patch: int, seed: int) ->
 # ---- from sets to statistics -----------------------------------------------------------------------------------------
 
 
+class Stopped(Exception):
+    """A signal asked the program to end; the argument is the exit code, 143 or 130."""
+
+
+@contextlib.contextmanager
+def stop_at_once() -> Iterator[None]:
+    """SIGTERM and SIGINT raise Stopped: for work that leaves whole files only, and so can break off anywhere."""
+
+    def handler(number, frame):
+        raise Stopped(128 + number)
+
+    before = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for s, old in before.items():
+            signal.signal(s, old)
+
+
 def ranks() -> tuple[int, int]:
     """(rank, number of ranks) of torch.distributed; (0, 1) without it."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
@@ -1010,7 +1031,10 @@ def main(argv: list[str] | None = None) -> None:
             torch.cuda.set_device(args.device)
         dist.init_process_group("gloo")                              # only results travel, and they are on the CPU
     try:
-        scores = run(args)
+        with stop_at_once():
+            scores = run(args)
+    except Stopped as stop:
+        sys.exit(stop.args[0])
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import pickle
 import sys
 import time
@@ -46,6 +47,9 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(run.glob("step-*.pt"), reverse=True)
 
 
+FORMAT = 1                      # of our own checkpoints; a file of a later one is refused, not guessed at
+
+
 def read_checkpoint(path: str | Path) -> dict:
     """Read one checkpoint file. Nothing in it is executed, and a flipped byte is found by the archive's checksums.
 
@@ -68,6 +72,8 @@ def read_checkpoint(path: str | Path) -> dict:
         raise ValueError(f"{path} holds more than tensors and plain values and was not opened") from error
     if not isinstance(ckpt, dict):
         raise ValueError(f"{path} is not a checkpoint: expected a dict, found {type(ckpt).__name__}")
+    if "stage" in ckpt and ckpt.get("format", 1) != FORMAT:
+        raise ValueError(f"{path} has checkpoint format {ckpt['format']}, this version reads {FORMAT}; update the code")
     return ckpt
 
 
@@ -564,8 +570,8 @@ def pick_device(name: str) -> torch.device:
             return torch.zeros(0, device=name).device
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    if torch.cuda.is_available():
-        return torch.device("cuda")
+    if torch.cuda.is_available():                                            # torchrun: a GPU for each process
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
@@ -702,6 +708,9 @@ def run(args: argparse.Namespace) -> None:
     if args.fid and len(sizes) > 1:
         raise ValueError("--fid compares pictures of one size; give --res one size")
     network = metrics.load_features(args.features).to(device) if args.fid else None      # fail before the work
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if world > 1 and (not args.out or args.fid):
+        raise ValueError("under torchrun give --out, which all processes share, and score it afterwards with metrics.py")
     label, out = pick_label(model, args.label), Path(args.out) if args.out else new_folder()
     common = {"ckpt": model.file.name, "sha256": file_hash(model.file), "weights": model.weights, "seed": args.seed,
               "window": window, "label": args.label, **described}
@@ -709,12 +718,14 @@ def run(args: argparse.Namespace) -> None:
             for i in range(args.start, args.start + args.n)}
     info = lambda i, size: json.loads(json.dumps({**common, "index": i, "res": size}))
     todo = [i for i, files in jobs.items() if not all([already_drawn(p, info(i, s)) for s, p in files.items()])]
+    todo = [i for i in todo if i % world == rank]                            # each process draws its share
     out.mkdir(parents=True, exist_ok=True)
     for at in range(0, len(todo), args.batch):
         part = todo[at:at + args.batch]
         for i, size, pixels in paint(part, None if label is None else [label] * len(part)):
             write_png(jobs[i][size], pixels, info(i, size))
-    print(f"{len(jobs) * len(sizes)} pictures ({model.weights}, step {model.step}) in {out}")
+    if rank == 0:
+        print(f"{len(jobs) * len(sizes)} pictures ({model.weights}, step {model.step}) in {out}")
     if args.fid:
         print(metrics.fid(out, args.fid, metrics.Protocol(args.features, size=sizes[0][0]), net=network))
 
@@ -729,14 +740,18 @@ def file_hash(path: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit code: 0, or 2 after one line on what is wrong."""
+    """The exit code: 0, 2 after one line on what is wrong, 143 or 130 after a signal."""
     argv = list(sys.argv[1:] if argv is None else argv)
     for i, arg in enumerate(argv[:-1]):
         if arg == "--window":                                                # argparse takes "-1,..." for an option
             argv[i:i + 2] = [f"--window={argv[i + 1]}"]
     args = parser().parse_args(argv)
     try:
-        run(args)
+        with metrics.stop_at_once():                                         # a picture is there whole, or not at all
+            run(args)
+    except metrics.Stopped as stop:
+        print("stopped; the same command with the same --out draws what is missing", file=sys.stderr)
+        return stop.args[0]
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

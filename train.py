@@ -22,13 +22,21 @@ import signal
 import sys
 import time
 import typing
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:                                                  # Windows
+    fcntl = None
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
@@ -43,7 +51,8 @@ from consistency import (ECT, ConsistencyConfig, ConsistencyModel, consistency_l
 from data import DataConfig, rng, torch_noise
 from inr_generator import FunctionGenerator, GeneratorConfig, TransformerConfig, pixel_coord, variational_coord
 from ldm import DiffusionConfig, GaussianDiffusion, UNet, UNetConfig
-from sample import (GENERATORS, INFD, LatentScale, OneStep, build_generator, checkpoints, draw, fill, gflop,
+from metrics import Stopped, ranks, stop_at_once
+from sample import (FORMAT, GENERATORS, INFD, LatentScale, OneStep, build_generator, checkpoints, draw, fill, gflop,
                     load, newest_checkpoint, onestep_calls, pick_device, read_checkpoint, seconds, to_uint8)
 
 # ---- options ---------------------------------------------------------------------------------------------------------
@@ -294,11 +303,51 @@ def configure(stage: str, preset: str, data_name: str, overrides: list[str]) -> 
     return cfg
 
 
+# ---- several processes -----------------------------------------------------------------------------------------------
+
+# Every rank draws its share of the same global batch, and all take the same step: weights, averages and optimiser are
+# equal on all ranks, bit for bit. DistributedDataParallel would hide the reduction in hooks, which the adaptive weight
+# of the GAN (a gradient inside the forward pass) goes around; here it is one call, once per optimiser step.
+
+
+@contextlib.contextmanager
+def process_group(device: torch.device) -> Iterator[torch.device]:
+    """The device of this process; under torchrun inside a process group: NCCL between GPUs, gloo for all on CPUs."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    # A dead rank closes its connections, which gloo sees at once, and torchrun ends the others; the time-out is for a
+    # rank that hangs, and must outlast what rank 0 does alone: grids, scores, checkpoints.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def all_mean(tensors: list[Tensor]) -> list[Tensor]:
+    """Means over all ranks, by one reduction; with one process, the tensors themselves."""
+    world = ranks()[1]
+    if world == 1 or not tensors:
+        return tensors
+    flat = torch.cat([t.detach().flatten() for t in tensors])
+    dist.all_reduce(flat)
+    return [part.view_as(t) for part, t in zip((flat / world).split([t.numel() for t in tensors]), tensors)]
+
+
+def together(flag: int) -> int:
+    """The largest flag of all ranks, so that they agree, say on when to stop."""
+    if ranks()[1] == 1:
+        return flag
+    value = torch.tensor(flag)
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return int(value)
+
+
 # ---- the loop --------------------------------------------------------------------------------------------------------
-
-
-class Stopped(Exception):
-    """A signal asked the run to end; it has been saved."""
 
 
 @contextlib.contextmanager
@@ -330,8 +379,11 @@ def ema_update(ema: nn.Module, model: nn.Module, rate: float) -> None:
 
 
 def descend(opt: torch.optim.Optimizer) -> bool:
-    """One optimiser step unless a gradient is not finite; says whether it was taken."""
-    grads = [p.grad for group in opt.param_groups for p in group["params"] if p.grad is not None]
+    """One optimiser step on the mean gradient of all ranks, unless it is not finite; says whether it was taken."""
+    params = [p for group in opt.param_groups for p in group["params"] if p.grad is not None]
+    for p, grad in zip(params, all_mean([p.grad for p in params])):
+        p.grad = grad
+    grads = [p.grad for p in params]
     finite = bool(torch.isfinite(torch.stack(torch._foreach_norm(grads))).all())
     if finite:
         opt.step()
@@ -342,14 +394,18 @@ def descend(opt: torch.optim.Optimizer) -> bool:
 def save_checkpoint(run_dir: Path, step: int, content: dict, keep_every: int) -> Path:
     """Write step-XXXXXXXX.pt: temporary name, fsync, checksums read back, rename; then delete all but the last two."""
     path, part = run_dir / f"step-{step:08d}.pt", run_dir / f"step-{step:08d}.part"
-    with open(part, "wb") as f:
-        torch.save(content, f)
-        f.flush()
-        os.fsync(f.fileno())
-    with zipfile.ZipFile(part) as archive:
-        if archive.testzip() is not None:
-            raise OSError(f"{part} was not written correctly; is the disk failing?")
-    part.rename(path)
+    try:
+        with open(part, "wb") as f:
+            torch.save(content, f)
+            f.flush()
+            os.fsync(f.fileno())
+        with zipfile.ZipFile(part) as archive:
+            if archive.testzip() is not None:
+                raise OSError(f"{part} was not written correctly; is the disk failing?")
+        part.rename(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
     folder = os.open(run_dir, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
@@ -357,6 +413,50 @@ def save_checkpoint(run_dir: Path, step: int, content: dict, keep_every: int) ->
         if not keep_every or int(old.stem.split("-")[1]) % keep_every:
             old.unlink()
     return path
+
+
+def try_to_save(run_dir: Path, step: int, content: dict, keep_every: int, last: bool) -> None:
+    """save_checkpoint, three times if need be. A run outlives a full disk: it warns, and saves at the next interval.
+
+    Raises OSError where it was the last chance: at the end of the run, or before stopping.
+    """
+    for wait in (0.5, 2.0, None):
+        try:
+            save_checkpoint(run_dir, step, content, keep_every)
+            return
+        except (OSError, RuntimeError) as error:                     # torch.save reports a full disk as RuntimeError
+            if wait is not None:
+                time.sleep(wait)
+                continue
+            reason = str(error).splitlines()[0]
+            if last:
+                raise OSError(f"step {step} could not be saved in {run_dir} ({reason}); the checkpoints there are older")
+            warnings.warn(f"step {step} could not be saved ({reason}); training goes on and tries again at the next "
+                          f"save; older checkpoints are untouched")
+
+
+def all_finite(state: dict) -> bool:
+    """Whether every parameter and buffer of the modules is finite."""
+    tensors = [t for part in state.values() if isinstance(part, nn.Module) for t in part.state_dict().values()
+               if t.is_floating_point()]
+    return bool(torch.isfinite(torch.stack(torch._foreach_norm(tensors))).all())
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Hold the run folder; ValueError where another run does. The lock goes with the process, however it ends."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if fcntl is None or ranks()[0]:                                  # no such locks on Windows; rank 0 holds it for all
+        yield
+        return
+    with open(run_dir / "lock", "a") as file:                          # opening leaves it unchanged
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run is writing to {run_dir}; wait for it, or choose another --out") from None
+        for part in run_dir.glob("*.part"):                          # left by a run that was killed while it wrote
+            part.unlink()
+        yield
 
 
 def plain(value):
@@ -394,6 +494,12 @@ class Meter:
         self.waited += time.perf_counter() - before
         return batch
 
+    def all_ranks(self) -> dict[str, tuple]:
+        """The sums as means over all ranks: what one process would have."""
+        names = list(self.sums)
+        totals = all_mean([torch.as_tensor(self.sums[name][0], dtype=torch.float64).cpu() for name in names])
+        return {name: (total.item(), self.sums[name][1]) for name, total in zip(names, totals)}
+
     def add(self, logs: dict, images: int) -> None:
         for name, value in logs.items():
             total, n = self.sums.get(name, (0, 0))
@@ -403,7 +509,7 @@ class Meter:
     def means(self) -> dict:
         """Means, images/s and the share of the time spent waiting for data; starts the next window."""
         elapsed = time.perf_counter() - self.since
-        line = {name: round(float(total) / n, 6) for name, (total, n) in self.sums.items()}
+        line = {name: round(total / n, 6) for name, (total, n) in self.all_ranks().items()}
         line |= {"images_per_s": round(self.images / elapsed, 2), "data_wait": round(self.waited / elapsed, 4)}
         self.sums, self.images, self.waited, self.since = {}, 0, 0.0, time.perf_counter()
         return line
@@ -414,6 +520,20 @@ class Meter:
         before = time.perf_counter()
         yield
         self.since += time.perf_counter() - before
+
+
+def step_of(line: str) -> float:
+    """The step of a log line; infinity for one that a kill cut short."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return float("inf")
+
+
+def say(text: str) -> None:
+    """Print, once for all ranks."""
+    if ranks()[0] == 0:
+        print(text)
 
 
 def resume(run_dir: Path, stage: str, cfg: Run, state: dict, meter: Meter) -> int:
@@ -435,10 +555,11 @@ def resume(run_dir: Path, stage: str, cfg: Run, state: dict, meter: Meter) -> in
             part.load_state_dict(ckpt["state"][name])
     meter.sums = {name: tuple(value) for name, value in ckpt["log"].items()}
     log = run_dir / "log.jsonl"
-    if log.exists():                                     # lines written after that checkpoint are about to come again
-        kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= ckpt["step"]]
-        log.write_text("".join(line + "\n" for line in kept))
-    print(f"continuing {run_dir} from step {ckpt['step']}")
+    if log.exists() and ranks()[0] == 0:                 # lines written after that checkpoint are about to come again
+        kept = [line for line in log.read_text().splitlines() if step_of(line) <= ckpt["step"]]
+        log.with_suffix(".part").write_text("".join(line + "\n" for line in kept))
+        log.with_suffix(".part").rename(log)
+    say(f"continuing {run_dir} from step {ckpt['step']}")
     return ckpt["step"]
 
 
@@ -453,43 +574,55 @@ def fit(stage: str, cfg: Run, run_dir: Path, state: dict, step: Callable, batche
     extra    plain values stored in every checkpoint
     Raises Stopped after a signal (the run is saved), RuntimeError after 20 steps in a row with non-finite gradients.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    meter = Meter()
-    start = resume(run_dir, stage, cfg, state, meter)
+    meter, rank = Meter(), ranks()[0]
+    with locked(run_dir), stop_flag() as stop:
+        together(0)                                       # the folder is rank 0's before anyone reads it
+        start = resume(run_dir, stage, cfg, state, meter)
+        stream, bad = batches(start), 0
+        together(0)                                       # all have read; from here on rank 0 alone writes
+        with open(os.devnull if rank else run_dir / "log.jsonl", "a") as log, tqdm(
+                total=cfg.steps, initial=start, desc=stage, unit="step", disable=True if rank else None,
+                dynamic_ncols=True) as bar:
+            for k in range(start, cfg.steps):
+                batch = meter.wait_for(stream)
+                logs = step(batch, k)
+                taken = logs.pop("taken")
+                bad = 0 if taken else bad + 1
+                if bad == 20:
+                    raise RuntimeError(f"the gradients of 20 steps in a row are not finite; last batch: images "
+                                       f"{batch['index'].tolist()} of step {k}. The newest checkpoint is good; lower lr")
+                if "ema" in state:
+                    rate = min(cfg.ema, (1 + k) / (10 + k)) if cfg.ema_warmup else cfg.ema
+                    ema_update(state["ema"], state["model"], rate)
+                meter.add(logs if taken else {"skipped": torch.ones(())}, cfg.batch)
+                done = k + 1
+                bar.update(1)
+                if done % cfg.log_every == 0 or done == cfg.steps:
+                    line = {"step": done, **meter.means()}
+                    log.write(json.dumps(line) + "\n")
+                    log.flush()
+                    bar.set_postfix({n: line[n] for n in ("loss", "images_per_s", "data_wait") if n in line})
+                with meter.paused():
+                    signalled = together(stop[0] if stop else 0)
+                    last = done == cfg.steps or signalled > 0
+                    if done % cfg.save_every == 0 or last:
+                        save(stage, cfg, run_dir, done, state, meter, extra, last)
+                    if rank == 0:
+                        preview(done)
+                if signalled:
+                    raise Stopped(128 + signalled)
 
-    def save(k: int) -> None:
-        content = {"format": 1, "stage": stage, "step": k, "config": plain(asdict(cfg)), **extra,
-                   "state": {name: part.state_dict() for name, part in state.items()}, "log": plain(meter.sums)}
-        save_checkpoint(run_dir, k, content, cfg.keep_every)
 
-    stream, bad = batches(start), 0
-    with stop_flag() as stop, open(run_dir / "log.jsonl", "a") as log, \
-            tqdm(total=cfg.steps, initial=start, desc=stage, unit="step", disable=None, dynamic_ncols=True) as bar:
-        for k in range(start, cfg.steps):
-            batch = meter.wait_for(stream)
-            logs = step(batch, k)
-            taken = logs.pop("taken")
-            bad = 0 if taken else bad + 1
-            if bad == 20:
-                raise RuntimeError(f"the gradients of 20 steps in a row are not finite; last batch: images "
-                                   f"{batch['index'].tolist()} of step {k}. The newest checkpoint is good; lower lr")
-            if "ema" in state:
-                rate = min(cfg.ema, (1 + k) / (10 + k)) if cfg.ema_warmup else cfg.ema
-                ema_update(state["ema"], state["model"], rate)
-            meter.add(logs if taken else {"skipped": torch.ones(())}, cfg.batch)
-            done = k + 1
-            bar.update(1)
-            if done % cfg.log_every == 0 or done == cfg.steps:
-                line = {"step": done, **meter.means()}
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-                bar.set_postfix({name: line[name] for name in ("loss", "images_per_s", "data_wait") if name in line})
-            with meter.paused():
-                if done % cfg.save_every == 0 or done == cfg.steps or stop:
-                    save(done)
-                preview(done)
-            if stop:
-                raise Stopped(128 + stop[0])
+def save(stage: str, cfg: Run, run_dir: Path, step: int, state: dict, meter: Meter, extra: dict, last: bool) -> None:
+    """Write a checkpoint (rank 0); RuntimeError where the weights are no longer finite: the older ones are good."""
+    sums = meter.all_ranks()
+    if not all_finite(state):
+        raise RuntimeError(f"the weights are not finite at step {step}; the newest checkpoint in {run_dir} is good; "
+                           f"lower lr")
+    if ranks()[0] == 0:
+        content = {"format": FORMAT, "stage": stage, "step": step, "config": plain(asdict(cfg)), **extra,
+                   "state": {name: part.state_dict() for name, part in state.items()}, "log": plain(sums)}
+        try_to_save(run_dir, step, content, cfg.keep_every, last)
 
 
 # ---- stage ae --------------------------------------------------------------------------------------------------------
@@ -528,7 +661,7 @@ def ae_step(model: FieldAutoencoder, disc: PatchDiscriminator, opt: torch.optim.
         if gan:
             with autocast():
                 g = -disc(rgb).float().mean()
-            weight = adaptive_weight(nll, g, last)
+            weight = adaptive_weight(nll, g, last, all_mean)
             loss = loss + cfg.gan_weight * weight * g
             logs |= {"gan": g, "gan_weight": weight}
         return loss, logs | {"loss": loss}
@@ -614,9 +747,8 @@ def train_ae(cfg: AERun, run_dir: Path, device: torch.device) -> None:
 
     step = ae_step(model, disc, opt, opt_d, perceptual, cfg, autocast_for(cfg, device))
     fit("ae", cfg, run_dir, state, step, ae_batches(cfg, source, device), preview, {})
-    result = evaluate_ae(shown, held_out, cfg, device, perceptual)
-    (run_dir / "eval.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(score_table(result))
+    if ranks()[0] == 0:
+        keep_scores(evaluate_ae(shown, held_out, cfg, device, perceptual), run_dir)
 
 
 # ---- what stage ae shows ---------------------------------------------------------------------------------------------
@@ -691,6 +823,12 @@ def evaluate_ae(model: FieldAutoencoder, source, cfg: AERun, device: torch.devic
 
     scales = [s for s in (1, 2, 4, 8) if s <= 4 or s * cfg.size <= cfg.max_size]
     return evaluate(reconstruct, source, cfg.eval_n, cfg.size, scales, device, perceptual)
+
+
+def keep_scores(result: dict, run_dir: Path) -> None:
+    """Write the scores of `evaluate` to eval.json and print them."""
+    (run_dir / "eval.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(score_table(result))
 
 
 def score_table(result: dict) -> str:
@@ -782,12 +920,13 @@ def encode_all(base: INFD, source, cfg: LDMRun, device: torch.device, folder: Pa
     for weight in base.autoencoder.encoder.state_dict().values():
         digest.update(weight.cpu().numpy().tobytes())
     file = folder / f"latents-{digest.hexdigest()[:16]}.pt"
-    if not file.exists():
+    if not file.exists() and ranks()[0] == 0:
         images = torch.utils.data.DataLoader(Pictures(source, n, cfg.size), 32, num_workers=cfg.workers)
         z = torch.cat([base.autoencoder.encode(x.to(device)).cpu() for x in tqdm(images, "encoding", disable=None)])
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(z, file.with_suffix(".part"))
         file.with_suffix(".part").rename(file)
+    together(0)                                                              # the other ranks wait for the file
     return Latents(torch.load(file, weights_only=True), [source.label(i) for i in range(n)])
 
 
@@ -795,11 +934,12 @@ def latent_batches(cfg: LDMRun, base: INFD, source, device: torch.device, run_di
     """(batches, encode): batches(start) iterates from that step on, encode(batch) gives z, cached or encoded afresh."""
     if cfg.cache:
         latents = encode_all(base, source, cfg, device, run_dir)
-        make = functools.partial(data.loader, latents, latent_item, cfg.batch, seed=cfg.seed, workers=0)
+        make = functools.partial(data.loader, latents, latent_item, cfg.batch, seed=cfg.seed, workers=0,
+                                 rank=ranks()[0], world=ranks()[1])
     else:
         item = functools.partial(picture_item, size=cfg.size, flip=cfg.flip)
         make = functools.partial(data.loader, source, item, cfg.batch, seed=cfg.seed, workers=cfg.workers,
-                                 pin_memory=device.type == "cuda")
+                                 rank=ranks()[0], world=ranks()[1], pin_memory=device.type == "cuda")
     autocast = autocast_for(cfg, device)
 
     @torch.no_grad()
@@ -843,7 +983,9 @@ def train_ldm(cfg: LDMRun, run_dir: Path, device: torch.device) -> None:
     batches, encode = latent_batches(cfg, base, source, device, run_dir)
     if cfg.latent_norm and not checkpoints(run_dir):                         # a continued run has them in `scale`
         z = torch.cat([encode(b).cpu() for b in itertools.islice(batches(0), -(-512 // cfg.batch))])
-        scale.mean.copy_(z.mean(dim=(0, 2, 3))), scale.std.copy_(z.std(dim=(0, 2, 3)))
+        scale.mean.copy_(all_mean([z.mean(dim=(0, 2, 3))])[0])
+        centred = z - scale.mean.cpu()[:, None, None]
+        scale.std.copy_(all_mean([centred.square().mean(dim=(0, 2, 3))])[0].sqrt())
     if compiled(cfg, device):
         unet.compile()
 
@@ -913,7 +1055,8 @@ def picture_batches(cfg: Run, source, device: torch.device) -> Callable:
     item = functools.partial(picture_item, size=cfg.size, flip=cfg.flip)
 
     def batches(start: int) -> Iterator[dict]:
-        stream = data.loader(source, item, cfg.batch, start, cfg.seed, cfg.workers, pin_memory=device.type == "cuda")
+        stream = data.loader(source, item, cfg.batch, start, cfg.seed, cfg.workers, *ranks(),
+                             pin_memory=device.type == "cuda")
         return (to_device(batch, device) for batch in stream)
 
     return batches
@@ -977,9 +1120,8 @@ def train_pretrain(cfg: PretrainRun, run_dir: Path, device: torch.device) -> Non
 
     fit("pretrain", cfg, run_dir, state, pretrain_step(net, opt, cfg, autocast_for(cfg, device)),
         picture_batches(cfg, source, device), preview, {})
-    result = evaluate(reconstruct, held_out, cfg.eval_n, cfg.size, [1, 2], device)
-    (run_dir / "eval.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(score_table(result))
+    if ranks()[0] == 0:
+        keep_scores(evaluate(reconstruct, held_out, cfg.eval_n, cfg.size, [1, 2], device), run_dir)
 
 
 # ---- stage cm --------------------------------------------------------------------------------------------------------
@@ -1051,7 +1193,7 @@ def start_from(net: FunctionGenerator, cfg: CMRun, run_dir: Path) -> None:
     if ckpt.get("stage") != "pretrain":
         raise ValueError(f"init={init} is no run of stage pretrain")
     fill(function_parts(net), ckpt["state"].get("ema", ckpt["state"]["model"]), f"the pre-training in {path}")
-    print(f"starting from {path}")
+    say(f"starting from {path}")
 
 
 def cm_config(cfg: CMRun, classes: int) -> CMRun:
@@ -1229,7 +1371,7 @@ def compiled(cfg: Run, device: torch.device) -> bool:
 def describe(stage: str, cfg: Run, run_dir: Path, device: torch.device, source, model: nn.Module) -> None:
     """One line on what is about to run."""
     count = sum(p.numel() for p in model.parameters())
-    print(f"stage {stage}: {len(source):,} pictures of {cfg.data}, {count:,} parameters, {cfg.steps:,} steps of batch "
+    say(f"stage {stage}: {len(source):,} pictures of {cfg.data}, {count:,} parameters, {cfg.steps:,} steps of batch "
           f"{cfg.batch}, {device}, into {run_dir}")
 
 
@@ -1279,23 +1421,36 @@ def run(args: argparse.Namespace) -> int:
                          f"--preset tiny (minutes on two CPU cores), or insist with --device cpu")
     folder = args.stage if getattr(cfg, "generator", "func") == "func" else f"{args.stage}-{cfg.generator}"
     run_dir = Path(args.out) if args.out else Path("runs") / f"{Path(args.data).stem}-{args.preset}" / folder
-    STAGES[args.stage][1](cfg, run_dir, device)
+    if cfg.batch % int(os.environ.get("WORLD_SIZE", 1)) or cfg.batch // int(os.environ.get("WORLD_SIZE", 1)) % cfg.accum:
+        raise ValueError(f"batch={cfg.batch} cannot be shared by {os.environ['WORLD_SIZE']} processes with "
+                         f"accum={cfg.accum}; choose a multiple of both")
+    with process_group(device) as device:
+        STAGES[args.stage][1](cfg, run_dir, device)
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit code: 0, 2 after one line on what is wrong, 143 or 130 after a signal."""
+    """The exit code: 0, 2 after one line on what is wrong, 1 where memory or disk gave out, 143 or 130 after a signal."""
     args = parser().parse_args(argv)
     try:
-        return run(args)
+        with stop_at_once():                                 # while `fit` runs, it looks at a flag between steps instead
+            return run(args)
     except Stopped as stop:
-        print("stopped and saved; the same command continues", file=sys.stderr)
+        print("stopped; the same command continues", file=sys.stderr)
         return stop.args[0]
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "not finite" not in str(error):
-            raise
+    except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (OSError, RuntimeError, MemoryError) as error:
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if "out of memory" in text or "can't allocate memory" in text or isinstance(error, MemoryError):
+            print(f"error: out of memory ({text}). Give accum=2 (or more): the same steps in smaller parts; or a smaller "
+                  f"batch, size, or network", file=sys.stderr)
+            return 1
+        if "not finite" in text or "could not be saved" in text:
+            print(f"error: {text}", file=sys.stderr)
+            return 1
+        raise
 
 
 if __name__ == "__main__":
