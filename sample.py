@@ -17,6 +17,7 @@ import pickle
 import sys
 import time
 import typing
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -440,15 +441,31 @@ def to_uint8(rgb: Tensor) -> np.ndarray:
     return ((rgb.float() * 0.5 + 0.5).clamp(0, 1) * 255).to(torch.uint8).movedim(0, -1).cpu().numpy()
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a GPU or on the CPU, whose allocator says so in a RuntimeError."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
 def draw(renderer: nn.Module, phi: Tensor, res: tuple[int, int], tile: int, window=None,
          norm: str = "paper") -> np.ndarray:
-    """Pixels (B, H, W, 3) uint8 of the fields phi (B, C, h, w), tile by tile: memory holds bytes, not floats."""
+    """Pixels (B, H, W, 3) uint8 of the fields phi (B, C, h, w), tile by tile: memory holds bytes, not floats.
+
+    Where memory runs out, the tile is halved, down to 64 px; norm="paper" then sees other statistics, and it warns.
+    """
     out = np.empty((len(phi), *res, 3), np.uint8)
-    for y, x, rgb in render_tiles(renderer, phi, res, window, tile, norm):
-        h, w = rgb.shape[-2:]
-        for b in range(len(phi)):
-            out[b, y:y + h, x:x + w] = to_uint8(rgb[b])
-    return out
+    while True:
+        try:
+            for y, x, rgb in render_tiles(renderer, phi, res, window, tile, norm):
+                h, w = rgb.shape[-2:]
+                for b in range(len(phi)):
+                    out[b, y:y + h, x:x + w] = to_uint8(rgb[b])
+            return out
+        except (RuntimeError, MemoryError) as error:
+            if tile < 128 or not out_of_memory(error):
+                raise
+        tile //= 2
+        warnings.warn(f"out of memory: drawing again with tiles of {tile} px" +
+                      (" (norm=paper takes its statistics from them)" if norm == "paper" else ""))
 
 
 def write_png(path: Path, pixels: np.ndarray, info: dict) -> None:

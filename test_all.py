@@ -3544,24 +3544,29 @@ def test_cm_golden_train_loop():
     c = g["config"]
     cfg = ConsistencyConfig(s0=c["start_scales"], s1=c["end_scales"], mu0=c["start_ema"])
     f = ConsistencyModel(CmToy(g["state_dict"]), cfg)
-    target, averages = deepcopy(f), [deepcopy(f) for _ in c["ema_rates"]]
+    target, averages = deepcopy(f).requires_grad_(False), [deepcopy(f) for _ in c["ema_rates"]]
     opt = torch.optim.RAdam(f.parameters(), lr=c["lr"], betas=(0.9, 0.999), eps=1e-8)
-    for k, step in enumerate(g["outputs"]["steps"]):
-        N, mu = cfg.N(k, c["total_steps"]), cfg.mu(k, c["total_steps"])
-        assert N == step["num_scales"] and mu == pytest.approx(step["mu"], rel=1e-12)
-        sigmas = cfg.karras_sigmas(N)
-        t, r = sigmas[step["indices"]], sigmas[step["indices"] + 1]
-        opt.zero_grad()
-        consistency_loss(f, target, step["x"], step["noise"], t, r, l2).mean().backward()
-        grads = {name: value.grad.clone() for name, value in f.net.named_parameters()}
-        opt.step()
-        for average, rate in zip(averages, c["ema_rates"]):
-            ema_update(average, f, rate)
-        ema_update(target, f, mu)
-        for name, grad in grads.items():
+    steps = g["outputs"]["steps"]
+    run = replace(train.CMRun(cm=cfg, K=c["total_steps"]), batch=len(steps[0]["x"]))
+
+    def draw_noise(batch, k):
+        sigmas, index = cfg.karras_sigmas(cfg.N(k, run.K)), steps[k]["indices"]
+        return steps[k]["noise"], sigmas[index], sigmas[index + 1], {}
+
+    take = train.cm_step(f, target, opt, run, l2, draw_noise)
+    for k, step in enumerate(steps):
+        z, t, r, _ = draw_noise({}, k)
+        loss = consistency_loss(f, target, step["x"], z, t, r, l2).mean()
+        for (name, _), grad in zip(f.net.named_parameters(), torch.autograd.grad(loss, list(f.net.parameters()))):
             unit = grad.norm() if grad.dim() > 1 else 1.0
             scale = step["grads"][name].norm() if grad.dim() > 1 else 1.0
             cm_close(grad / unit, step["grads"][name] / scale, CM_CHAIN)
+        logs = take({"image": step["x"], "index": torch.arange(run.batch)}, k)
+        assert logs["taken"] and logs["N"] == step["num_scales"]
+        assert logs["mu"].item() == pytest.approx(step["mu"], rel=1e-6)
+        assert cfg.mu(k, run.K) == pytest.approx(step["mu"], rel=1e-12)
+        for average, rate in zip(averages, c["ema_rates"]):
+            ema_update(average, f, rate)
         for ours, theirs in ((f.net.state_dict(), step["params"]), (target.net.state_dict(), step["target"]),
                              *((a.net.state_dict(), e) for a, e in zip(averages, step["ema"]))):
             for name in c["param_order"]:
@@ -4187,6 +4192,35 @@ def test_stage_cm_paper_presets(data_name, size, patch, steps, mu0, classes):
     pretrain = train.configure("pretrain", "paper", data_name, [])
     assert (pretrain.size, pretrain.func.patch, pretrain.epochs, pretrain.lr) == (size, patch, 30, 1e-4)
     assert train.configure("cm", "paper", "celeba", ["size=128"]).func.patch == 8
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_stage_out_of_memory_halves_the_tile(monkeypatch, error):
+    torch.manual_seed(0)
+    renderer, phi = CLIF(CLIFConfig(8, 32, 1)).eval(), cm_randn(1, 8, 32, 32)
+    reference, tiles, real = sample.draw(renderer, phi, (300, 200), 256, norm="global"), [], sample.render_tiles
+
+    def limited(renderer, phi, res, window, tile, norm):
+        tiles.append(tile)
+        if tile > 64:
+            raise error
+        yield from real(renderer, phi, res, window, tile, norm)
+
+    monkeypatch.setattr(sample, "render_tiles", limited)
+    with pytest.warns(UserWarning, match="out of memory"):
+        drawn = sample.draw(renderer, phi, (300, 200), 256, norm="global")
+    assert tiles == [256, 128, 64] and np.abs(drawn.astype(int) - reference).max() <= 1
+    monkeypatch.setattr(sample, "render_tiles", lambda *args: (_ for _ in ()).throw(error))
+    with pytest.warns(UserWarning), pytest.raises(type(error)):
+        sample.draw(renderer, phi, (8, 8), 128)
+
+
+def test_stage_out_of_memory_in_training_says_what_helps(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "descend", lambda opt: (_ for _ in ()).throw(torch.OutOfMemoryError("out of memory")))
+    assert main_train("--stage", "ae", "--preset", "tiny", "--out", tmp_path, *TINY_AE) == 1
+    err = capsys.readouterr().err
+    assert "accum=2" in err and err.count("\n") == 1
 
 
 # ======================================================================================================================

@@ -53,7 +53,7 @@ from inr_generator import FunctionGenerator, GeneratorConfig, TransformerConfig,
 from ldm import DiffusionConfig, GaussianDiffusion, UNet, UNetConfig
 from metrics import Stopped, ranks, stop_at_once
 from sample import (FORMAT, GENERATORS, INFD, LatentScale, OneStep, build_generator, checkpoints, draw, fill, gflop,
-                    load, newest_checkpoint, onestep_calls, pick_device, read_checkpoint, seconds, to_uint8)
+                    load, newest_checkpoint, onestep_calls, out_of_memory, pick_device, read_checkpoint, seconds, to_uint8)
 
 # ---- options ---------------------------------------------------------------------------------------------------------
 
@@ -178,8 +178,9 @@ class CMRun(Run):
 
 # Parts of the presets below. Easy consistency tuning as in consistency.ECT; the generator for two CPU cores.
 CM_ECT = {f"cm.{k}": v for k, v in asdict(ECT).items() if v != getattr(ConsistencyConfig(), k)}
-CM_TINY_FUNC = {"size": 64, "func.patch": 8, "func.dim": 128, "func.heads": 4, "func.encoder_depth": 4,
-                "func.decoder_depth": 3, "func.groups": 16, "func.hidden": 48, "func.pe_dim": 48, "func.pe_sigma": 128.0}
+CM_TINY_FUNC = {"size": 64, "func.patch": 8, "func.dim": 192, "func.heads": 6, "func.encoder_depth": 3,
+                "func.decoder_depth": 2, "func.groups": 48, "func.layers": 3, "func.hidden": 48, "func.pe_dim": 48,
+                "func.pe_sigma": 64.0}
 
 # What a preset changes from the defaults above, which are the paper's ("paper": FFHQ). Keys as on the command line.
 PRESETS = {
@@ -206,8 +207,8 @@ PRESETS = {
         "paper": {},                                                         # Table 3: 13 hours on an A6000
         "small": {"epochs": 0, "steps": 20_000, "func.dim": 384, "func.heads": 6, "func.encoder_depth": 6,
                   "func.decoder_depth": 4, "func.hidden": 128, "lr": 3e-4, "grid_every": 2000, "save_every": 2000},
-        "tiny": CM_TINY_FUNC | {"steps": 1500, "lr": 1e-3, "lr_drop": True, "workers": 1, "grid_every": 500,
-                                "save_every": 500},
+        "tiny": CM_TINY_FUNC | {"steps": 4000, "batch": 8, "lr": 1e-3, "lr_drop": True, "workers": 1,
+                                "grid_every": 1000, "save_every": 1000},
     },
     "cm": {
         "paper": {},                                                         # Table 3: 224 hours on an A6000
@@ -216,7 +217,7 @@ PRESETS = {
                            "func.heads": 6, "func.encoder_depth": 6, "func.decoder_depth": 4, "func.hidden": 128,
                            "vit.dim": 384, "vit.heads": 6, "vit.depth": 11, "unet.model_channels": 96,
                            "unet.num_head_channels": 32, "grid_every": 2000, "save_every": 2000, "distance_every": 2000},
-        "tiny": CM_TINY_FUNC | CM_ECT | {"steps": 2000, "lr": 1e-3, "ema": 0.998, "ema_warmup": True, "labels": True,
+        "tiny": CM_TINY_FUNC | CM_ECT | {"steps": 3000, "batch": 16, "lr": 1e-3, "ema": 0.998, "ema_warmup": True, "labels": True,
                                          "vit.patch": 8, "vit.dim": 128, "vit.depth": 7, "vit.heads": 4,
                                          "unet.model_channels": 16, "unet.channel_mult": (1, 2, 3, 4),
                                          "unet.num_res_blocks": 1, "unet.attention_ds": (4, 8), "unet.groups": 8,
@@ -585,6 +586,7 @@ def fit(stage: str, cfg: Run, run_dir: Path, state: dict, step: Callable, batche
                 dynamic_ncols=True) as bar:
             for k in range(start, cfg.steps):
                 batch = meter.wait_for(stream)
+                torch.manual_seed(int(rng(cfg.seed, "dropout", k, rank).integers(2**62)))   # nothing else draws from it
                 logs = step(batch, k)
                 taken = logs.pop("taken")
                 bad = 0 if taken else bad + 1
@@ -1443,7 +1445,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except (OSError, RuntimeError, MemoryError) as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if "out of memory" in text or "can't allocate memory" in text or isinstance(error, MemoryError):
+        if out_of_memory(error):
             print(f"error: out of memory ({text}). Give accum=2 (or more): the same steps in smaller parts; or a smaller "
                   f"batch, size, or network", file=sys.stderr)
             return 1
