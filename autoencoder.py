@@ -333,7 +333,8 @@ def hinge_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
     return 0.5 * (F.relu(1.0 - logits_real).mean() + F.relu(1.0 + logits_fake).mean())
 
 
-def adaptive_weight(nll: Tensor, g_loss: Tensor, last_weight: Tensor, average: Callable = lambda grads: grads) -> Tensor:
+def adaptive_weight(nll: Tensor, g_loss: Tensor, last_weight: Tensor,
+                    average: Callable = lambda grads: grads) -> Tensor:
     """lambda = |grad nll| / (|grad g_loss| + 1e-4), at most 1e4: equal pull of both losses on the last layer's weight.
 
     Detached; the graphs of both losses stay alive for the backward pass that follows. average: takes the means of the

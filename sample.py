@@ -114,7 +114,7 @@ def fill(module: nn.Module, weights: dict[str, Tensor], what: str) -> None:
     module.load_state_dict(weights)
 
 
-# ---- INFD ---------------------------------------------------------------------------------------------------------------
+# ---- INFD ------------------------------------------------------------------------------------------------------------
 
 
 class LatentScale(nn.Module):
@@ -407,7 +407,7 @@ def from_openai(weights: dict, name: str) -> OneStep:
               ("cd", 6): cfg.karras_sigmas(40)[17 if "l2" not in name else 18],                 # levels of CD and CT
               ("ct", 6): cfg.karras_sigmas(151)[62 if "cat" in name else 67]}.get((kind, levels), 0)
     if levels not in (4, 6):
-        raise ValueError(f"a UNet of {levels} levels is none of OpenAI's: ImageNet at 64 px has 4, LSUN at 256 px has 6")
+        raise ValueError(f"a UNet of {levels} levels is none of OpenAI's: ImageNet (64 px) has 4, LSUN (256 px) has 6")
     f = ConsistencyModel(unet, dataclasses.replace(cfg, boundary=kind != "edm"))
     return OneStep(f, 64 if levels == 4 else 256, float(second), heun=kind == "edm")
 
@@ -495,7 +495,7 @@ def already_drawn(path: Path, info: dict) -> bool:
 
 
 def seconds(calls: dict[str, Callable], device: torch.device, repeats: int = 5) -> dict[str, float]:
-    """Median seconds of each call after a warm-up, synchronised; taken in turn, so that a disturbance meets them all."""
+    """Median seconds of each call after a warm-up, synchronised; taken in turn, so a disturbance meets them all."""
 
     def once(call: Callable) -> float:
         begin = time.perf_counter()
@@ -544,7 +544,8 @@ def bench(model: INFD | OneStep, steps: int, sizes: list[tuple[int, int]]) -> st
         z = torch.randn(1, *model.latent_shape, device=device)
         t = torch.zeros(1, dtype=torch.long, device=device)
         phi, y = model.autoencoder.decode(z), draw_labels(model.unet.cfg.num_classes, [0], 0, None, device)
-        calls = {"network call": lambda: torch.no_grad()(model.unet)(z, t, y), "decode": lambda: model.autoencoder.decode(z)}
+        calls = {"network call": lambda: torch.no_grad()(model.unet)(z, t, y),
+                 "decode": lambda: model.autoencoder.decode(z)}
         for size in sizes:
             calls[f"render {size[0]}x{size[1]}"] = functools.partial(draw, model.autoencoder.renderer, phi, size,
                                                                      model.patch)
@@ -727,7 +728,7 @@ def run(args: argparse.Namespace) -> None:
     network = metrics.load_features(args.features).to(device) if args.fid else None      # fail before the work
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     if world > 1 and (not args.out or args.fid):
-        raise ValueError("under torchrun give --out, which all processes share, and score it afterwards with metrics.py")
+        raise ValueError("under torchrun give --out, which all processes share, and score it later with metrics.py")
     label, out = pick_label(model, args.label), Path(args.out) if args.out else new_folder()
     common = {"ckpt": model.file.name, "sha256": file_hash(model.file), "weights": model.weights, "seed": args.seed,
               "window": window, "label": args.label, **described}

@@ -53,7 +53,8 @@ from inr_generator import FunctionGenerator, GeneratorConfig, TransformerConfig,
 from ldm import DiffusionConfig, GaussianDiffusion, UNet, UNetConfig
 from metrics import Stopped, ranks, stop_at_once
 from sample import (FORMAT, GENERATORS, INFD, LatentScale, OneStep, build_generator, checkpoints, draw, fill, gflop,
-                    load, newest_checkpoint, onestep_calls, out_of_memory, pick_device, read_checkpoint, seconds, to_uint8)
+                    load, newest_checkpoint, onestep_calls, out_of_memory, pick_device, read_checkpoint, seconds,
+                    to_uint8)
 
 # ---- options ---------------------------------------------------------------------------------------------------------
 
@@ -130,7 +131,7 @@ class LDMRun(Run):
 
 @dataclass(frozen=True)
 class PretrainRun(Run):
-    """Stage pretrain: image functions that reconstruct clean pictures (CM-Func 3.4, A.1). "open": paper does not say."""
+    """Stage pretrain: image functions that reconstruct clean pictures (CM-Func 3.4, A.1). "open": not in the paper."""
 
     steps: int = 0                    # 0: as many as `epochs` need
     epochs: int = 30                  # A.1
@@ -145,8 +146,8 @@ class PretrainRun(Run):
     func: GeneratorConfig = field(default_factory=GeneratorConfig)
 
 
-# Appendix A.3: base 256, 2 residual blocks, mult 1,2,3,4, attention at 32, 16 and 8 px. open: resampling inside residual
-# blocks and heads of 64 channels, as Song et al.'s launch script has it ("4 heads" of 64 channels cannot both hold).
+# Appendix A.3: base 256, 2 residual blocks, mult 1,2,3,4, attention at 32, 16 and 8 px. open: resampling inside the
+# residual blocks and heads of 64 channels, as Song et al.'s launch script has it ("4 heads" of 64 channels cannot both hold).
 CM_UNET = UNetConfig(model_channels=256, num_head_channels=64, resblock_updown=True)
 
 
@@ -216,9 +217,10 @@ PRESETS = {
         "small": CM_ECT | {"steps": 60_000, "batch": 64, "lr": 3e-4, "ema": 0.999, "ema_warmup": True, "func.dim": 384,
                            "func.heads": 6, "func.encoder_depth": 6, "func.decoder_depth": 4, "func.hidden": 128,
                            "vit.dim": 384, "vit.heads": 6, "vit.depth": 11, "unet.model_channels": 96,
-                           "unet.num_head_channels": 32, "grid_every": 2000, "save_every": 2000, "distance_every": 2000},
-        "tiny": CM_TINY_FUNC | CM_ECT | {"steps": 3000, "batch": 16, "lr": 1e-3, "ema": 0.998, "ema_warmup": True, "labels": True,
-                                         "vit.patch": 8, "vit.dim": 128, "vit.depth": 7, "vit.heads": 4,
+                           "unet.num_head_channels": 32, "grid_every": 2000, "save_every": 2000,
+                           "distance_every": 2000},
+        "tiny": CM_TINY_FUNC | CM_ECT | {"steps": 3000, "batch": 16, "lr": 1e-3, "ema": 0.998, "ema_warmup": True,
+                                         "labels": True, "vit.patch": 8, "vit.dim": 128, "vit.depth": 7, "vit.heads": 4,
                                          "unet.model_channels": 16, "unet.channel_mult": (1, 2, 3, 4),
                                          "unet.num_res_blocks": 1, "unet.attention_ds": (4, 8), "unet.groups": 8,
                                          "unet.num_head_channels": 16, "workers": 1, "log_every": 20,
@@ -235,11 +237,12 @@ PAPER_DATA = {("ae", "mountains"): {"steps": 1_200_000, "p_original": 0.5, "orig
               ("cm", "cifar10"): {"size": 32, "steps": 400_000, "labels": True, "cm.mu0": 0.9},
               ("cm", "lsun-church"): {"size": 128},
               ("cm", "lsun-classroom"): {"size": 128}}
-# CM-Func by resolution (A.2, D.2.1; attention of the UNet at 32, 16, 8 px). The text has four levels at 128 px too; with
-# the published default of five the network grows with the resolution, as Figure 2 says: unet.channel_mult=1,2,3,4.
+# CM-Func by resolution (A.2, D.2.1; attention of the UNet at 32, 16, 8 px). The text has four levels at 128 px too;
+# with the published default of five the network grows with the resolution, as Figure 2 says: unet.channel_mult=1,2,3,4.
 PAPER_SIZE = {32: {"func.patch": 4, "vit.patch": 4, "unet.attention_ds": (1, 2, 4)},
               64: {"func.patch": 4, "vit.patch": 4, "unet.attention_ds": (2, 4, 8)},
-              128: {"func.patch": 8, "vit.patch": 8, "unet.attention_ds": (4, 8, 16), "unet.channel_mult": (1, 1, 2, 3, 4)}}
+              128: {"func.patch": 8, "vit.patch": 8, "unet.attention_ds": (4, 8, 16),
+                    "unet.channel_mult": (1, 1, 2, 3, 4)}}
 
 # A run may be continued with these changed; anything else belongs to another run.
 FREE = {"steps", "workers", "dtype", "compile", "accum", "log_every", "grid_every", "save_every", "keep_every",
@@ -299,7 +302,8 @@ def configure(stage: str, preset: str, data_name: str, overrides: list[str]) -> 
     size = given.get("size", base.get("size", cls.size))
     by_size = {name: v for name, v in PAPER_SIZE.get(size, {}).items() if name in known}
     cfg = apply(cls(), by_size | base | {"data": data_name} | given)
-    if min(cfg.steps or "epochs" in known, cfg.batch, cfg.accum, cfg.log_every, cfg.grid_every, cfg.save_every) < 1 or cfg.batch % cfg.accum:
+    least = min(cfg.steps or "epochs" in known, cfg.batch, cfg.accum, cfg.log_every, cfg.grid_every, cfg.save_every)
+    if least < 1 or cfg.batch % cfg.accum:
         raise ValueError("steps, batch, accum and the *_every options must be at least 1, and accum must divide batch")
     return cfg
 
@@ -431,7 +435,7 @@ def try_to_save(run_dir: Path, step: int, content: dict, keep_every: int, last: 
                 continue
             reason = str(error).splitlines()[0]
             if last:
-                raise OSError(f"step {step} could not be saved in {run_dir} ({reason}); the checkpoints there are older")
+                raise OSError(f"step {step} could not be saved in {run_dir} ({reason}); what is there is older")
             warnings.warn(f"step {step} could not be saved ({reason}); training goes on and tries again at the next "
                           f"save; older checkpoints are untouched")
 
@@ -592,7 +596,8 @@ def fit(stage: str, cfg: Run, run_dir: Path, state: dict, step: Callable, batche
                 bad = 0 if taken else bad + 1
                 if bad == 20:
                     raise RuntimeError(f"the gradients of 20 steps in a row are not finite; last batch: images "
-                                       f"{batch['index'].tolist()} of step {k}. The newest checkpoint is good; lower lr")
+                                       f"{batch['index'].tolist()} of step {k}. The newest checkpoint is good; "
+                                       f"lower lr")
                 if "ema" in state:
                     rate = min(cfg.ema, (1 + k) / (10 + k)) if cfg.ema_warmup else cfg.ema
                     ema_update(state["ema"], state["model"], rate)
@@ -1189,8 +1194,8 @@ def start_from(net: FunctionGenerator, cfg: CMRun, run_dir: Path) -> None:
     """Load what stage pretrain has learned (3.4)."""
     init = Path(cfg.init) if cfg.init else run_dir.parent / "pretrain"
     if not init.exists():
-        raise FileNotFoundError(f"stage cm starts from stage pretrain and there is none at {init}; run --stage pretrain "
-                                f"first with the same --data and --preset, name one with init=RUN, or give init=none")
+        raise FileNotFoundError(f"stage cm starts from stage pretrain and there is none at {init}; run --stage "
+                                f"pretrain first with the same --data and --preset, name one with init=RUN, or give init=none")
     path, ckpt = newest_checkpoint(init) if init.is_dir() else (init, read_checkpoint(init))
     if ckpt.get("stage") != "pretrain":
         raise ValueError(f"init={init} is no run of stage pretrain")
@@ -1296,8 +1301,8 @@ def peak_memory(device: torch.device, reset: bool = False) -> int:
 def bench_cm(cfg: CMRun, device: torch.device, repeats: int = 5) -> dict:
     """What each generator named in cfg.generator (comma-separated) costs, in training and in sampling, side by side.
 
-    multi_res_fps is Section 4.3's: pictures per second when each is wanted at 32, 64 and 128 px, which takes one function
-    and three renderings, or three networks, each trained for its size. The batch is random, so no data is waited for.
+    multi_res_fps is Section 4.3's: pictures per second when each is wanted at 32, 64 and 128 px, which takes one
+    function and three renderings, or three networks, each trained for its size. The batch is random, so no data is waited for.
     """
     sizes, report = (32, 64, 128), {}
     calls: dict[str, Callable] = {}
@@ -1311,7 +1316,8 @@ def bench_cm(cfg: CMRun, device: torch.device, repeats: int = 5) -> dict:
         peak_memory(device, reset=True)
         train = seconds({"train": lambda: step(batch, 0)}, device, repeats)["train"]
         report[name] = {"parameters": sum(p.numel() for p in net.parameters()),
-                        "train_images_per_s": round(own.batch / train, 3), "train_peak_gb": round(peak_memory(device) / 1e9, 2)}
+                        "train_images_per_s": round(own.batch / train, 3),
+                        "train_peak_gb": round(peak_memory(device) / 1e9, 2)}
         del target, opt, step
         models = {own.size: f.eval().requires_grad_(False)}
         if name != "func":
@@ -1423,19 +1429,21 @@ def run(args: argparse.Namespace) -> int:
                          f"--preset tiny (minutes on two CPU cores), or insist with --device cpu")
     folder = args.stage if getattr(cfg, "generator", "func") == "func" else f"{args.stage}-{cfg.generator}"
     run_dir = Path(args.out) if args.out else Path("runs") / f"{Path(args.data).stem}-{args.preset}" / folder
-    if cfg.batch % int(os.environ.get("WORLD_SIZE", 1)) or cfg.batch // int(os.environ.get("WORLD_SIZE", 1)) % cfg.accum:
-        raise ValueError(f"batch={cfg.batch} cannot be shared by {os.environ['WORLD_SIZE']} processes with "
-                         f"accum={cfg.accum}; choose a multiple of both")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if cfg.batch % (world * cfg.accum):
+        raise ValueError(f"batch={cfg.batch} cannot be shared by {world} processes with accum={cfg.accum}; choose a "
+                         f"multiple of {world * cfg.accum}")
     with process_group(device) as device:
         STAGES[args.stage][1](cfg, run_dir, device)
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit code: 0, 2 after one line on what is wrong, 1 where memory or disk gave out, 143 or 130 after a signal."""
+    """The exit code: 0; 2 after one line on what is wrong; 1 where memory, disk or numbers gave out; 143 or 130 after a
+    signal."""
     args = parser().parse_args(argv)
     try:
-        with stop_at_once():                                 # while `fit` runs, it looks at a flag between steps instead
+        with stop_at_once():                                 # `fit` looks at a flag between its steps instead
             return run(args)
     except Stopped as stop:
         print("stopped; the same command continues", file=sys.stderr)
@@ -1446,8 +1454,8 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, RuntimeError, MemoryError) as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         if out_of_memory(error):
-            print(f"error: out of memory ({text}). Give accum=2 (or more): the same steps in smaller parts; or a smaller "
-                  f"batch, size, or network", file=sys.stderr)
+            print(f"error: out of memory ({text}). Give accum=2 (or more): the same steps in smaller parts; or a "
+                  f"smaller batch, size, or network", file=sys.stderr)
             return 1
         if "not finite" in text or "could not be saved" in text:
             print(f"error: {text}", file=sys.stderr)
