@@ -3903,17 +3903,17 @@ def test_stage_cm_moves_the_student_and_only_a_teacher_follows(recipe):
     assert (target is f) == (not recipe)
     before, teacher = deepcopy(f.state_dict()), deepcopy(target.state_dict())
     metric = train.cm_metric(cfg, torch.device("cpu"))
-    logs = train.cm_step(f, target, opt, cfg, metric, train.cm_noise(cfg))(stage_batch(cfg), 2)
+    logs = train.cm_step(f, target, opt, cfg, metric, train.cm_noise(cfg))(stage_batch(cfg), 4)
     assert logs["taken"]
     moved = [k for k, v in f.state_dict().items() if not torch.equal(v, before[k])]
     assert moved and all(p.grad is None for p in target.parameters())
     if recipe:
-        mu = cfg.cm.mu(2, cfg.K)
-        assert logs["N"] == cfg.cm.N(2, cfg.K) and logs["mu"] == pytest.approx(mu, rel=1e-6)
+        mu = cfg.cm.mu(4, cfg.K)
+        assert logs["N"] == cfg.cm.N(4, cfg.K) and logs["mu"] == pytest.approx(mu, rel=1e-6)
         for key in moved:
             torch.testing.assert_close(target.state_dict()[key], mu * teacher[key] + (1 - mu) * f.state_dict()[key])
     else:
-        assert logs["stage"] == 2 * 8 // 6
+        assert logs["stage"] == 1                                            # step 4 of 6, in the second of 2 stages
 
 
 def test_stage_cm_accumulates_to_the_same_step():
@@ -4026,7 +4026,7 @@ def test_stage_cm_one_function_is_drawn_at_any_size_and_window(stage_runs, tmp_p
     assert main_sample(*common, "--res", "16,32,16x48", "--out", tmp_path / "a") == 0
     assert main_sample(*common, "--res", 16, "--window", "0,-1,1,0", "--batch", 1, "--out", tmp_path / "b") == 0
     model = sample.load(stage_runs / "cm")
-    assert model.weights == "EMA" and model.classes == data.Landscapes.classes and model.f.cfg.stages == 8
+    assert model.weights == "EMA" and model.classes == data.Landscapes.classes and model.f.cfg.stages == 2
     for i in range(3):
         function = model.functions([i])                                      # alone, where the files came from three
         small, large, wide = ((main_png(tmp_path / "a" / f"seed0-{i:06d}-{r}.png")) for r in ("16x16", "32x32", "16x48"))
