@@ -4192,6 +4192,11 @@ def test_stage_cm_paper_presets(data_name, size, patch, steps, mu0, classes):
     pretrain = train.configure("pretrain", "paper", data_name, [])
     assert (pretrain.size, pretrain.func.patch, pretrain.epochs, pretrain.lr) == (size, patch, 30, 1e-4)
     assert train.configure("cm", "paper", "celeba", ["size=128"]).func.patch == 8
+    for preset, recipe in (("ict", ICT), ("ect", ECT)):
+        later = train.configure("cm", preset, data_name, [])
+        assert later.cm == recipe and replace(later, cm=cfg.cm).steps == steps and later.size == size
+    with pytest.raises(ValueError, match="stage pretrain has no preset ict; there are: paper, small, tiny"):
+        train.configure("pretrain", "ict", data_name, [])
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),

@@ -46,7 +46,7 @@ import data
 import metrics
 from autoencoder import (AutoencoderConfig, DiscriminatorConfig, FieldAutoencoder, PatchDiscriminator, adaptive_weight,
                          hinge_loss)
-from consistency import (ECT, ConsistencyConfig, ConsistencyModel, consistency_loss, denoising_distance, l2,
+from consistency import (ECT, ICT, ConsistencyConfig, ConsistencyModel, consistency_loss, denoising_distance, l2,
                          lpips_resized, pseudo_huber)
 from data import DataConfig, rng, torch_noise
 from inr_generator import FunctionGenerator, GeneratorConfig, TransformerConfig, pixel_coord, variational_coord
@@ -177,8 +177,9 @@ class CMRun(Run):
     unet: UNetConfig = field(default_factory=lambda: CM_UNET)
 
 
-# Parts of the presets below. Easy consistency tuning as in consistency.ECT; the generator for two CPU cores.
-CM_ECT = {f"cm.{k}": v for k, v in asdict(ECT).items() if v != getattr(ConsistencyConfig(), k)}
+# Parts of the presets below: the later recipes of consistency.py, and the generator for two CPU cores.
+CM_ICT, CM_ECT = ({f"cm.{k}": v for k, v in asdict(recipe).items() if v != getattr(ConsistencyConfig(), k)}
+                  for recipe in (ICT, ECT))
 CM_TINY_FUNC = {"size": 64, "func.patch": 8, "func.dim": 192, "func.heads": 6, "func.encoder_depth": 3,
                 "func.decoder_depth": 2, "func.groups": 48, "func.layers": 3, "func.hidden": 48, "func.pe_dim": 48,
                 "func.pe_sigma": 64.0}
@@ -213,6 +214,8 @@ PRESETS = {
     },
     "cm": {
         "paper": {},                                                         # Table 3: 224 hours on an A6000
+        "ict": CM_ICT,                      # the paper's networks and lengths, without LPIPS and without a teacher
+        "ect": CM_ECT,
         # Easy consistency tuning: no second copy of the weights, no LPIPS, and pictures long before the paper's recipe.
         "small": CM_ECT | {"steps": 60_000, "batch": 64, "lr": 3e-4, "ema": 0.999, "ema_warmup": True, "func.dim": 384,
                            "func.heads": 6, "func.encoder_depth": 6, "func.decoder_depth": 4, "func.hidden": 128,
@@ -221,7 +224,7 @@ PRESETS = {
                            "distance_every": 2000},
         # Few wide steps along the noise, and weight on the large levels: an image function of this size cannot draw the
         # noise that F has to at small ones, and ECT's own weights, greatest there, wash the pre-training out.
-        "tiny": CM_TINY_FUNC | CM_ECT | {"steps": 3000, "batch": 16, "lr": 3e-4, "ema": 0.998, "ema_warmup": True,
+        "tiny": CM_TINY_FUNC | CM_ECT | {"steps": 2000, "batch": 16, "lr": 3e-4, "ema": 0.998, "ema_warmup": True,
                                          "labels": True, "cm.stages": 2, "cm.gap_weight": False, "cm.P_mean": 1.0,
                                          "vit.patch": 8, "vit.dim": 128, "vit.depth": 7, "vit.heads": 4,
                                          "unet.model_channels": 16, "unet.channel_mult": (1, 2, 3, 4),
@@ -301,7 +304,9 @@ def configure(stage: str, preset: str, data_name: str, overrides: list[str]) -> 
         if name not in known:
             raise ValueError(f"unknown option {name}; stage {stage} has: {', '.join(known)}")
         given[name] = convert(name, known[name], value)
-    base = PRESETS[stage][preset] | (PAPER_DATA.get((stage, data_name), {}) if preset == "paper" else {})
+    if preset not in PRESETS[stage]:
+        raise ValueError(f"stage {stage} has no preset {preset}; there are: {', '.join(PRESETS[stage])}")
+    base = ({} if preset in ("small", "tiny") else PAPER_DATA.get((stage, data_name), {})) | PRESETS[stage][preset]
     size = given.get("size", base.get("size", cls.size))
     by_size = {name: v for name, v in PAPER_SIZE.get(size, {}).items() if name in known}
     cfg = apply(cls(), by_size | base | {"data": data_name} | given)
@@ -1406,7 +1411,8 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description="Train. The same command again continues the run.",
                                 epilog="key=value sets any option of the stage; a wrong name lists them all")
     p.add_argument("--stage", choices=list(STAGES), default="ae")
-    p.add_argument("--preset", choices=["paper", "small", "tiny"], default="paper")
+    p.add_argument("--preset", choices=["paper", "small", "tiny", "ict", "ect"], default="paper",
+                   help="ict and ect: stage cm by improved consistency training, or easy consistency tuning")
     p.add_argument("--data", default="synthetic", help="a name, or the path of a folder or .zip of images")
     p.add_argument("--out", help="run folder (default: runs/DATA-PRESET/STAGE)")
     p.add_argument("--device", default="auto")
@@ -1429,8 +1435,8 @@ def run(args: argparse.Namespace) -> int:
         report = bench_cm(cfg, device)
         print(bench_table(report), json.dumps({"device": str(device), **report}), sep="\n")
         return 0
-    if args.preset == "paper" and device.type == "cpu" and args.device != "cpu":
-        raise ValueError(f"preset paper of stage {args.stage} is {COST[args.stage]}; there is no GPU here. Take "
+    if args.preset not in ("small", "tiny") and device.type == "cpu" and args.device != "cpu":
+        raise ValueError(f"preset {args.preset} of stage {args.stage} is {COST[args.stage]}; there is no GPU here. Take "
                          f"--preset tiny (minutes on two CPU cores), or insist with --device cpu")
     folder = args.stage if getattr(cfg, "generator", "func") == "func" else f"{args.stage}-{cfg.generator}"
     run_dir = Path(args.out) if args.out else Path("runs") / f"{Path(args.data).stem}-{args.preset}" / folder
