@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import re
@@ -4226,6 +4227,388 @@ def test_stage_out_of_memory_in_training_says_what_helps(tmp_path, monkeypatch, 
     assert main_train("--stage", "ae", "--preset", "tiny", "--out", tmp_path, *TINY_AE) == 1
     err = capsys.readouterr().err
     assert "accum=2" in err and err.count("\n") == 1
+
+
+# ======================================================================================================================
+# Tests of faults: kills, full disks, damaged and hostile files, numbers that are none, several processes, no network.
+# ======================================================================================================================
+# F1 to F26 are the rows of a table of faults, each with its criterion. Rows that sections above have already met:
+#   F6   of weight files: test_metrics_names_missing_weights_and_packages
+#   F15  test_a_corrupt_image_is_replaced_by_the_next_and_named, test_many_corrupt_images_stop_the_run,
+#        test_check_data_lists_what_is_bad, test_files_that_must_not_be_decoded_are_refused
+#   F16  test_files_that_must_not_be_decoded_are_refused (a GIF named .png), test_zip_names_that_leave_the_archive_are_refused,
+#        test_zips_with_too_many_files_are_refused_before_they_are_listed
+#   F17  test_every_kind_of_image_becomes_rgb, test_exif_rotation_and_the_centre_square,
+#        test_pictures_smaller_than_the_input_are_refused_by_name
+#   F19  test_another_configuration_does_not_touch_the_run
+#   F20  test_nothing_is_overwritten
+
+
+def slow(test):
+    """`pytest -m slow` runs it, a plain `pytest` skips it and says so. No configuration file registers the mark."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        test = pytest.mark.slow(test)
+    return pytest.mark.skipif("'slow' not in config.option.markexpr", reason="slow; pytest -m slow runs it")(test)
+
+
+FAULT_ARGS = {"ae": [*TINY_AE, "gan_weight=0.75", "disc.ndf=8", "disc.n_layers=1", "eval_n=1"], "ldm": TINY_LDM,
+              "pretrain": [*TINY_PRETRAIN, "eval_n=1"], "cm": [*TINY_CM, *TINY_TEACHER, "init=none", "ema=0.9"]}
+
+
+def fault_args(stage, out, main_runs, *options):
+    """The command line of a small run: stage ae with its GAN, stage cm with its teacher."""
+    init = [f"init={main_runs / 'ae'}"] if stage == "ldm" else []
+    return list(map(str, ["--stage", stage, "--preset", "tiny", "--out", out, *FAULT_ARGS[stage], *init, *options]))
+
+
+def fault_cm(out, *options):
+    return fault_args("cm", out, None, *options)
+
+
+def fault_fork(work, *args):
+    """A child process that begins as a copy of this one, without the seconds that imports take; exits with work()."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+
+    def body():
+        torch.set_num_threads(1)                                             # OpenMP threads do not survive a fork
+        os._exit(work(*args) or 0)
+
+    child = multiprocessing.get_context("fork").Process(target=body)
+    child.start()
+    return child
+
+
+def fault_signal(monkeypatch, k, *signals):
+    """Signals to this process within the k-th step from now on."""
+    add, steps = train.Meter.add, []
+
+    def signalled(meter, *args):
+        add(meter, *args)
+        steps.append(0)
+        if len(steps) == k:
+            for number in signals:
+                os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(train.Meter, "add", signalled)
+
+
+def fault_no_previews(monkeypatch):
+    """Sample grids and scores have tests of their own."""
+    monkeypatch.setattr(train, "ae_sheet", lambda *args: np.zeros((1, 1, 3), np.uint8))
+    monkeypatch.setattr(train, "cm_sheet", train.ae_sheet)
+    monkeypatch.setattr(train, "ldm_preview", lambda *args: None)
+    monkeypatch.setattr(train, "evaluate", lambda *args: {})
+
+
+def fault_bytes(run):
+    return {p.name: p.read_bytes() for p in run.glob("step-*")}
+
+
+def fault_step(run):
+    return sample.newest_checkpoint(run)[1]["step"]
+
+
+# ---- F1: a kill at any moment ----------------------------------------------------------------------------------------
+
+def fault_die_in_save(seed):
+    """SIGKILL at a random moment of a random save: at a byte of the file, or between any two calls of save_checkpoint."""
+    gen, saves, save = np.random.default_rng(seed), [], train.save_checkpoint
+    wanted, point = int(gen.integers(1, 4)), int(gen.integers(0, 6))
+    die = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+
+    class Dying(io.FileIO):
+        left = int(gen.integers(1, 800_000))
+
+        def write(self, content):
+            if self.left < len(content):
+                super().write(content[:self.left])
+                die()
+            self.left -= len(content)
+            return super().write(content)
+
+    def dying(*args):
+        saves.append(0)
+        if len(saves) == wanted:
+            if point < 3:
+                train.open = lambda path, mode: Dying(path, mode)
+            if point == 3:
+                os.fsync = die
+            if point == 4:
+                Path.rename = die
+            if point == 5:
+                Path.unlink = die
+        return save(*args)
+
+    train.save_checkpoint = dying
+
+
+def fault_kills(tmp_path, kills):
+    """Kills a run again and again, at moments inside and outside of saves; what is left must always go on, and the end
+    must be bit for bit that of a run which nobody disturbed."""
+    run, gen, inside, save_every = tmp_path / "run", np.random.default_rng(0), 0, 2
+    args = ["log_every=1", f"save_every={save_every}", "K=1000", "distance_every=1000000"]
+    for kill in range(kills):
+        before = (run / "log.jsonl").stat().st_mtime_ns if run.exists() else 0
+
+        def train_and_die():
+            if kill % 2:
+                fault_die_in_save(kill)
+            return main_train(*fault_cm(run, *args, "steps=1000000"))
+
+        child = fault_fork(train_and_die)
+        if kill % 2 == 0:                                                    # any time from the start of the loop on
+            while not (run / "log.jsonl").exists() or (run / "log.jsonl").stat().st_mtime_ns == before:
+                time.sleep(0.001)
+            time.sleep(gen.uniform(0, 0.4))
+            child.kill()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+        left = list(run.glob("*.part"))
+        inside += kill % 2 or bool(left)
+        assert len(left) <= 1
+        saved = [sample.read_checkpoint(file)["step"] for file in sample.checkpoints(run)]       # each can be read
+        logged = [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines() if line.endswith("}")]
+        reached = max(logged, default=0)
+        assert reached - max(saved, default=0) <= save_every
+    steps = max(saved, default=0) + 3
+    assert main_train(*fault_cm(run, *args, f"steps={steps}")) == 0
+    assert not list(run.glob("*.part")) and len(sample.checkpoints(run)) == 2
+    assert main_train(*fault_cm(tmp_path / "whole", *args, f"steps={steps}")) == 0
+    assert main_same(main_state(run), main_state(tmp_path / "whole"))
+    assert main_log(run) == main_log(tmp_path / "whole")
+    return inside
+
+
+def test_fault_f01_three_kills(tmp_path):
+    assert fault_kills(tmp_path, 3) >= 1
+
+
+@slow
+def test_fault_f01_fifty_kills(tmp_path):
+    assert fault_kills(tmp_path, 50) >= 20
+
+
+# ---- F2, F3, F4, F7, F8: writing a checkpoint ------------------------------------------------------------------------
+
+@pytest.mark.parametrize("error", [RuntimeError, TypeError, KeyboardInterrupt, metrics.Stopped])
+def test_fault_f02_an_exception_in_torch_save_changes_no_file(tmp_path, error):
+    class Poison:
+        def __reduce__(self):
+            raise error("in the middle")
+
+    for step in (1, 2):
+        train.save_checkpoint(tmp_path, step, {"x": torch.arange(1000.0)}, 0)
+    before = fault_bytes(tmp_path)
+    with pytest.raises(error):
+        train.save_checkpoint(tmp_path, 3, {"a": torch.arange(1000.0), "x": Poison()}, 0)
+    assert fault_bytes(tmp_path) == before and len(before) == 2              # and no step-*.part
+
+
+def fault_full(monkeypatch, fails, how):
+    """Saving meets a full disk where fails(step, attempt); returns the waits between attempts."""
+    resource = pytest.importorskip("resource")
+    save, attempts, waits = train.save_checkpoint, [], []
+
+    def on_full_disk(run_dir, step, *args):
+        attempts.append(step)
+        with monkeypatch.context() as patch:
+            limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+            try:
+                if fails(step, attempts.count(step)):
+                    if how == "/dev/full":                                   # the disk says so at the first byte
+                        patch.setattr(train, "open", lambda path, mode: open(how, mode), raising=False)
+                    else:                                                    # the disk says so in the middle
+                        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+                return save(run_dir, step, *args)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(train, "save_checkpoint", on_full_disk)
+    monkeypatch.setattr(train.time, "sleep", waits.append)
+    return waits
+
+
+@pytest.mark.parametrize("how", ["/dev/full", "in the middle"])
+def test_fault_f03_a_run_outlives_a_full_disk(tmp_path, monkeypatch, how):
+    if how == "/dev/full" and not Path(how).exists():
+        pytest.skip("no /dev/full")
+    fault_no_previews(monkeypatch)
+    old = {}
+
+    def fails(step, attempt):
+        if step == 2 and attempt == 1:
+            old.update(fault_bytes(tmp_path / "run"))
+        return step == 2
+
+    waits = fault_full(monkeypatch, fails, how)
+    with pytest.warns(UserWarning, match="step 2 could not be saved .* tries again at the next") as caught:
+        assert main_train(*fault_cm(tmp_path / "run", "save_every=1", "steps=3")) == 0
+    assert len([w for w in caught if "could not be saved" in str(w.message)]) == 1
+    assert list(old) == ["step-00000001.pt"] and waits == [0.5, 2.0]
+    now = fault_bytes(tmp_path / "run")
+    assert sorted(now) == ["step-00000001.pt", "step-00000003.pt"] and now["step-00000001.pt"] == old["step-00000001.pt"]
+
+
+def test_fault_f03_the_last_save_that_fails_is_an_error(tmp_path, monkeypatch, capsys):
+    fault_no_previews(monkeypatch)
+    fault_full(monkeypatch, lambda step, attempt: step == 3, "in the middle")
+    assert main_train(*fault_cm(tmp_path / "run", "save_every=2", "steps=3")) == 1
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: step 3 could not be saved") and "what is there is older" in line
+    assert list(fault_bytes(tmp_path / "run")) == ["step-00000002.pt"]
+    monkeypatch.undo()
+    assert main_train(*fault_cm(tmp_path / "run", "save_every=2", "steps=3")) == 0 and fault_step(tmp_path / "run") == 3
+
+
+@slow
+def test_fault_f03_a_small_tmpfs(tmp_path, monkeypatch):
+    """1.1 MB a checkpoint: two fit, the third does not until the other files have gone."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("may not mount a tmpfs")
+    try:
+        fault_no_previews(monkeypatch)
+        monkeypatch.setattr(train.time, "sleep", lambda s: None)
+        with pytest.warns(UserWarning, match="step 3 could not be saved"):
+            assert main_train(*fault_cm(disk / "run", "save_every=1", "steps=4")) == 1
+        assert sorted(fault_bytes(disk / "run")) == ["step-00000001.pt", "step-00000002.pt"]
+        assert [sample.read_checkpoint(file)["step"] for file in sample.checkpoints(disk / "run")] == [2, 1]
+        (disk / "run/step-00000001.pt").unlink()
+        assert main_train(*fault_cm(disk / "run", "save_every=4", "steps=4")) == 0 and fault_step(disk / "run") == 4
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_fault_f04_a_transient_write_error_is_tried_again(tmp_path, monkeypatch):
+    fault_no_previews(monkeypatch)
+    waits = fault_full(monkeypatch, lambda step, attempt: step == 2 and attempt < 3, "in the middle")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert main_train(*fault_cm(tmp_path / "run", "save_every=2", "steps=3")) == 0
+    assert waits == [0.5, 2.0] and sorted(fault_bytes(tmp_path / "run")) == ["step-00000002.pt", "step-00000003.pt"]
+
+
+def fault_trace(monkeypatch):
+    """The calls that write, in order."""
+    calls = []
+
+    def traced(owner, name, said):
+        call = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **kw: (calls.append(said(*args)), call(*args, **kw))[1])
+
+    file = lambda fd: Path(os.readlink(f"/proc/self/fd/{fd}")).name
+    traced(torch, "save", lambda content, f: f"write {Path(f.name).name}")
+    traced(os, "fsync", lambda fd: f"fsync {file(fd)}")
+    traced(zipfile.ZipFile, "testzip", lambda archive: f"verify {Path(archive.filename).name}")
+    traced(Path, "rename", lambda path, to: f"rename {path.name} {to.name}")
+    traced(Path, "unlink", lambda path, missing_ok=False: f"delete {path.name}")
+    return calls
+
+
+def test_fault_f07_f08_order_of_a_power_cut(tmp_path, monkeypatch):
+    """Data before name, name before deletion. Two checkpoints are always kept, so there is no --keep to refuse."""
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("reads names in /proc")
+    run = tmp_path / "run"
+    run.mkdir()
+    for step in (1, 2):
+        train.save_checkpoint(run, step, {"x": torch.ones(3)}, 0)
+    calls = fault_trace(monkeypatch)
+    train.save_checkpoint(run, 3, {"x": torch.ones(3)}, 0)
+    assert calls == ["write step-00000003.part", "fsync step-00000003.part", "verify step-00000003.part",
+                     "rename step-00000003.part step-00000003.pt", "fsync run", "delete step-00000001.pt"]
+
+
+@pytest.mark.parametrize("fault", ["damaged", "fsync", "rename"])
+def test_fault_f08_the_older_is_deleted_only_after_the_new_one_was_verified(tmp_path, monkeypatch, fault):
+    for step in (1, 2):
+        train.save_checkpoint(tmp_path, step, {"x": torch.ones(3)}, 0)
+    before = fault_bytes(tmp_path)
+
+    def fails(*args):
+        raise OSError("input/output error")
+
+    fsync = os.fsync
+
+    def fsync_of_a_failing_disk(fd):                                         # writes a flipped byte
+        fsync(fd)
+        part, = tmp_path.glob("*.part")
+        content = bytearray(part.read_bytes())
+        content[content.index(torch.full((64,), 3.0).numpy().tobytes())] ^= 1
+        part.write_bytes(content)
+
+    owner, name, call = {"damaged": (os, "fsync", fsync_of_a_failing_disk), "fsync": (os, "fsync", fails),
+                         "rename": (Path, "rename", fails)}[fault]
+    monkeypatch.setattr(owner, name, call)
+    with pytest.raises(OSError, match="not written correctly" if fault == "damaged" else "input/output"):
+        train.save_checkpoint(tmp_path, 3, {"x": torch.full((64,), 3.0)}, 0)
+    assert fault_bytes(tmp_path) == before
+
+
+# ---- F5, F6: damaged checkpoints -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("damage", ["half", "flipped"])
+def test_fault_f05_f06_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, monkeypatch, capsys, damage):
+    """Training and sampling go on from the one before, exit code 0, and the end is that of an undisturbed run."""
+    fault_no_previews(monkeypatch)
+    for name in ("run", "whole"):
+        assert main_train(*fault_cm(tmp_path / name)) == 0                   # saves at steps 3 and 6
+    newest, older = sample.checkpoints(tmp_path / "run")
+    content = bytearray(newest.read_bytes())
+    if damage == "half":
+        del content[len(content) // 2:]
+    else:                                                                    # the highest byte of a weight
+        weight = next(v for v in main_state(tmp_path / "run")["model"].values() if v.numel() > 64)
+        content[content.index(weight.numpy().tobytes()) + 3] ^= 1
+    newest.write_bytes(content)
+    if damage == "flipped":
+        torch.load(newest, weights_only=True)                                # does not notice
+    capsys.readouterr()
+    assert main_sample("--ckpt", tmp_path / "run", "--out", tmp_path / "drawn") == 0
+    out, err = capsys.readouterr()
+    assert "step 3)" in out and err.count("\n") == 1 and newest.name in err and older.name in err
+    assert ("not a complete checkpoint" if damage == "half" else "damaged") in err
+    assert main_train(*fault_cm(tmp_path / "run")) == 0
+    out, err = capsys.readouterr()
+    assert "from step 3" in out and newest.name in err and older.name in err
+    assert main_same(main_state(tmp_path / "run"), main_state(tmp_path / "whole"))
+    assert main_log(tmp_path / "run") == main_log(tmp_path / "whole")
+
+
+# ---- F9: resume at every step ----------------------------------------------------------------------------------------
+
+def fault_resume(stage, steps, main_runs, tmp_path, monkeypatch):
+    """20 steps, stopped in each of `steps` and continued: weights, averages, moments and log, bit for bit."""
+    options = ["steps=20", "log_every=3", "save_every=7", "distance_every=5"]
+    args = lambda out: fault_args(stage, tmp_path / out, main_runs, *options[:4 if stage == "cm" else 3])
+    fault_no_previews(monkeypatch)
+    assert main_train(*args("whole")) == 0
+    whole = sample.newest_checkpoint(tmp_path / "whole")[1]
+    parts = {"ae": {"model", "disc", "opt", "opt_d", "ema"}, "ldm": {"model", "opt", "scale", "ema"},
+             "pretrain": {"model", "opt", "ema"}, "cm": {"model", "opt", "target", "ema"}}[stage]
+    assert whole["state"].keys() == parts and whole["step"] == 20
+    for k in steps:
+        with monkeypatch.context() as patch:
+            fault_signal(patch, k, signal.SIGTERM)
+            assert main_train(*args(f"stop{k}")) == 143
+        assert fault_step(tmp_path / f"stop{k}") == k
+        assert main_train(*args(f"stop{k}")) == 0
+        assert main_same(sample.newest_checkpoint(tmp_path / f"stop{k}")[1], whole), k
+        assert main_log(tmp_path / f"stop{k}") == main_log(tmp_path / "whole"), k
+
+
+@pytest.mark.parametrize("stage", list(train.STAGES))
+def test_fault_f09_resume_at_two_of_20_steps(main_runs, tmp_path, monkeypatch, stage):
+    fault_resume(stage, [5, 14], main_runs, tmp_path, monkeypatch)
+
+
+@slow
+@pytest.mark.parametrize("stage", list(train.STAGES))
+def test_fault_f09_resume_at_every_one_of_20_steps(main_runs, tmp_path, monkeypatch, stage):
+    fault_resume(stage, range(1, 20), main_runs, tmp_path, monkeypatch)
 
 
 # ======================================================================================================================

@@ -535,12 +535,19 @@ class Meter:
         self.since += time.perf_counter() - before
 
 
-def step_of(line: str) -> float:
-    """The step of a log line; infinity for one that a kill cut short."""
-    try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return float("inf")
+def cut_log(log: Path, step: int) -> None:
+    """Keep the lines of a log up to a step: those written after that checkpoint are about to come again."""
+
+    def number(line: str) -> float:
+        try:
+            return json.loads(line)["step"]
+        except ValueError:                                # cut short by a kill
+            return float("inf")
+
+    if log.exists() and ranks()[0] == 0:
+        kept = [line for line in log.read_text().splitlines() if number(line) <= step]
+        log.with_suffix(".part").write_text("".join(line + "\n" for line in kept))
+        log.with_suffix(".part").rename(log)
 
 
 def say(text: str) -> None:
@@ -555,6 +562,7 @@ def resume(run_dir: Path, stage: str, cfg: Run, state: dict, meter: Meter) -> in
     Raises ValueError where the folder holds a run of another stage or configuration: nothing of it is touched.
     """
     if not checkpoints(run_dir):
+        cut_log(run_dir / "log.jsonl", 0)                 # of a run that was killed before its first checkpoint
         return 0
     path, ckpt = newest_checkpoint(run_dir)
     changed = [f"stage: {ckpt['stage']} -> {stage}"] if ckpt["stage"] != stage else \
@@ -567,11 +575,7 @@ def resume(run_dir: Path, stage: str, cfg: Run, state: dict, meter: Meter) -> in
         else:
             part.load_state_dict(ckpt["state"][name])
     meter.sums = {name: tuple(value) for name, value in ckpt["log"].items()}
-    log = run_dir / "log.jsonl"
-    if log.exists() and ranks()[0] == 0:                 # lines written after that checkpoint are about to come again
-        kept = [line for line in log.read_text().splitlines() if step_of(line) <= ckpt["step"]]
-        log.with_suffix(".part").write_text("".join(line + "\n" for line in kept))
-        log.with_suffix(".part").rename(log)
+    cut_log(run_dir / "log.jsonl", ckpt["step"])
     say(f"continuing {run_dir} from step {ckpt['step']}")
     return ckpt["step"]
 
