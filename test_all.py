@@ -3832,16 +3832,16 @@ def test_cm_golden_composed_generator():
 
 
 # ======================================================================================================================
-# Tests of stages pretrain and cm: the loop, starting from pre-training, sampling, published files, the efficiency report.
+# Tests of stages pretrain and cm: the loop, pre-training, sampling, published files, the efficiency report.
 
 TINY_FUNC = ["batch=4", "size=16", "func.dim=32", "func.heads=2", "func.encoder_depth=1", "func.decoder_depth=1",
-             "func.groups=4", "func.hidden=16", "func.pe_dim=8", "func.patch=4", "workers=0", "log_every=2", "save_every=3",
-             "grid_every=100"]
+             "func.groups=4", "func.hidden=16", "func.pe_dim=8", "func.patch=4", "workers=0", "log_every=2",
+             "save_every=3", "grid_every=100"]
 TINY_PRETRAIN = [*TINY_FUNC, "steps=6", "eval_n=2", "ema=0.9"]
 TINY_CM = [*TINY_FUNC, "steps=6", "distance_n=2", "distance_every=3"]
 TINY_TEACHER = ["cm.mu0=0.9", "cm.stages=0", "cm.metric=l2", "cm.gap_weight=false"]
-TINY_NETS = ["vit.patch=4", "vit.dim=32", "vit.depth=3", "vit.heads=2", "unet.model_channels=16", "unet.channel_mult=1,2",
-             "unet.groups=8", "unet.num_head_channels=16", "unet.attention_ds=2"]
+TINY_NETS = ["vit.patch=4", "vit.dim=32", "vit.depth=3", "vit.heads=2", "unet.model_channels=16",
+             "unet.channel_mult=1,2", "unet.groups=8", "unet.num_head_channels=16", "unet.attention_ds=2"]
 
 
 @pytest.fixture(scope="module")
@@ -4030,7 +4030,7 @@ def test_stage_cm_one_function_is_drawn_at_any_size_and_window(stage_runs, tmp_p
     assert model.weights == "EMA" and model.classes == data.Landscapes.classes and model.f.cfg.stages == 2
     for i in range(3):
         function = model.functions([i])                                      # alone, where the files came from three
-        small, large, wide = ((main_png(tmp_path / "a" / f"seed0-{i:06d}-{r}.png")) for r in ("16x16", "32x32", "16x48"))
+        small, large, wide = (main_png(tmp_path / "a" / f"seed0-{i:06d}-{r}.png") for r in ("16x16", "32x32", "16x48"))
         for (pixels, info), res in ((small, 16), (large, 32), (wide, (16, 48))):
             own = sample.to_uint8(function.draw(res)[0])
             assert np.abs(pixels.astype(int) - own).max() <= 1 and info["steps"] == 1 and info["index"] == i
@@ -4042,7 +4042,8 @@ def test_stage_cm_one_function_is_drawn_at_any_size_and_window(stage_runs, tmp_p
 
 def test_stage_cm_more_steps_stay_at_the_training_resolution(stage_runs, tmp_path, capsys):
     model = sample.load(stage_runs / "cm")
-    assert main_sample("--ckpt", stage_runs / "cm", "--sigmas", "4,0.5", "--label", "dusk", "--out", tmp_path / "a") == 0
+    args = ["--ckpt", stage_runs / "cm", "--sigmas", "4,0.5", "--label", "dusk"]
+    assert main_sample(*args, "--out", tmp_path / "a") == 0
     pixels, info = main_png(tmp_path / "a" / "seed0-000000-16x16.png")
     noises = [data.torch_noise((3, 16, 16), 0, "x_T", 0, k)[None] for k in range(3)]
     image = sample_multistep(model.f, noises, (80.0, 4.0, 0.5), torch.tensor([data.Landscapes.classes.index("dusk")]))
@@ -4051,7 +4052,8 @@ def test_stage_cm_more_steps_stay_at_the_training_resolution(stage_runs, tmp_pat
     assert main_png(tmp_path / "two" / "seed0-000000-16x16.png")[1]["sigmas"] == [0.821]
     for args, said in ((["--steps", 2, "--res", 32], "only one step of generator=func"),
                        (["--steps", 3], "name the noise levels"), (["--sigmas", "1,2"], "decreasing"),
-                       (["--eta", 0, "--norm", "global"], "--eta, --norm means nothing"), (["--label", 7], "dawn, day")):
+                       (["--eta", 0, "--norm", "global"], "--eta, --norm means nothing"),
+                       (["--label", 7], "dawn, day")):
         assert main_sample("--ckpt", stage_runs / "cm", "--out", tmp_path / "bad", *args) == 2
         assert said in capsys.readouterr().err
     assert not (tmp_path / "bad").exists()
@@ -4184,7 +4186,8 @@ def test_stage_sample_bench_times_each_part(stage_runs, main_runs, capsys):
 
 
 @pytest.mark.parametrize("data_name, size, patch, steps, mu0, classes", [
-    ("cifar10", 32, 4, 400_000, 0.9, 10), ("celeba", 64, 4, 900_000, 0.95, 0), ("lsun-church", 128, 8, 900_000, 0.95, 0)])
+    ("cifar10", 32, 4, 400_000, 0.9, 10), ("celeba", 64, 4, 900_000, 0.95, 0),
+    ("lsun-church", 128, 8, 900_000, 0.95, 0)])
 def test_stage_cm_paper_presets(data_name, size, patch, steps, mu0, classes):
     cfg = train.cm_config(train.configure("cm", "paper", data_name, []), classes)
     assert (cfg.size, cfg.func.patch, cfg.steps, cfg.K) == (size, patch, steps, steps)
@@ -4236,8 +4239,8 @@ def test_stage_out_of_memory_in_training_says_what_helps(tmp_path, monkeypatch, 
 #   F6   of weight files: test_metrics_names_missing_weights_and_packages
 #   F15  test_a_corrupt_image_is_replaced_by_the_next_and_named, test_many_corrupt_images_stop_the_run,
 #        test_check_data_lists_what_is_bad, test_files_that_must_not_be_decoded_are_refused
-#   F16  test_files_that_must_not_be_decoded_are_refused (a GIF named .png), test_zip_names_that_leave_the_archive_are_refused,
-#        test_zips_with_too_many_files_are_refused_before_they_are_listed
+#   F16  test_files_that_must_not_be_decoded_are_refused (a GIF named .png),
+#        test_zip_names_that_leave_the_archive_are_refused, test_zips_with_too_many_files_are_refused_before_they_are_listed
 #   F17  test_every_kind_of_image_becomes_rgb, test_exif_rotation_and_the_centre_square,
 #        test_pictures_smaller_than_the_input_are_refused_by_name
 #   F19  test_another_configuration_does_not_touch_the_run
@@ -4313,7 +4316,7 @@ def fault_step(run):
 # ---- F1: a kill at any moment ----------------------------------------------------------------------------------------
 
 def fault_die_in_save(seed):
-    """SIGKILL at a random moment of a random save: at a byte of the file, or between any two calls of save_checkpoint."""
+    """SIGKILL at a random moment of a random save: at a byte of the file, or between two calls of save_checkpoint."""
     gen, saves, save = np.random.default_rng(seed), [], train.save_checkpoint
     wanted, point = int(gen.integers(1, 4)), int(gen.integers(0, 6))
     die = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
@@ -4369,7 +4372,8 @@ def fault_kills(tmp_path, kills):
         inside += kill % 2 or bool(left)
         assert len(left) <= 1
         saved = [sample.read_checkpoint(file)["step"] for file in sample.checkpoints(run)]       # each can be read
-        logged = [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines() if line.endswith("}")]
+        lines = (run / "log.jsonl").read_text().splitlines()
+        logged = [json.loads(line)["step"] for line in lines if line.endswith("}")]
         reached = max(logged, default=0)
         assert reached - max(saved, default=0) <= save_every
     steps = max(saved, default=0) + 3
@@ -4448,7 +4452,8 @@ def test_fault_f03_a_run_outlives_a_full_disk(tmp_path, monkeypatch, how):
     assert len([w for w in caught if "could not be saved" in str(w.message)]) == 1
     assert list(old) == ["step-00000001.pt"] and waits == [0.5, 2.0]
     now = fault_bytes(tmp_path / "run")
-    assert sorted(now) == ["step-00000001.pt", "step-00000003.pt"] and now["step-00000001.pt"] == old["step-00000001.pt"]
+    assert sorted(now) == ["step-00000001.pt", "step-00000003.pt"]
+    assert now["step-00000001.pt"] == old["step-00000001.pt"]
 
 
 def test_fault_f03_the_last_save_that_fails_is_an_error(tmp_path, monkeypatch, capsys):

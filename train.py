@@ -1440,8 +1440,8 @@ def run(args: argparse.Namespace) -> int:
         print(bench_table(report), json.dumps({"device": str(device), **report}), sep="\n")
         return 0
     if args.preset not in ("small", "tiny") and device.type == "cpu" and args.device != "cpu":
-        raise ValueError(f"preset {args.preset} of stage {args.stage} is {COST[args.stage]}; there is no GPU here. Take "
-                         f"--preset tiny (minutes on two CPU cores), or insist with --device cpu")
+        raise ValueError(f"preset {args.preset} of stage {args.stage} is {COST[args.stage]}; there is no GPU here. "
+                         f"Take --preset tiny (minutes on two CPU cores), or insist with --device cpu")
     folder = args.stage if getattr(cfg, "generator", "func") == "func" else f"{args.stage}-{cfg.generator}"
     run_dir = Path(args.out) if args.out else Path("runs") / f"{Path(args.data).stem}-{args.preset}" / folder
     world = int(os.environ.get("WORLD_SIZE", 1))
