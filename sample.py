@@ -103,11 +103,12 @@ def build(cls: type, values: dict):
 
 
 def fill(module: nn.Module, weights: dict[str, Tensor], what: str) -> None:
-    """Load weights by name and shape; a ValueError names what is missing, left over or of another shape."""
+    """Load weights by name and shape; a ValueError names what does not fit, or is not finite."""
     own = module.state_dict()
     wrong = [f"missing {k}" for k in own if k not in weights] + [f"left over {k}" for k in weights if k not in own]
     wrong += [f"{k} is {tuple(weights[k].shape)}, not {tuple(v.shape)}"
               for k, v in own.items() if k in weights and weights[k].shape != v.shape]
+    wrong += [f"{k} is not finite" for k in own if k in weights and not torch.isfinite(weights[k]).all()]
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ValueError(f"{what} does not fit: {'; '.join(wrong[:5])}{more}")

@@ -4240,7 +4240,8 @@ def test_stage_out_of_memory_in_training_says_what_helps(tmp_path, monkeypatch, 
 #   F15  test_a_corrupt_image_is_replaced_by_the_next_and_named, test_many_corrupt_images_stop_the_run,
 #        test_check_data_lists_what_is_bad, test_files_that_must_not_be_decoded_are_refused
 #   F16  test_files_that_must_not_be_decoded_are_refused (a GIF named .png),
-#        test_zip_names_that_leave_the_archive_are_refused, test_zips_with_too_many_files_are_refused_before_they_are_listed
+#        test_zip_names_that_leave_the_archive_are_refused,
+#        test_zips_with_too_many_files_are_refused_before_they_are_listed
 #   F17  test_every_kind_of_image_becomes_rgb, test_exif_rotation_and_the_centre_square,
 #        test_pictures_smaller_than_the_input_are_refused_by_name
 #   F19  test_another_configuration_does_not_touch_the_run
@@ -4385,12 +4386,21 @@ def fault_kills(tmp_path, kills):
     return inside
 
 
-def test_fault_f01_three_kills(tmp_path):
+@pytest.fixture
+def one_thread():
+    """Child processes compute with one thread; other sums of floats would not be theirs bit for bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_fault_f01_three_kills(one_thread, tmp_path):
     assert fault_kills(tmp_path, 3) >= 1
 
 
 @slow
-def test_fault_f01_fifty_kills(tmp_path):
+def test_fault_f01_fifty_kills(one_thread, tmp_path):
     assert fault_kills(tmp_path, 50) >= 20
 
 
@@ -4614,6 +4624,580 @@ def test_fault_f09_resume_at_two_of_20_steps(main_runs, tmp_path, monkeypatch, s
 @pytest.mark.parametrize("stage", list(train.STAGES))
 def test_fault_f09_resume_at_every_one_of_20_steps(main_runs, tmp_path, monkeypatch, stage):
     fault_resume(stage, range(1, 20), main_runs, tmp_path, monkeypatch)
+
+
+# ---- F10, F12, F13: several processes --------------------------------------------------------------------------------
+
+FAULT_RANK = """
+import json, os, sys, time
+import train
+folder, save_takes, dies = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
+rank = os.environ.get("RANK", "0")
+told = open(f"{folder}/rank{rank}", "a", buffering=1)
+wait_for, add, save = train.Meter.wait_for, train.Meter.add, train.save_checkpoint
+
+def waited(meter, stream):
+    batch = wait_for(meter, stream)
+    told.write(json.dumps({"pid": os.getpid(), "index": batch["index"].tolist()}) + "\\n")
+    return batch
+
+def added(meter, logs, images):
+    add(meter, logs, images)
+    told.write(json.dumps({"loss": logs["loss"].item()}) + "\\n")
+    if rank == "1" and dies and len(open(told.name).readlines()) >= 2 * dies:
+        raise RuntimeError("rank 1 has a fault")
+
+def saved(*args):
+    time.sleep(save_takes)
+    return save(*args)
+
+train.Meter.wait_for, train.Meter.add, train.save_checkpoint = waited, added, saved
+sys.exit(train.main(sys.argv[4:]))
+"""
+
+
+def fault_ranks(tmp_path, world, args, save_takes=0.0, dies=0):
+    """Start a run of `world` processes under torchrun; each tells which samples it sees and its losses."""
+    (tmp_path / f"world{world}").mkdir()
+    (tmp_path / "rank.py").write_text(FAULT_RANK)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = os.environ | {"PYTHONPATH": str(Path(train.__file__).parent), "OMP_NUM_THREADS": "1"}
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", world, "--master-port", port]
+    command = [sys.executable, *launch, tmp_path / "rank.py", tmp_path / f"world{world}", save_takes, dies, *args]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(list(map(str, command)), env=env, text=True, **pipes)
+
+
+def fault_told(tmp_path, world):
+    """What the processes told: per rank the sample numbers of each step, and the losses."""
+    lines = [[json.loads(line) for line in (tmp_path / f"world{world}/rank{r}").read_text().splitlines()]
+             for r in range(world)]
+    return ([[line["index"] for line in rank if "index" in line] for rank in lines],
+            [[line["loss"] for line in rank if "loss" in line] for rank in lines], [rank[0]["pid"] for rank in lines])
+
+
+def fault_two_ranks(stage, main_runs, tmp_path):
+    """One and two processes: the same samples in the same order, the same losses."""
+    options = ["batch=4", "steps=6", "gan_weight=0"][:3 if stage == "ae" else 2]
+    for world in (1, 2):
+        args = fault_args(stage, tmp_path / f"run{world}", main_runs, *options)
+        job = fault_ranks(tmp_path, world, args)
+        assert job.wait(timeout=240) == 0, job.stdout.read()
+    (one,), (losses,), _ = fault_told(tmp_path, 1)
+    two, halves, _ = fault_told(tmp_path, 2)
+    assert one == [list(range(4 * k, 4 * k + 4)) for k in range(6)]
+    assert [a + b for a, b in zip(*two)] == one
+    assert [(a + b) / 2 for a, b in zip(*halves)] == pytest.approx(losses, rel=1e-6)
+    assert fault_step(tmp_path / "run2") == 6
+
+
+def test_fault_f10_two_ranks_take_the_steps_of_one(tmp_path):
+    fault_two_ranks("cm", None, tmp_path)
+
+
+@slow
+@pytest.mark.parametrize("stage", ["ae", "ldm", "pretrain"])
+def test_fault_f10_two_ranks_take_the_steps_of_one_in_every_stage(main_runs, tmp_path, stage):
+    fault_two_ranks(stage, main_runs, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("stage", list(train.STAGES))
+def test_fault_f10_a_run_continues_with_other_workers(main_runs, tmp_path, monkeypatch, stage):
+    """Six steps without workers; and three without, then three with four: samples, losses and weights are equal."""
+    fault_no_previews(monkeypatch)
+    seen, wait_for = [], train.Meter.wait_for
+
+    def told(meter, stream):
+        batch = wait_for(meter, stream)
+        seen[-1].append(batch["index"].tolist())
+        return batch
+
+    monkeypatch.setattr(train.Meter, "wait_for", told)
+    more = ["cache=false", "pictures=0", "latent_norm=false"] if stage == "ldm" else []     # a cache needs no loader
+    for out, k, workers in (("whole", 6, 0), ("parts", 3, 0), ("parts", 6, 4)):
+        seen.append([])
+        with monkeypatch.context() as patch:
+            if k == 3:
+                fault_signal(patch, k, signal.SIGTERM)
+            args = fault_args(stage, tmp_path / out, main_runs, "steps=6", f"workers={workers}", *more)
+            assert main_train(*args) == (143 if k == 3 else 0)
+    assert seen[0] == seen[1] + seen[2] and len(seen[2]) == 3
+    assert main_log(tmp_path / "parts") == main_log(tmp_path / "whole")
+    assert main_same(main_state(tmp_path / "parts"), main_state(tmp_path / "whole"))
+
+
+def fault_wait(job, tmp_path, steps):
+    """Until each of two ranks has taken some steps; their process numbers."""
+    files = [tmp_path / f"world2/rank{r}" for r in range(2)]
+    while not all(file.exists() and file.read_text().count("loss") >= steps for file in files):
+        assert job.poll() is None, job.stdout.read()
+        time.sleep(0.05)
+    return fault_told(tmp_path, 2)[2]
+
+
+@slow
+@pytest.mark.parametrize("receivers, save_takes", [([0], 0), ([1], 0), ([0, 1], 5)])
+def test_fault_f12_sigterm_stops_two_ranks_at_the_same_step(tmp_path, receivers, save_takes):
+    """Whoever gets it. torchrun ends the others when one has gone: nobody may go before the checkpoint is written."""
+    args = fault_cm(tmp_path / "run", "steps=100000", "save_every=100000", "K=1000")
+    job = fault_ranks(tmp_path, 2, args, save_takes)
+    pids = fault_wait(job, tmp_path, 3)
+    for rank in receivers:
+        os.kill(pids[rank], signal.SIGTERM)
+    assert job.wait(timeout=120) != 0
+    steps = [len(losses) for losses in fault_told(tmp_path, 2)[1]]
+    assert steps[0] == steps[1] and list(fault_bytes(tmp_path / "run")) == [f"step-{steps[0]:08d}.pt"]
+    assert fault_step(tmp_path / "run") == steps[0] and not list((tmp_path / "run").glob("*.part"))
+
+
+@slow
+@pytest.mark.parametrize("fault", ["killed", "raises"])
+def test_fault_f13_a_dead_rank_ends_the_job_within_a_minute(tmp_path, fault):
+    args = fault_cm(tmp_path / "run", "steps=100000", "save_every=2", "K=1000", "log_every=1")
+    job = fault_ranks(tmp_path, 2, args, dies=8 if fault == "raises" else 0)
+    pids = fault_wait(job, tmp_path, 5)
+    if fault == "killed":
+        os.kill(pids[1], signal.SIGKILL)
+    assert job.wait(timeout=60) != 0
+    assert not Path(f"/proc/{pids[0]}").exists()
+    step = fault_step(tmp_path / "run")
+    assert step >= 4
+    assert main_train(*args, f"steps={step + 1}") == 0 and fault_step(tmp_path / "run") == step + 1
+
+
+# ---- F11: signals ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_fault_f11_a_signal_in_training_ends_it_after_the_step(tmp_path, monkeypatch, capsys, number, code):
+    fault_signal(monkeypatch, 2, number)
+    before = signal.getsignal(number)
+    assert main_train(*fault_cm(tmp_path / "run", "save_every=100")) == code
+    assert fault_step(tmp_path / "run") == 2 and signal.getsignal(number) == before
+    assert "the same command continues" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_fault_f11_a_second_signal_ends_it_at_once(tmp_path, monkeypatch, number, code):
+    fault_signal(monkeypatch, 2, number, number)
+    child = fault_fork(main_train, *fault_cm(tmp_path / "run", "save_every=1"))
+    child.join()
+    assert child.exitcode == code and fault_step(tmp_path / "run") == 1
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_fault_f11_a_signal_in_the_evaluation(tmp_path, monkeypatch, number, code):
+    """The training is saved by then; the same command evaluates again."""
+    fault_no_previews(monkeypatch)
+    reached = []
+
+    def evaluated(*args):
+        os.kill(os.getpid(), number)
+        reached.append(0)
+
+    args = fault_args("ae", tmp_path / "run", None, "steps=2")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate_ae", evaluated)
+        assert main_train(*args) == code and not reached
+    assert fault_step(tmp_path / "run") == 2 and not (tmp_path / "run/eval.json").exists()
+    assert main_train(*args) == 0 and (tmp_path / "run/eval.json").exists()
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_fault_f11_a_signal_in_sampling_leaves_whole_pictures(stage_runs, tmp_path, monkeypatch, number, code):
+    args = ["--ckpt", stage_runs / "cm", "--n", 5, "--batch", 2]
+    assert main_sample(*args, "--out", tmp_path / "whole") == 0
+    drawn, save = [], Image.Image.save
+
+    def in_the_middle(image, *inputs, **options):
+        drawn.append(0)
+        if len(drawn) == 4:
+            os.kill(os.getpid(), number)
+        return save(image, *inputs, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", in_the_middle)
+        assert main_sample(*args, "--out", tmp_path / "parts") == code
+    assert len(list((tmp_path / "parts").glob("*.png"))) == 3
+    assert main_sample(*args, "--out", tmp_path / "parts") == 0
+    names = sorted(p.name for p in (tmp_path / "whole").iterdir())
+    assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == names and len(names) == 5
+    for name in names:
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_fault_f11_a_signal_in_scoring(tmp_path, metrics_stub, monkeypatch, number, code):
+    folder = metrics_folder(tmp_path / "set", metrics_pictures(8))
+    monkeypatch.setattr(MetricsStub, "forward", lambda self, images: os.kill(os.getpid(), number))
+    with pytest.raises(SystemExit) as stop:
+        metrics.main(["fid", str(folder), str(folder), "--device", "cpu", "--cache", str(tmp_path / "cache")])
+    assert stop.value.code == code and not list(tmp_path.glob("cache/*.part"))
+
+
+# ---- F14: numbers that are none --------------------------------------------------------------------------------------
+
+def fault_nan(monkeypatch, stage, bad, value):
+    """The loss (value NaN), or its gradient (value infinity), is no number at the steps `bad`."""
+    name = f"{stage}_step"
+    make = getattr(train, name)
+    part, attribute = {"ae": (FieldAutoencoder, "forward"), "ldm": (GaussianDiffusion, "loss"),
+                       "pretrain": (FunctionGenerator, "reconstruct"), "cm": (train, "consistency_loss")}[stage]
+    call, now = getattr(part, attribute), [0]
+
+    def spoil(out):
+        if now[0] not in bad:
+            return out
+        if isinstance(out, tuple):
+            return spoil(out[0]), *out[1:]
+        if isinstance(out, ImageFunction):
+            return replace(out, **{k: spoil(v) for k, v in vars(out).items() if torch.is_tensor(v) and v.requires_grad})
+        if math.isnan(value):
+            return out * value
+        if out.requires_grad:
+            out.register_hook(lambda gradient: gradient * value)
+        return out
+
+    def made(*args, **options):
+        step = make(*args, **options)
+
+        def counted(batch, k):
+            now[0] = k
+            return step(batch, k)
+
+        return counted
+
+    monkeypatch.setattr(train, name, made)
+    monkeypatch.setattr(part, attribute, lambda *args, **options: spoil(call(*args, **options)))
+
+
+def fault_finite(state):
+    if isinstance(state, dict):
+        return all(map(fault_finite, state.values()))
+    if isinstance(state, (list, tuple)):
+        return all(map(fault_finite, state))
+    return not torch.is_tensor(state) or bool(torch.isfinite(state).all())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("stage", ["ae", "ldm", "cm"])
+def test_fault_f14_one_step_without_numbers_is_skipped_and_counted(main_runs, tmp_path, monkeypatch, stage, value):
+    fault_no_previews(monkeypatch)
+    fault_nan(monkeypatch, stage, {2}, value)
+    args = ["steps=6", "log_every=1", "save_every=1", "keep_every=1"]
+    assert main_train(*fault_args(stage, tmp_path / "run", main_runs, *args)) == 0
+    log = main_log(tmp_path / "run")
+    assert [line["step"] for line in log if "skipped" in line] == [3] and log[2]["skipped"] == 1
+    assert all(math.isfinite(v) for line in log for v in line.values())
+    states = [sample.read_checkpoint(file)["state"] for file in sample.checkpoints(tmp_path / "run")[::-1]]
+    assert len(states) == 6 and all(map(fault_finite, states))
+    assert main_same(states[1]["model"], states[2]["model"]) and not main_same(states[2]["model"], states[3]["model"])
+
+
+def test_fault_f14_twenty_steps_without_numbers_end_the_run(tmp_path, monkeypatch, capsys):
+    fault_no_previews(monkeypatch)
+    fault_nan(monkeypatch, "cm", range(4, 100), math.nan)
+    assert main_train(*fault_cm(tmp_path / "run", "steps=50", "save_every=3", "K=50")) == 1
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: the gradients of 20 steps in a row are not finite")
+    assert "images [92, 93, 94, 95] of step 23" in line                      # steps 4 to 23, four images each
+    assert all(fault_finite(sample.read_checkpoint(file)["state"]) for file in sample.checkpoints(tmp_path / "run"))
+    assert fault_step(tmp_path / "run") == 21
+
+
+def fault_saved(run):
+    return max((int(file.stem.split("-")[1]) for file in sample.checkpoints(run)), default=0)
+
+
+def test_fault_f14_weights_that_are_no_numbers_are_never_saved(tmp_path, monkeypatch, capsys):
+    fault_no_previews(monkeypatch)
+    update = train.ema_update
+
+    def spoilt(ema, model, rate):
+        update(ema, model, rate if fault_saved(tmp_path / "run") < 3 else math.nan)
+
+    monkeypatch.setattr(train, "ema_update", spoilt)
+    assert main_train(*fault_cm(tmp_path / "run")) == 1
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: the weights are not finite at step 6") and fault_saved(tmp_path / "run") == 3
+    assert fault_finite(main_state(tmp_path / "run"))
+
+
+# ---- F15, F16, F17: pictures -----------------------------------------------------------------------------------------
+
+def test_fault_f15_one_percent_of_corrupt_files(tmp_path, monkeypatch, capsys):
+    """Training goes on beside a truncated, an empty and a text file, and what it sees is never filled up with grey."""
+    fault_no_previews(monkeypatch)
+    files = {f"train/{i:05d}.jpg": data_file(Image.new("RGB", (64, 64), (250, 0, 0)), "JPEG") for i in range(300)}
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    files |= {"train/00007.jpg": data_file(noise, "JPEG")[:2000], "train/00130.jpg": b"", "train/00250.jpg": b"text"}
+    files |= {f"val/{i}.jpg": data_file(Image.new("RGB", (64, 64), (250, 0, 0)), "JPEG") for i in range(4)}
+    root = data_folder(tmp_path / "set", files)
+    with Image.open(root / "train/00007.jpg") as image:
+        image.verify()                                                       # notices nothing
+    assert main_train("--data", root, "--check-data") == 2
+    bad = [line for line in capsys.readouterr().out.splitlines() if line.startswith("bad: ")]
+    assert len(bad) == 3 and all(any(name in line for line in bad) for name in ("00007", "00130", "00250"))
+    colours, wait_for = [], train.Meter.wait_for
+
+    def looked(meter, stream):
+        batch = wait_for(meter, stream)
+        colours.append(batch["image"].mean(dim=(2, 3)))
+        return batch
+
+    monkeypatch.setattr(train.Meter, "wait_for", looked)
+    with pytest.warns(UserWarning, match="skipped unreadable image") as caught:
+        assert main_train("--data", root, *fault_cm(tmp_path / "run", "labels=false", "batch=20", "steps=15")) == 0
+    assert len([w for w in caught if "skipped unreadable" in str(w.message)]) == 3
+    red = torch.cat(colours)
+    assert red.shape == (300, 3) and (red[:, 0] > 0.9).all() and (red[:, 1:] < -0.9).all()
+
+
+def fault_zeros(side):
+    """A whole grey PNG of side x side black pixels, packed: no byte of it is missing."""
+    size, block, packer = side * (side + 1), bytes(10**6), zlib.compressobj(9, wbits=-15)
+    packer.compress(block), packer.flush(zlib.Z_FULL_FLUSH)
+    once = packer.compress(block) + packer.flush(zlib.Z_FULL_FLUSH)          # the same bytes however often it repeats
+    end = packer.compress(block[:size % 10**6]) + packer.flush()
+    adler = struct.pack(">HH", size % 65521, 1)                              # of zeros
+    body = b"\x78\xda" + once * (size // 10**6) + end + adler
+    chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    head = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_fault_f16_bombs_are_refused_before_they_are_decoded(tmp_path):
+    assert (np.asarray(Image.open(io.BytesIO(fault_zeros(1500)))) == 0).all()          # the recipe gives real pictures
+    bomb = fault_zeros(30_000)
+    assert 500_000 < len(bomb) < 5_000_000
+    source = data.open_data(str(data_folder(tmp_path / "set", {"bomb.png": bomb})), "all")
+    entry = b"PK\1\2" + bytes(42) + b"x"                                     # a zip's directory of a million files
+    with open(tmp_path / "many.zip", "wb") as f:
+        for _ in range(100):
+            f.write(entry * 10_000)
+        f.write(struct.pack("<IQHHIIQQQQ", 0x06064b50, 44, 45, 45, 0, 0, 10**6, 10**6, 47 * 10**6, 0))     # zip64
+        f.write(struct.pack("<IIQI", 0x07064b50, 0, 47 * 10**6, 1))
+        f.write(struct.pack("<IHHHHIIH", 0x06054b50, 0, 0, 2**16 - 1, 2**16 - 1, 2**32 - 1, 2**32 - 1, 0))
+    with zipfile.ZipFile(data_zip(tmp_path / "up.zip", {"../up.png": data_file(data_picture(8))})) as archive:
+        assert archive.namelist() == ["../up.png"]
+    cpu = torch.device("cpu")
+    before = train.peak_memory(cpu, reset=True) or train.peak_memory(cpu)
+    (name, reason), = data.check_data(source)
+    assert name.endswith("bomb.png") and "pixels" in reason
+    for file, said in (("many.zip", "too many files"), ("up.zip", "unsafe file name")):
+        with pytest.raises(data.DataError, match=f"{file}: {said}"):
+            data.open_data(str(tmp_path / file))
+    assert train.peak_memory(cpu) - before < 200 * 2**20
+    assert not list(tmp_path.parent.glob("up.png"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_fault_f17_odd_pictures_train_or_are_named(tmp_path, monkeypatch, capsys, workers):
+    fault_no_previews(monkeypatch)
+    rgb = data_picture(40)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    deep = Image.fromarray(np.asarray(rgb.convert("L")).astype(np.uint16) * 257)
+    files = {"cmyk.jpg": data_file(rgb.convert("CMYK"), "JPEG"), "deep.png": data_file(deep),
+             "palette.png": data_file(rgb.quantize(8), transparency=0), "grey.png": data_file(rgb.convert("LA")),
+             "turned.jpg": data_file(rgb.crop((0, 0, 40, 30)), "JPEG", exif=exif),
+             "bits.png": data_file(rgb.convert("1"))}
+    files = {f"{part}/{name}": content for part in ("train", "val") for name, content in files.items()}
+    root = data_folder(tmp_path / "set", files)
+    args = ["--data", root, *fault_args("ae", tmp_path / "run", None, f"workers={workers}", "max_size=64", "steps=3")]
+    assert main_train(*args) == 0
+    (root / "train/line.png").write_bytes(data_file(rgb.crop((0, 0, 1, 40))))
+    capsys.readouterr()
+    assert main_train(*args, "steps=9") == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "line.png is 1 px, smaller than the input of 16 px" in line
+
+
+# ---- F18, F19, F20: checkpoints and folders of others ----------------------------------------------------------------
+
+@pytest.mark.parametrize("program", [main_sample, main_train])
+def test_fault_f18_hostile_checkpoints_run_nothing(stage_runs, tmp_path, capsys, program):
+    """No file of this project is a .safetensors, so none is read."""
+    run, marker = tmp_path / "run", tmp_path / "marker"
+    run.mkdir()
+    ckpt = sample.newest_checkpoint(stage_runs / "cm")[1]
+    args = ["--ckpt", run, "--out", tmp_path / "out"] if program is main_sample else \
+        ["--stage", "cm", "--preset", "tiny", "--out", run, *TINY_CM]
+    for attack in (MainEvil(marker), {**ckpt, "evil": MainEvil(marker)}):
+        torch.save(attack, run / "step-00000003.pt")
+        assert program(*args) == 2
+        line, = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and "was not opened" in line and not marker.exists()
+    (run / "step-00000003.pt").write_bytes(pickle.dumps(MainEvil(marker)))   # torch.save's format of long ago
+    assert program(*args) == 2 and not marker.exists()
+    assert "not a complete checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program", [main_sample, main_train])
+def test_fault_f18_weights_that_are_no_numbers_are_refused(stage_runs, tmp_path, capsys, program):
+    ckpt = sample.newest_checkpoint(stage_runs / "cm")[1]
+    (tmp_path / "run").mkdir()
+    for part in ("model", "ema"):
+        next(iter(ckpt["state"][part].values())).view(-1)[0] = math.nan
+    args = ["--ckpt", tmp_path / "run", "--out", tmp_path / "out"] if program is main_sample else \
+        ["--stage", "cm", "--preset", "tiny", "--out", tmp_path / "run", *TINY_CM, f"init={stage_runs / 'pretrain'}"]
+    ckpt["config"]["init"] = str(stage_runs / "pretrain")
+    torch.save(ckpt, tmp_path / "run/step-00000006.pt")
+    assert program(*args) == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "not finite" in line and not list(tmp_path.glob("out/*.png"))
+
+
+def test_fault_f19_another_configuration_or_a_later_format_is_refused(stage_runs, tmp_path, capsys):
+    """The table asks for --override; here the way out is another --out, so that a run is one configuration, always."""
+    run = tmp_path / "run"
+    assert main_train(*fault_cm(run, "steps=3")) == 0
+    before = fault_bytes(run)
+    capsys.readouterr()
+    assert main_train(*fault_cm(run, "steps=3", "lr=0.5", "func.hidden=32")) == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert "func.hidden: 16 -> 32" in line and "lr: " in line and "-> 0.5" in line and "choose another --out" in line
+    assert main_train("--stage", "pretrain", "--preset", "tiny", "--out", run, *TINY_PRETRAIN) == 2
+    assert "stage: cm -> pretrain" in capsys.readouterr().err
+    assert fault_bytes(run) == before
+    file, = sample.checkpoints(run)
+    torch.save({**sample.read_checkpoint(file), "format": sample.FORMAT + 1}, file)
+    drawing = ["--ckpt", run, "--out", tmp_path / "out"]
+    for program, args in ((main_train, fault_cm(run, "steps=3")), (main_sample, drawing)):
+        assert program(*args) == 2
+        line, = capsys.readouterr().err.splitlines()
+        assert f"format {sample.FORMAT + 1}, this version reads {sample.FORMAT}" in line
+    training = fault_cm(tmp_path / "new", f"init={tmp_path / 'none'}")
+    for program, args in ((main_train, training), (main_sample, ["--ckpt", tmp_path / "none"])):
+        assert program(*args) == 2
+        assert str(tmp_path / "none") in capsys.readouterr().err
+
+
+def test_fault_f20_a_folder_belongs_to_one_run_at_a_time(tmp_path, capsys):
+    run = tmp_path / "run"
+    child = fault_fork(main_train, *fault_cm(run, "steps=100000", "save_every=2", "K=1000", "log_every=1"))
+    while not sample.checkpoints(run):
+        assert child.is_alive()
+        time.sleep(0.02)
+    assert main_train(*fault_cm(run, "steps=100000", "K=1000")) == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: another run is writing to") and str(run) in line
+    assert child.is_alive()
+    child.kill()
+    child.join()
+    step = fault_step(run)
+    assert main_train(*fault_cm(run, f"steps={step + 1}", "K=1000")) == 0 and fault_step(run) == step + 1
+
+
+# ---- F24: one image, alone and in company ----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("stage", ["ldm", "cm"])
+def test_fault_f24_image_7_is_the_same_alone_in_batches_and_on_ranks(main_runs, stage_runs, tmp_path, monkeypatch,
+                                                                     stage):
+    run = (main_runs if stage == "ldm" else stage_runs) / stage
+    drawn, noises = {}, {}
+    owner, name = (sample.INFD, "sample") if stage == "ldm" else (sample.OneStep, "functions")
+    call, noise = getattr(owner, name), sample.torch_noise
+
+    def kept(model, indices, *args, **options):
+        out = call(model, indices, *args, **options)
+        picture = out if stage == "ldm" else out.draw(16)
+        drawn.setdefault(case, {}).update({i: picture[b] for b, i in enumerate(indices)})
+        return out
+
+    def noted(shape, *key):
+        noises.setdefault(case, {})[key] = noise(shape, *key)
+        return noises[case][key]
+
+    monkeypatch.setattr(owner, name, kept)
+    monkeypatch.setattr(sample, "torch_noise", noted)
+    steps = ["--steps", 4] if stage == "ldm" else []
+    args = ["--ckpt", run, "--seed", 5, "--res", 16, *steps]
+    for case, *count in (("alone", "--start", 7, "--n", 1), ("four", "--start", 4, "--n", 4, "--batch", 4),
+                         ("sixteen", "--n", 16, "--batch", 16)):
+        assert main_sample(*args, *count, "--out", tmp_path / case) == 0
+    case = "ranks"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert main_sample(*args, "--n", 16, "--batch", 4, "--out", tmp_path / "ranks") == 0
+    assert len(list((tmp_path / "ranks").glob("*.png"))) == 16
+    own = {key: v for key, v in noises["alone"].items()}
+    assert own and set(drawn["alone"]) == {7} and set(drawn["ranks"]) == set(range(16))
+    for case in ("four", "sixteen", "ranks"):
+        assert all(torch.equal(noises[case][key], value) for key, value in own.items())
+        assert (drawn[case][7] - drawn["alone"][7]).abs().max() <= 1e-5
+    assert (drawn["sixteen"][7] - drawn["sixteen"][6]).abs().max() > 1e-3
+
+
+# ---- F25: a bare machine ---------------------------------------------------------------------------------------------
+
+FAULT_BARE = """
+import socket, sys
+def refused(*args): raise OSError("no network")
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refused
+import data, train, warnings
+warnings.simplefilter("ignore")
+data._room_in_shm = lambda: False
+args = sys.argv[1:]
+print("lpips:", train.main([*args, "lpips=vgg"]))
+sys.exit(train.main([*args, "workers=2"]))
+"""
+
+
+def test_fault_f25_no_network_no_gpu_no_shared_memory_no_home(tmp_path):
+    """HOME lies in /proc, where not even root can write."""
+    keep = {k: v for k, v in os.environ.items() if k not in ("TORCH_HOME", "XDG_CACHE_HOME", "TMPDIR")}
+    home = "/proc" if Path("/proc").exists() else str(tmp_path / "none")
+    env = keep | {"HOME": home, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(train.__file__).parent)}
+    args = fault_args("ae", "runs/ae", None, "steps=2")
+    command = [sys.executable, "-c", FAULT_BARE, *args]
+    done = subprocess.run(command, cwd=tmp_path, env=env, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert "lpips: 2" in done.stdout and fault_step(tmp_path / "runs/ae") == 2
+    error, = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "vgg16-397923af.pth" in error and f"{home}/.cache/torch/hub/checkpoints" in error and "lpips=none" in error
+
+
+# ---- F26: every preset takes a step ----------------------------------------------------------------------------------
+
+# What one step on two cores cannot have: the weights of LPIPS, thousands of pictures encoded beforehand, 256 px through
+# the first stage, and in preset paper its widths, of hundreds of millions of weights and moments. The depths stay.
+FAULT_NARROW = {"ae": ["ae.ch=32", "ae.hidden=32", "disc.ndf=8", "size=64", "patch=64", "max_size=128"],
+                "ldm": ["size=64", "unet.model_channels=32"],
+                "pretrain": ["func.dim=96", "func.heads=3", "func.hidden=32", "steps=1"],
+                "cm": ["func.dim=96", "func.heads=3", "func.hidden=32", "init=none", "cm.metric=huber"]}
+FAULT_PRESETS = {"tiny": {"ae": [], "ldm": ["pictures=8"], "pretrain": [], "cm": []},
+                 "small": {"ae": ["lpips=none", "size=64", "patch=64", "max_size=128"], "ldm": ["size=64"],
+                           "pretrain": [], "cm": []},
+                 "paper": {stage: [*more, *["lpips=none"] * (stage == "ae")] for stage, more in FAULT_NARROW.items()}}
+
+
+def fault_preset(tmp_path, monkeypatch, preset):
+    fault_no_previews(monkeypatch)
+    for stage in train.STAGES:
+        args = ["steps=1", "batch=1", "workers=0", *FAULT_PRESETS[preset][stage]]
+        args += ["distance_n=1"] if stage == "cm" else []
+        out = ["--device", "cpu", "--out", tmp_path / stage]
+        assert main_train("--stage", stage, "--preset", preset, *out, *args) == 0
+        assert fault_step(tmp_path / stage) == 1 and "loss" in main_log(tmp_path / stage)[0]
+    for stage in ("ldm", "cm"):
+        few = ["--steps", 2] if stage == "ldm" else []
+        assert main_sample("--ckpt", tmp_path / stage, *few, "--res", 64, "--out", tmp_path / f"{stage}-drawn") == 0
+        assert len(list((tmp_path / f"{stage}-drawn").glob("*.png"))) == 1
+
+
+def test_fault_f26_preset_tiny_trains_saves_loads_and_draws(tmp_path, monkeypatch):
+    fault_preset(tmp_path, monkeypatch, "tiny")
+
+
+@slow
+@pytest.mark.parametrize("preset", ["small", "paper"])
+def test_fault_f26_every_preset_trains_saves_loads_and_draws(tmp_path, monkeypatch, preset):
+    fault_preset(tmp_path, monkeypatch, preset)
 
 
 # ======================================================================================================================

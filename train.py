@@ -15,6 +15,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import importlib
 import itertools
 import json
 import os
@@ -28,11 +29,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
-
-try:
-    import fcntl
-except ImportError:                                                  # Windows
-    fcntl = None
 
 import numpy as np
 import torch
@@ -55,6 +51,8 @@ from metrics import Stopped, ranks, stop_at_once
 from sample import (FORMAT, GENERATORS, INFD, LatentScale, OneStep, build_generator, checkpoints, draw, fill, gflop,
                     load, newest_checkpoint, onestep_calls, out_of_memory, pick_device, read_checkpoint, seconds,
                     to_uint8)
+
+fcntl = importlib.import_module("fcntl") if os.name == "posix" else None             # Windows has no such locks
 
 # ---- options ---------------------------------------------------------------------------------------------------------
 
@@ -629,6 +627,7 @@ def fit(stage: str, cfg: Run, run_dir: Path, state: dict, step: Callable, batche
                     if rank == 0:
                         preview(done)
                 if signalled:
+                    together(0)                           # torchrun ends the others as soon as one has ended
                     raise Stopped(128 + signalled)
 
 
@@ -695,6 +694,7 @@ def ae_step(model: FieldAutoencoder, disc: PatchDiscriminator, opt: torch.optim.
 
     def step(batch: dict, k: int) -> dict:
         gan, logs = cfg.gan_weight > 0 and k >= cfg.gan_start, {}
+        before = [b.clone() for b in disc.buffers()]         # BatchNorm sees a batch before anyone knows it is bad
         phases = [(lambda b: generator_loss(b, gan), opt)] + [(discriminator_loss, opt_d)] * gan
         for phase, optimiser in phases:
             disc.requires_grad_(optimiser is opt_d)
@@ -703,6 +703,8 @@ def ae_step(model: FieldAutoencoder, disc: PatchDiscriminator, opt: torch.optim.
                 (loss / cfg.accum).backward()
                 logs = add(logs, part, cfg.accum)
             if not descend(optimiser):
+                for b, old in zip(disc.buffers(), before):
+                    b.copy_(old)
                 return logs | {"taken": False}
         return logs | {"taken": True}
 
@@ -727,7 +729,7 @@ def ae_batches(cfg: AERun, source, device: torch.device) -> Callable:
     def patches(start: int, p_original: float) -> Iterator[dict]:
         shape = DataConfig(cfg.size, cfg.patch, cfg.max_size, cfg.p_whole, p_original, cfg.downsample, cfg.flip)
         stream = data.loader(source, functools.partial(data.random_patch, cfg=shape), cfg.batch, start, cfg.seed,
-                             cfg.workers, pin_memory=device.type == "cuda")
+                             cfg.workers, *ranks(), pin_memory=device.type == "cuda")
         return (to_device(batch, device) for batch in stream)
 
     def batches(start: int) -> Iterator[dict]:
