@@ -93,6 +93,10 @@ class ConsistencyConfig:
         weight = mass[:-1] - mass[1:]
         return weight / weight.sum()
 
+    def stage(self, k: int, K: int) -> int:
+        """Stage of ECT at step k of K; the last one goes on beyond K."""
+        return min(k * self.stages // K, self.stages - 1)
+
     def tightened(self, t: Tensor, stage: int) -> Tensor:
         """The level r in [0, t) that level t is tied to in a stage of ECT; 0 ties it to the clean image."""
         widen = 1 + self.ect_k * torch.sigmoid(-self.ect_b * t)
@@ -103,7 +107,7 @@ class ConsistencyConfig:
         device = generator.device
         if self.stages:
             t = torch.exp(self.P_mean + self.P_std * torch.randn(batch, generator=generator, device=device))
-            return t, self.tightened(t, min(k * self.stages // K, self.stages - 1))
+            return t, self.tightened(t, self.stage(k, K))
         sigmas = self.karras_sigmas(self.N(k, K), device)
         if self.lognormal:
             index = torch.multinomial(self.pair_probabilities(sigmas), batch, replacement=True, generator=generator)

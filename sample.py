@@ -211,11 +211,16 @@ GENERATORS = {"func": (FunctionGenerator, GeneratorConfig, "func"), "unet": (UNe
               "uvit": (UViT, TransformerConfig, "vit"), "dit": (DiT, TransformerConfig, "vit")}
 
 
-def build_generator(name: str, configs: Callable[[str], object]) -> nn.Module:
-    """A generator by name; configs(field) gives its configuration. ValueError for an unknown name."""
+def generator_parts(name: str) -> tuple[type, type, str]:
+    """The entry of GENERATORS; ValueError for an unknown name."""
     if name not in GENERATORS:
         raise ValueError(f"unknown generator {name}; there are: {', '.join(GENERATORS)}")
-    network, _, field = GENERATORS[name]
+    return GENERATORS[name]
+
+
+def build_generator(name: str, configs: Callable[[str], object]) -> nn.Module:
+    """A generator by name; configs(field) gives its configuration. ValueError for an unknown name."""
+    network, _, field = generator_parts(name)
     return network(configs(field))
 
 
@@ -292,7 +297,7 @@ def cm_from_checkpoint(ckpt: dict, raw: bool = False) -> OneStep:
     """The one-step model of a checkpoint of stage cm."""
     config, state = ckpt["config"], ckpt["state"]
     name = config["generator"]
-    net = build_generator(name, lambda field: build(GENERATORS[name][1], config[field]))
+    net = build_generator(name, lambda field: build(generator_parts(name)[1], config[field]))
     ema = "ema" in state and not raw
     fill(net, state["ema" if ema else "model"], f"the generator {name}")
     cfg = build(ConsistencyConfig, config["cm"])

@@ -48,8 +48,8 @@ from data import DataConfig, rng, torch_noise
 from inr_generator import FunctionGenerator, GeneratorConfig, TransformerConfig, pixel_coord, variational_coord
 from ldm import DiffusionConfig, GaussianDiffusion, UNet, UNetConfig
 from metrics import Stopped, ranks, stop_at_once
-from sample import (FORMAT, GENERATORS, INFD, LatentScale, OneStep, build_generator, checkpoints, draw, fill, gflop,
-                    load, newest_checkpoint, onestep_calls, out_of_memory, pick_device, read_checkpoint, seconds,
+from sample import (FORMAT, INFD, LatentScale, OneStep, build_generator, checkpoints, draw, fill, generator_parts,
+                    gflop, load, newest_checkpoint, onestep_calls, out_of_memory, pick_device, read_checkpoint, seconds,
                     to_uint8)
 
 fcntl = importlib.import_module("fcntl") if os.name == "posix" else None             # Windows has no such locks
@@ -403,7 +403,7 @@ def descend(opt: torch.optim.Optimizer) -> bool:
 
 
 def save_checkpoint(run_dir: Path, step: int, content: dict, keep_every: int) -> Path:
-    """Write step-XXXXXXXX.pt: temporary name, fsync, checksums read back, rename; then delete all but the last two."""
+    """Write step-<number>.pt: temporary name, fsync, checksums read back, rename; then delete all but the last two."""
     path, part = run_dir / f"step-{step:08d}.pt", run_dir / f"step-{step:08d}.part"
     try:
         with open(part, "wb") as f:
@@ -694,7 +694,7 @@ def ae_step(model: FieldAutoencoder, disc: PatchDiscriminator, opt: torch.optim.
 
     def step(batch: dict, k: int) -> dict:
         gan, logs = cfg.gan_weight > 0 and k >= cfg.gan_start, {}
-        before = [b.clone() for b in disc.buffers()]         # BatchNorm sees a batch before anyone knows it is bad
+        before = [b.clone() for b in disc.buffers() if gan]  # BatchNorm sees a batch before anyone knows it is bad
         phases = [(lambda b: generator_loss(b, gan), opt)] + [(discriminator_loss, opt_d)] * gan
         for phase, optimiser in phases:
             disc.requires_grad_(optimiser is opt_d)
@@ -716,11 +716,16 @@ def add(logs: dict, part: dict, accum: int) -> dict:
     return {**logs, **{k: logs.get(k, 0) + v.detach() / accum for k, v in part.items()}}
 
 
+def batch_noise(batch: dict, shape: tuple[int, ...], cfg: Run, name: str) -> Tensor:
+    """Standard normal noise (B, *shape) of the batch's samples, each a function of (seed, name, sample)."""
+    noise = [torch_noise(shape, cfg.seed, name, n) for n in batch["index"].tolist()]
+    return torch.stack(noise).to(batch["index"].device)
+
+
 def stack_noise(batch: dict, cfg: Run, model: FieldAutoencoder) -> Tensor:
     """The KL encoder's noise, a function of (seed, sample)."""
     side = cfg.size // model.cfg.f
-    noise = [torch_noise((model.cfg.z_channels, side, side), cfg.seed, "kl", n) for n in batch["index"].tolist()]
-    return torch.stack(noise).to(batch["image"].device)                      # (B, C, h, w)
+    return batch_noise(batch, (model.cfg.z_channels, side, side), cfg, "kl")
 
 
 def ae_batches(cfg: AERun, source, device: torch.device) -> Callable:
@@ -728,9 +733,8 @@ def ae_batches(cfg: AERun, source, device: torch.device) -> Callable:
 
     def patches(start: int, p_original: float) -> Iterator[dict]:
         shape = DataConfig(cfg.size, cfg.patch, cfg.max_size, cfg.p_whole, p_original, cfg.downsample, cfg.flip)
-        stream = data.loader(source, functools.partial(data.random_patch, cfg=shape), cfg.batch, start, cfg.seed,
-                             cfg.workers, *ranks(), pin_memory=device.type == "cuda")
-        return (to_device(batch, device) for batch in stream)
+        item = functools.partial(data.random_patch, cfg=shape)
+        return source_batches(cfg, source, item, cfg.workers, device)(start)
 
     def batches(start: int) -> Iterator[dict]:
         if start < cfg.original_from:
@@ -872,6 +876,23 @@ def picture_item(picture, gen: np.random.Generator, size: int, flip: bool) -> di
     return {"image": image.flip(-1) if flip and gen.random() < 0.5 else image}
 
 
+def source_batches(cfg: Run, source, make_item: Callable, workers: int, device: torch.device) -> Callable:
+    """batches(start): this rank's share of the batches from step `start` on, on the device."""
+
+    def batches(start: int) -> Iterator[dict]:
+        stream = data.loader(source, make_item, cfg.batch, start, cfg.seed, workers, *ranks(),
+                             pin_memory=device.type == "cuda")
+        return (to_device(batch, device) for batch in stream)
+
+    return batches
+
+
+def picture_batches(cfg: Run, source, device: torch.device) -> Callable:
+    """batches(start) of whole pictures at cfg.size."""
+    item = functools.partial(picture_item, size=cfg.size, flip=cfg.flip)
+    return source_batches(cfg, source, item, cfg.workers, device)
+
+
 def ldm_step(unet: UNet, encode: Callable, diffusion: GaussianDiffusion, opt: torch.optim.Optimizer, cfg: LDMRun,
              draw_noise: Callable, autocast: Callable = contextlib.nullcontext) -> Callable:
     """One iteration of the second stage: the mean squared error of the predicted noise, at uniform time steps.
@@ -955,12 +976,9 @@ def latent_batches(cfg: LDMRun, base: INFD, source, device: torch.device, run_di
     """(batches, encode): batches(start) iterates from that step on, encode(batch) gives z, cached or encoded afresh."""
     if cfg.cache:
         latents = encode_all(base, source, cfg, device, run_dir)
-        make = functools.partial(data.loader, latents, latent_item, cfg.batch, seed=cfg.seed, workers=0,
-                                 rank=ranks()[0], world=ranks()[1])
+        batches = source_batches(cfg, latents, latent_item, 0, device)
     else:
-        item = functools.partial(picture_item, size=cfg.size, flip=cfg.flip)
-        make = functools.partial(data.loader, source, item, cfg.batch, seed=cfg.seed, workers=cfg.workers,
-                                 rank=ranks()[0], world=ranks()[1], pin_memory=device.type == "cuda")
+        batches = picture_batches(cfg, source, device)
     autocast = autocast_for(cfg, device)
 
     @torch.no_grad()
@@ -971,7 +989,7 @@ def latent_batches(cfg: LDMRun, base: INFD, source, device: torch.device, run_di
         with autocast():
             return base.autoencoder.encode(b["image"], noise).float()        # (B, C, h, w)
 
-    return lambda start: (to_device(batch, device) for batch in make(start=start)), encode
+    return batches, encode
 
 
 def train_ldm(cfg: LDMRun, run_dir: Path, device: torch.device) -> None:
@@ -1011,10 +1029,8 @@ def train_ldm(cfg: LDMRun, run_dir: Path, device: torch.device) -> None:
         unet.compile()
 
     def draw_noise(b: dict) -> tuple[Tensor, Tensor]:
-        index = b["index"].tolist()
-        t = torch.tensor([int(rng(cfg.seed, "t", n).integers(cfg.diffusion.steps)) for n in index])
-        noise = torch.stack([torch_noise((channels, *side), cfg.seed, "eps", n) for n in index])
-        return t.to(device), noise.to(device)
+        t = torch.tensor([int(rng(cfg.seed, "t", n).integers(cfg.diffusion.steps)) for n in b["index"].tolist()])
+        return t.to(device), batch_noise(b, (channels, *side), cfg, "eps")
 
     step = ldm_step(unet, lambda b: scale(encode(b)), diffusion, opt, cfg, draw_noise, autocast_for(cfg, device))
     infd = INFD(base.autoencoder, state.get("ema", unet), diffusion, scale, base.size, base.patch, source.classes)
@@ -1071,23 +1087,11 @@ def function_parts(net: FunctionGenerator) -> nn.ModuleDict:
     return nn.ModuleDict({"embed": net.embed, "predict": net.predict})
 
 
-def picture_batches(cfg: Run, source, device: torch.device) -> Callable:
-    """batches(start) of whole pictures at cfg.size."""
-    item = functools.partial(picture_item, size=cfg.size, flip=cfg.flip)
-
-    def batches(start: int) -> Iterator[dict]:
-        stream = data.loader(source, item, cfg.batch, start, cfg.seed, cfg.workers, *ranks(),
-                             pin_memory=device.type == "cuda")
-        return (to_device(batch, device) for batch in stream)
-
-    return batches
-
-
 def moved_grid(batch: dict, cfg: Run, corners: bool) -> Tensor:
     """Variational coordinates (B, S, S, 2) of the pixels, shifted by each sample's own noise (3.2)."""
-    shape, device = (cfg.size, cfg.size), batch["image"].device
-    noise = torch.stack([torch_noise((*shape, 2), cfg.seed, "coord", n) for n in batch["index"].tolist()]).to(device)
-    return variational_coord(pixel_coord(shape, corners=corners, device=device), noise)
+    shape = (cfg.size, cfg.size)
+    noise = batch_noise(batch, (*shape, 2), cfg, "coord")                    # (B, S, S, 2)
+    return variational_coord(pixel_coord(shape, corners=corners, device=noise.device), noise)
 
 
 def pretrain_step(net: FunctionGenerator, opt: torch.optim.Optimizer, cfg: PretrainRun,
@@ -1177,7 +1181,7 @@ def cm_step(f: ConsistencyModel, target: ConsistencyModel, opt: torch.optim.Opti
 def cm_schedule(cfg: CMRun, k: int) -> dict[str, Tensor]:
     """Where the curriculum is at step k, for the log: N and mu, or ECT's stage."""
     if cfg.cm.stages:
-        return {"stage": torch.tensor(float(min(k * cfg.cm.stages // cfg.K, cfg.cm.stages - 1)))}
+        return {"stage": torch.tensor(float(cfg.cm.stage(k, cfg.K)))}
     return {"N": torch.tensor(float(cfg.cm.N(k, cfg.K))), "mu": torch.tensor(cfg.cm.mu(k, cfg.K))}
 
 
@@ -1185,10 +1189,9 @@ def cm_noise(cfg: CMRun) -> Callable:
     """draw_noise of cm_step: z and the coordinates' shifts by sample; the levels by step, a sample taking its own."""
 
     def draw_noise(b: dict, k: int) -> tuple[Tensor, Tensor, Tensor, dict]:
-        index, device = b["index"].tolist(), b["image"].device
-        z = torch.stack([torch_noise((3, cfg.size, cfg.size), cfg.seed, "z", n) for n in index]).to(device)
+        z = batch_noise(b, (3, cfg.size, cfg.size), cfg, "z")
         generator = torch.Generator().manual_seed(int(rng(cfg.seed, "levels", k).integers(2**62)))
-        t, r = (levels[[n % cfg.batch for n in index]].to(device)
+        t, r = (levels[[n % cfg.batch for n in b["index"].tolist()]].to(z.device)
                 for levels in cfg.cm.draw_levels(k, cfg.K, cfg.batch, generator))
         extra = {"coord": moved_grid(b, cfg, cfg.func.corners)} if cfg.generator == "func" else {}
         return z, t, r, extra
@@ -1224,9 +1227,7 @@ def cm_config(cfg: CMRun, classes: int) -> CMRun:
         raise ValueError(f"labels=true, but {cfg.data} has no classes (sub-folders); leave labels out")
     if cfg.init and cfg.init != "none" and cfg.generator != "func":
         raise ValueError(f"init={cfg.init}: only generator=func has a pre-training")
-    if cfg.generator not in GENERATORS:
-        raise ValueError(f"unknown generator {cfg.generator}; there are: {', '.join(GENERATORS)}")
-    part = GENERATORS[cfg.generator][2]
+    part = generator_parts(cfg.generator)[2]
     sized = {} if part == "unet" else {f"{part}.size": cfg.size}
     return apply(cfg, {"K": cfg.K or cfg.steps, f"{part}.num_classes": classes if cfg.labels else 0} | sized)
 
@@ -1323,12 +1324,12 @@ def bench_cm(cfg: CMRun, device: torch.device, repeats: int = 5) -> dict:
     sizes, report = (32, 64, 128), {}
     calls: dict[str, Callable] = {}
     for name in cfg.generator.split(","):
-        own = cm_config(dataclasses.replace(cfg, generator=name), 0)
+        own = cm_config(dataclasses.replace(cfg, generator=name, labels=False), 0)
         net = build_generator(name, lambda part: getattr(own, part))
         f, target, opt = cm_parts(own, net, device)
         step = cm_step(f, target, opt, own, cm_metric(own, device), cm_noise(own), autocast_for(own, device))
         batch = {"image": torch.rand(own.batch, 3, own.size, own.size, device=device) * 2 - 1,
-                 "index": torch.arange(own.batch)}
+                 "index": torch.arange(own.batch, device=device)}
         peak_memory(device, reset=True)
         train = seconds({"train": lambda: step(batch, 0)}, device, repeats)["train"]
         report[name] = {"parameters": sum(p.numel() for p in net.parameters()),
@@ -1396,7 +1397,7 @@ def describe(stage: str, cfg: Run, run_dir: Path, device: torch.device, source, 
     """One line on what is about to run."""
     count = sum(p.numel() for p in model.parameters())
     say(f"stage {stage}: {len(source):,} pictures of {cfg.data}, {count:,} parameters, {cfg.steps:,} steps of batch "
-          f"{cfg.batch}, {device}, into {run_dir}")
+        f"{cfg.batch}, {device}, into {run_dir}")
 
 
 def check_data(name: str) -> int:
