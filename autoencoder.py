@@ -27,6 +27,8 @@ class AutoencoderConfig:
     num_res_blocks: int = 2           # per encoder level; the decoder has one more (published code)
     z_channels: int = 3               # channels of the latent (supplementary J.1)
     kl: bool = False                  # Gaussian latent with a KL loss in place of vector quantisation
+    kl_logvar: float = 0.0            # added to its log-variance at the start; 0, as published, is noise of about 1,
+                                      # in which most channels of a short training drown: see the presets
     n_embed: int = 8192               # codes in the codebook (LDM VQ-f4)
     vq_beta: float = 0.25             # weight inside the quantisation loss (published code)
     renderer: str = "clif"            # clif, or liif, the baseline of supplementary A
@@ -121,6 +123,8 @@ class Encoder(nn.Module):
         self.norm_out = nn.GroupNorm(cfg.groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], c_out, 3, padding=1)
         self.quant_conv = nn.Conv2d(c_out, c_out, 1)                 # published as encoder.1, the rest as encoder.0
+        if cfg.kl:
+            self.quant_conv.bias.data[cfg.z_channels:] += cfg.kl_logvar
 
     def forward(self, image: Tensor) -> Tensor:
         """image (B, 3, H, W) in [-1, 1], sides multiples of f -> (B, z_channels, H/f, W/f); KL: twice the channels."""

@@ -293,24 +293,31 @@ def load(path: str | Path, device: torch.device | str = "cpu", raw: bool = False
     return dataclasses.replace(made, file=path).to(device)
 
 
+def pick_weights(state: dict, raw: bool) -> tuple[dict, str]:
+    """The moving average where there is one and raw does not ask for the trained weights; and what they are called."""
+    if raw and "model" not in state:
+        raise ValueError("this file holds the moving average of the weights only; leave --raw out")
+    return (state["model"], "trained weights") if raw or "ema" not in state else (state["ema"], "EMA")
+
+
 def cm_from_checkpoint(ckpt: dict, raw: bool = False) -> OneStep:
     """The one-step model of a checkpoint of stage cm."""
     config, state = ckpt["config"], ckpt["state"]
     name = config["generator"]
     net = build_generator(name, lambda field: build(generator_parts(name)[1], config[field]))
-    ema = "ema" in state and not raw
-    fill(net, state["ema" if ema else "model"], f"the generator {name}")
+    weights, kind = pick_weights(state, raw)
+    fill(net, weights, f"the generator {name}")
     cfg = build(ConsistencyConfig, config["cm"])
     # iCT and ECT publish 0.821 for 32 px; for the paper's recipe the level published for LSUN with the same s1.
     second = 0.821 if cfg.metric == "huber" else float(cfg.karras_sigmas(151)[67])
     return OneStep(ConsistencyModel(net, cfg), config["size"], second, classes=tuple(ckpt.get("classes", ())),
-                   step=ckpt["step"], weights="EMA" if ema else "trained weights")
+                   step=ckpt["step"], weights=kind)
 
 
 def from_checkpoint(ckpt: dict, raw: bool = False) -> INFD:
     """The model of one of our own checkpoints."""
     config, state = ckpt["config"], ckpt["state"]
-    weights = state["model"] if raw or "ema" not in state else state["ema"]
+    weights, kind = pick_weights(state, raw)
     ae = ckpt if ckpt["stage"] == "ae" else ckpt["autoencoder"]
     autoencoder = FieldAutoencoder(build(AutoencoderConfig, ae["config"]["ae"]))
     scale, unet = LatentScale(autoencoder.cfg.z_channels), None
@@ -324,8 +331,7 @@ def from_checkpoint(ckpt: dict, raw: bool = False) -> INFD:
         fill(scale, state["scale"], "the latent scale")
         diffusion = GaussianDiffusion(build(DiffusionConfig, config["diffusion"]))
     return INFD(autoencoder, unet, diffusion, scale, size=ae["config"]["size"], patch=ae["config"]["patch"],
-                classes=tuple(ckpt.get("classes", ())), step=ckpt["step"],
-                weights="EMA" if weights is not state["model"] else "trained weights")
+                classes=tuple(ckpt.get("classes", ())), step=ckpt["step"], weights=kind)
 
 
 # Published parameter names -> ours, by prefix (first match wins). What only training used is dropped by name.
@@ -599,13 +605,35 @@ def pick_device(name: str) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def newest_run() -> Path:
-    """The run folder of stage ldm or cm that was written last, for a sample.py without --ckpt."""
-    files = [p for pattern in ("*/ldm/step-*.pt", "*/cm*/step-*.pt") for p in Path("runs").glob(pattern)]
-    if not files:
-        raise FileNotFoundError("no --ckpt given and no trained model in runs/*/ldm or runs/*/cm; train a small one: "
-                                "python train.py --stage ae --preset tiny && python train.py --stage ldm --preset tiny")
-    return max(files, key=lambda p: p.stat().st_mtime).parent
+def bundled(name: str) -> Path:
+    """The weights that come with the project, for a sample.py without --ckpt."""
+    return Path(__file__).parent / "weights" / f"{name}.pt"
+
+
+def export(source: Path, target: Path) -> None:
+    """Write what sampling needs of a checkpoint (a file or its run folder), the moving average alone, in half precision.
+
+    Raises FileExistsError rather than overwrite, ValueError for a checkpoint that is not of stage ae, ldm or cm.
+    """
+    if target.exists():
+        raise FileExistsError(f"{target} exists; choose another file for --export")
+    path, ckpt = newest_checkpoint(source) if source.is_dir() else (source, read_checkpoint(source))
+    if ckpt.get("stage") not in ("ae", "ldm", "cm"):
+        raise ValueError(f"--export takes a checkpoint of stage ae, ldm or cm written by train.py, not {path}")
+
+    def half(value):
+        if isinstance(value, dict):
+            return {k: half(v) for k, v in value.items()}
+        return value.half() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    state = ckpt["state"]
+    best = "ema" if "ema" in state else "model"
+    small = {k: half(v) for k, v in ckpt.items() if k not in ("log", "state")}
+    small["state"] = {best: half(state[best])} | {k: state[k] for k in ("scale",) if k in state}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(target.name + ".part")
+    torch.save(small, part)
+    part.rename(target)
 
 
 def new_folder() -> Path:
@@ -617,7 +645,9 @@ def new_folder() -> Path:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(description="Draw images as functions: any resolution, any window.")
-    p.add_argument("--ckpt", help="run folder or checkpoint file (default: the newest runs/*/ldm or runs/*/cm)")
+    p.add_argument("--ckpt", help="run folder or checkpoint file (default: the weights that come with the project)")
+    p.add_argument("--model", choices=["infd", "cm"], default="infd", help="without --ckpt: which bundled weights")
+    p.add_argument("--export", metavar="FILE", help="write the model, in half precision, to FILE and draw nothing")
     p.add_argument("--n", type=int, default=1, help="number of images")
     p.add_argument("--res", default="", help="512, or 512x1024 (height x width), or several: 256,512,1024")
     p.add_argument("--window", help="y0,x0,y1,x1 in [-1, 1]: draw this part of the image at --res")
@@ -723,7 +753,9 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--n, --batch and --steps must be at least 1, --start at least 0")
     window = parse_window(args.window) if args.window else None
     sizes = [parse_size(s) for s in args.res.split(",")] if args.res else []
-    device, path = pick_device(args.device), Path(args.ckpt) if args.ckpt else newest_run()
+    device, path = pick_device(args.device), Path(args.ckpt) if args.ckpt else bundled(args.model)
+    if args.export:
+        return export(path, Path(args.export))
     model = load(path, device, args.raw)
     painter = infd_painter if isinstance(model, INFD) else onestep_painter
     described, sizes, paint = painter(model, args, sizes, window)

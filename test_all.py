@@ -3992,13 +3992,16 @@ def test_stage_cm_starts_as_the_pretrained_reconstructor(stage_runs, tmp_path):
     (["generator=gan"], "unknown generator gan; there are: func, unet, uvit, dit"),
     (["size=18"], "patch size 4 does not divide resolution 18"),
     (["generator=dit", "size=18"], "patch size 4 does not divide resolution 18"),
-    (["func.dim=64", "func.heads=4"], "the pre-training in"),
+    (["func.dim=64", "func.heads=4"], "the weights in"),
     (["init=nowhere"], "there is none at nowhere"),
-    (["generator=unet", "init=nowhere"], "only generator=func has a pre-training"),
+    (["generator=unet", "init=nowhere"], "there is none at nowhere"),
+    (["generator=unet", "init=PRETRAIN"], "only generator=func has a pre-training"),
+    (["generator=unet", "init=CM"], "the weights in"),
     (["cm.mu0=1.5"], "mu0 1.5 must be in [0, 1)"),
     (["cm.metric=ssim"], "unknown metric ssim"),
 ])
 def test_stage_cm_bad_options(stage_runs, tmp_path, capsys, args, said):
+    args = [a.replace("PRETRAIN", str(stage_runs / "pretrain")).replace("CM", str(stage_runs / "cm")) for a in args]
     init = [] if any("init" in a or "generator" in a for a in args) else [f"init={stage_runs / 'pretrain'}"]
     assert main_train("--stage", "cm", "--preset", "tiny", "--out", tmp_path / "cm", *TINY_CM, *TINY_NETS, *init,
                       *args) == 2
@@ -4007,20 +4010,50 @@ def test_stage_cm_bad_options(stage_runs, tmp_path, capsys, args, said):
     assert not list(tmp_path.glob("cm/step-*"))
 
 
-def test_stage_cm_other_inputs_that_do_not_fit(stage_runs, tmp_path, capsys):
+def test_stage_cm_other_inputs_that_do_not_fit(stage_runs, main_runs, tmp_path, capsys):
     for name in "abcd":
         Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / f"{name}.png")
     args = ["--stage", "cm", "--preset", "tiny", *TINY_CM, "init=none"]
     assert main_train(*args, "--data", tmp_path, "--out", tmp_path / "run") == 2     # no sub-folders, labels=true
     assert "has no classes" in capsys.readouterr().err
     assert main_train("--stage", "cm", "--preset", "tiny", "--out", tmp_path / "run", *TINY_CM,
-                      f"init={stage_runs / 'cm'}") == 2
-    assert "is no run of stage pretrain" in capsys.readouterr().err
+                      f"init={main_runs / 'ae'}") == 2
+    assert "is no run of stage pretrain or cm" in capsys.readouterr().err
     assert main_sample("--ckpt", stage_runs / "pretrain") == 2
     assert "a checkpoint of stage pretrain; expected ae, ldm or cm" in capsys.readouterr().err
 
 
+def test_stage_cm_starts_from_another_run_of_stage_cm(stage_runs, tmp_path):
+    args = ["--stage", "cm", "--preset", "tiny", "--out", tmp_path / "cm", *TINY_CM]
+    assert main_train(*args, f"init={stage_runs / 'cm'}", "steps=1", "lr=0") == 0    # RAdam at lr 0 moves nothing
+    start = sample.newest_checkpoint(stage_runs / "cm")[1]["state"]["ema"]
+    end = sample.newest_checkpoint(tmp_path / "cm")[1]["state"]["model"]
+    assert all(torch.equal(end[k], v) for k, v in start.items())
+
+
 # ---- sampling ----
+
+def test_export_keeps_what_sampling_needs_in_half_precision(main_runs, stage_runs, tmp_path, capsys):
+    for run in (main_runs / "ldm", stage_runs / "cm"):
+        file = tmp_path / f"{run.name}.pt"
+        assert main_sample("--ckpt", run, "--export", file) == 0
+        whole, small = sample.load(run), sample.load(file)
+        assert (small.weights, small.step, small.size) == ("EMA", whole.step, whole.size)
+        assert small.classes == whole.classes
+        assert file.stat().st_size < 0.3 * sample.checkpoints(run)[0].stat().st_size
+        nets = [m.unet if run.name == "ldm" else m.f.net for m in (whole, small)]
+        for ours, theirs in zip(nets[1].parameters(), nets[0].parameters()):
+            torch.testing.assert_close(ours, theirs, rtol=2**-11, atol=2**-25)       # float16's half unit in the last place
+        if run.name == "ldm":
+            assert main_same(small.scale.state_dict(), whole.scale.state_dict())
+        capsys.readouterr()
+        assert main_sample("--ckpt", run, "--export", file) == 2
+        assert "exists; choose another file for --export" in capsys.readouterr().err
+        assert main_sample("--ckpt", file, "--raw") == 2
+        assert "leave --raw out" in capsys.readouterr().err
+    assert main_sample("--ckpt", stage_runs / "pretrain", "--export", tmp_path / "x.pt") == 2
+    assert "takes a checkpoint of stage ae, ldm or cm" in capsys.readouterr().err
+
 
 def test_stage_cm_one_function_is_drawn_at_any_size_and_window(stage_runs, tmp_path):
     common = ["--ckpt", stage_runs / "cm", "--n", 3]

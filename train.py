@@ -163,7 +163,7 @@ class CMRun(Run):
     size: int = 64
     flip: bool = True
     generator: str = "func"           # func | unet | uvit | dit (D.2.1, A.3)
-    init: str = ""                    # func: run of stage pretrain; default: the one beside this run; none: without
+    init: str = ""                    # run of stage pretrain (func; default: the one beside this run) or cm; or none
     labels: bool = False              # condition on the classes of the data; the paper does for CIFAR-10
     lpips: str = "vgg"                # of cm.metric=lpips: vgg | alex | squeeze
     lpips_size: int = 224             # A.1
@@ -1207,17 +1207,23 @@ def cm_metric(cfg: CMRun, device: torch.device) -> Callable:
     return lpips_resized(network.to(device), average_pool=cfg.lpips == "vgg", size=cfg.lpips_size)
 
 
-def start_from(net: FunctionGenerator, cfg: CMRun, run_dir: Path) -> None:
-    """Load what stage pretrain has learned (3.4)."""
+def start_from(net: nn.Module, cfg: CMRun, run_dir: Path) -> None:
+    """Load what stage pretrain has learned (3.4), or the whole generator of another run of stage cm.
+
+    The latter is how easy consistency tuning starts from a denoiser, which cm.ect_k=1e9 cm.ect_b=0 trains (r = 0).
+    """
     init = Path(cfg.init) if cfg.init else run_dir.parent / "pretrain"
     if not init.exists():
         raise FileNotFoundError(f"stage cm starts from stage pretrain and there is none at {init}; run --stage "
                                 f"pretrain first with the same --data and --preset, name one with init=RUN, or give "
                                 f"init=none")
     path, ckpt = newest_checkpoint(init) if init.is_dir() else (init, read_checkpoint(init))
-    if ckpt.get("stage") != "pretrain":
-        raise ValueError(f"init={init} is no run of stage pretrain")
-    fill(function_parts(net), ckpt["state"].get("ema", ckpt["state"]["model"]), f"the pre-training in {path}")
+    if ckpt.get("stage") not in ("pretrain", "cm"):
+        raise ValueError(f"init={init} is no run of stage pretrain or cm")
+    if ckpt["stage"] == "pretrain" and cfg.generator != "func":
+        raise ValueError(f"init={init}: only generator=func has a pre-training")
+    part = function_parts(net) if ckpt["stage"] == "pretrain" else net
+    fill(part, ckpt["state"].get("ema", ckpt["state"].get("model")), f"the weights in {path}")
     say(f"starting from {path}")
 
 
@@ -1225,8 +1231,6 @@ def cm_config(cfg: CMRun, classes: int) -> CMRun:
     """The configuration with what follows from other options: sizes, classes, K."""
     if cfg.labels and not classes:
         raise ValueError(f"labels=true, but {cfg.data} has no classes (sub-folders); leave labels out")
-    if cfg.init and cfg.init != "none" and cfg.generator != "func":
-        raise ValueError(f"init={cfg.init}: only generator=func has a pre-training")
     part = generator_parts(cfg.generator)[2]
     sized = {} if part == "unet" else {f"{part}.size": cfg.size}
     return apply(cfg, {"K": cfg.K or cfg.steps, f"{part}.num_classes": classes if cfg.labels else 0} | sized)
@@ -1245,7 +1249,8 @@ def train_cm(cfg: CMRun, run_dir: Path, device: torch.device) -> None:
     cfg = cm_config(cfg, len(source.classes))
     torch.manual_seed(cfg.seed)
     net = build_generator(cfg.generator, lambda name: getattr(cfg, name))
-    if cfg.generator == "func" and cfg.init != "none" and not checkpoints(run_dir):
+    wanted = cfg.init != "none" if cfg.generator == "func" else cfg.init not in ("", "none")
+    if wanted and not checkpoints(run_dir):
         start_from(net, cfg, run_dir)
     f, target, opt = cm_parts(cfg, net, device)
     state = {"model": net, "opt": opt}
