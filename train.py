@@ -715,20 +715,19 @@ def ae_step(model: FieldAutoencoder, disc: PatchDiscriminator, opt: torch.optim.
 
     def generator_loss(b: dict, gan: bool) -> tuple[Tensor, dict]:
         rgb, reg = reconstruct(b)
-        seen = rgb.detach().requires_grad_() if gan else rgb                 # by the losses; the rest: see `linear`
-        l1 = (seen - b["patch"]).abs().mean()
+        l1 = (rgb - b["patch"]).abs().mean()
         logs, nll = {"l1": l1, "reg": reg}, l1
         if perceptual is not None:
             with autocast():
-                logs["lpips"] = perceptual(seen, b["patch"]).float().mean()
+                logs["lpips"] = perceptual(rgb, b["patch"]).float().mean()
             nll = nll + cfg.lpips_weight * logs["lpips"]
         loss = value = nll + cfg.reg_weight * reg
         if gan:
             with autocast():
-                g = -disc(seen).float().mean()
-            nll, pull = linear(nll, seen, rgb), linear(g, seen, rgb)
-            weight = adaptive_weight(nll, pull, last, all_mean)
-            loss = nll + cfg.reg_weight * reg + cfg.gan_weight * weight * pull
+                g = -disc(rgb).float().mean()
+            nll, push = linear(nll, rgb), linear(g, rgb)
+            weight = adaptive_weight(nll, push, last, all_mean)
+            loss = nll + cfg.reg_weight * reg + cfg.gan_weight * weight * push
             value = value + cfg.gan_weight * weight * g
             logs |= {"gan": g, "gan_weight": weight}
         return loss, logs | {"loss": value}
@@ -762,13 +761,13 @@ def ae_step(model: FieldAutoencoder, disc: PatchDiscriminator, opt: torch.optim.
     return step
 
 
-def linear(loss: Tensor, at: Tensor, x: Tensor) -> Tensor:
-    """A stand-in for a loss of `at` that is linear in x, of the same value: the gradient of x is that of the loss.
+def linear(loss: Tensor, x: Tensor) -> Tensor:
+    """A loss of x by its gradient there: a linear function of x, of another value and the same gradients before x.
 
-    Backpropagating it twice, to the last layer for the adaptive weight and to all of the generator, goes through LPIPS
-    and the discriminator once.
+    However often it is backpropagated, to the last layer for the adaptive weight and then to all of the generator, LPIPS
+    and the discriminator are gone through once.
     """
-    slope, = torch.autograd.grad(loss, at)
+    slope, = torch.autograd.grad(loss, x)
     return (slope * x).sum()
 
 
@@ -1565,8 +1564,8 @@ def compile_methods(methods: list[tuple[nn.Module, str]], strict: bool) -> None:
                     if strict or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
                         raise
                     broken.append(error)
-                    warnings.warn(f"torch.compile failed, so training goes on without it ({str(error).splitlines()[0]})"
-                                  f"; compile=off is silent, compile=on stops here")
+                    warnings.warn(f"torch.compile failed, so training goes on without it ("
+                                  f"{' '.join(str(error).splitlines()[:2])}); compile=off says nothing, compile=on stops")
             return eager(*args, **options)
 
         return call
