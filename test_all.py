@@ -4377,8 +4377,8 @@ def test_stage_bench_measures_a_training_step(tmp_path, capsys, stage):
     row, ceiling = report["func" if stage == "cm" else stage], report["ceiling_tflop_per_s"]
     assert report["steps"] == 3 and row["dtype"] == "fp32" and row["parameters"] > 0 and set(ceiling) == {"fp32", "bf16"}
     assert row["images_per_s"] == pytest.approx(row["steps_per_s"] * (4 if stage in ("pretrain", "cm") else 2), rel=1e-2)
-    assert row["tflop_per_s"] * 1000 >= row["gflop"] * row["steps_per_s"] * 0.9 - 0.1    # the step without its data
-    assert row["of_ceiling"] == pytest.approx(row["tflop_per_s"] / ceiling["fp32"], abs=1e-3)
+    assert row["tflop_per_s"] * 1000 >= row["gflop"] * row["steps_per_s"] * 0.99         # of the step without its data
+    assert row["of_ceiling"] == pytest.approx(row["tflop_per_s"] / ceiling["fp32"], rel=1e-3)
     assert 0 <= row["data_wait"] <= 1 and row["peak_gb"] >= 0 and row["gflop"] > 0
     assert ("random autoencoder" in out) == (stage == "ldm") and not list(tmp_path.iterdir())
 

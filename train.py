@@ -1398,7 +1398,7 @@ def ceilings(device: torch.device) -> dict[str, float]:
     pairs = {name: torch.randn(n, n, device=device, dtype=kind)
              for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
     times = seconds({name: functools.partial(torch.mm, a, a) for name, a in pairs.items()}, device)
-    return {name: round(2e-12 * n**3 / t, 4) for name, t in times.items()}
+    return {name: float(f"{2e-12 * n**3 / t:.5g}") for name, t in times.items()}
 
 
 def bench_step(setup: Setup, device: torch.device, n: int, ceiling: dict[str, float]) -> dict:
@@ -1427,11 +1427,10 @@ def bench_step(setup: Setup, device: torch.device, n: int, ceiling: dict[str, fl
     each, compute = float(np.median(waited + step)), float(np.median(step))
     dtype = "fp32" if autocast_for(cfg, device) is contextlib.nullcontext else "bf16"
     rate = work / 1000 / compute
-    return {"parameters": parameters(setup), "images_per_s": round(cfg.batch / each, 3),
-            "steps_per_s": round(1 / each, 4), "gflop": round(work, 3), "tflop_per_s": round(rate, 4), "dtype": dtype,
-            "of_ceiling": round(rate / ceiling[dtype], 4), "peak_gb": round(peak_memory(device) / 1e9, 3),
-            "data_wait": round(float(waited.sum() / (waited.sum() + step.sum())), 4),
-            "compile_s": round(times[0][1] - compute, 3)}
+    row = {"images_per_s": cfg.batch / each, "steps_per_s": 1 / each, "gflop": work, "tflop_per_s": rate,
+           "of_ceiling": rate / ceiling[dtype], "peak_gb": peak_memory(device) / 1e9,
+           "data_wait": waited.sum() / (waited.sum() + step.sum()), "compile_s": times[0][1] - compute}
+    return {"parameters": parameters(setup), "dtype": dtype, **{k: float(f"{v:.5g}") for k, v in row.items()}}
 
 
 def bench(stage: str, preset: str, cfg: Run, run_dir: Path, device: torch.device, n: int) -> dict:
