@@ -89,6 +89,11 @@ class Folder:
         found = (Path(path, f).relative_to(root).as_posix() for path, _, files in os.walk(root) for f in files)
         self.names = sorted(name for name in found if not _hidden(name))
 
+    def stamp(self, name: str) -> tuple[int, int]:
+        """What changes with a file: its size, and when it was written."""
+        stat = (self.root / name).stat()
+        return stat.st_size, stat.st_mtime_ns
+
     def read(self, name: str) -> bytes:
         path = self.root / name
         if path.stat().st_size > MAX_BYTES:
@@ -120,6 +125,11 @@ class Zip:
 
     def __getstate__(self) -> dict:
         return {"root": self.root, "names": self.names, "opened": (0, None)}
+
+    def stamp(self, name: str) -> tuple[int, int]:
+        """What changes with a file: its size and its checksum."""
+        info = self.archive.getinfo(name)
+        return info.file_size, info.CRC
 
     def read(self, name: str) -> bytes:
         if self.archive.getinfo(name).file_size > MAX_BYTES:         # zipfile never yields more than this size
@@ -318,6 +328,15 @@ def open_data(name: str, split: str = "train") -> Landscapes | Photos | SixKMix 
     if name == "ffhq-6k-mix" and split != "val":                     # the published mix takes the held-out files too
         return SixKMix(_open_photos(store, "ffhq", "all"))
     return _open_photos(store, name.removesuffix("-6k-mix"), split)
+
+
+def fingerprint(source: Landscapes | Photos | Cifar10) -> str:
+    """A hash of which pictures a source has, without decoding any: names and stamps of the files, in their order."""
+    if isinstance(source, Cifar10):
+        return hashlib.sha256(source.images.tobytes()).hexdigest()
+    parts = [source.first, source.count] if isinstance(source, Landscapes) else \
+        [source.crop, *((name, source.store.stamp(name)) for name in source.members)]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def _find(name: str) -> Folder | Zip:

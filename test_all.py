@@ -58,6 +58,14 @@ ROOT = Path(__file__).parent
 GOLDEN = Path(os.environ.get("GOLDEN", ROOT / "../shared/golden"))
 
 
+def slow(test):
+    """`pytest -m slow` runs it, a plain `pytest` skips it and says so. No configuration file registers the mark."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        test = pytest.mark.slow(test)
+    return pytest.mark.skipif("'slow' not in config.option.markexpr", reason="slow; pytest -m slow runs it")(test)
+
+
 # ======================================================================================================================
 # The renderer and the autoencoder
 # ======================================================================================================================
@@ -1945,13 +1953,160 @@ def test_a_failing_save_leaves_the_older_checkpoint_alone(tmp_path):
     assert (tmp_path / "step-00000001.pt").read_bytes() == before
 
 
-def test_a_step_with_a_gradient_that_is_not_finite_is_not_taken():
-    p = torch.nn.Parameter(torch.ones(2))
-    opt = torch.optim.SGD([p], 1.0)
-    p.grad = torch.tensor([1.0, float("nan")])
-    assert not train.descend(opt) and p.tolist() == [1.0, 1.0]
-    p.grad = torch.tensor([1.0, 0.5])
-    assert train.descend(opt) and p.tolist() == [0.0, 0.5]
+@pytest.mark.parametrize("make", [
+    lambda p: torch.optim.SGD([p], 0.1), lambda p: torch.optim.RAdam([p], 0.1),
+    lambda p: torch.optim.Adam([p], 0.1, fused=True), lambda p: torch.optim.AdamW([p], 0.1, fused=True)])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_step_with_a_gradient_that_is_not_finite_is_not_taken(make, bad):
+    """Fused optimisers leave it out themselves: weights, moments and the count of steps are as if it had not been."""
+    weights, states = [], []
+    for gradients in ([[1.0, 0.5], [0.5, -1.0]], [[1.0, bad], [1.0, 0.5], [bad, bad], [0.5, -1.0]]):
+        p = nn.Parameter(torch.ones(2))
+        opt = make(p)
+        for gradient in gradients:
+            p.grad = torch.tensor(gradient)
+            assert bool(train.descend(opt)) == (bad not in gradient and not any(map(math.isnan, gradient)))
+            assert p.grad is None
+        p.grad = torch.ones(2)
+        assert not train.descend(opt, torch.tensor(False))                   # nor one that nobody wants
+        weights.append(p.detach())
+        states.append(opt.state_dict()["state"])
+    assert torch.equal(*weights) and main_same(*states) and not torch.equal(weights[0], torch.ones(2))
+
+
+def main_gan():
+    """A small first stage with the GAN on: run, model, discriminator, and one batch."""
+    cfg = train.configure("ae", "tiny", "synthetic", [*TINY_AE, "gan_weight=0.75", "disc.ndf=8", "disc.n_layers=1"])
+    torch.manual_seed(0)
+    model, disc = FieldAutoencoder(cfg.ae), PatchDiscriminator(cfg.disc)
+    return cfg, model, disc, next(train.ae_batches(cfg, data.open_data("synthetic"), torch.device("cpu"))(0))
+
+
+def main_gan_step(cfg, model, disc, batch, perceptual=None, **more):
+    """One step of plain gradient descent with rate 1: what it subtracts from the weights are the gradients."""
+    before = deepcopy(model)
+    opts = [torch.optim.SGD(m.parameters(), 1.0) for m in (model, disc)]
+    logs = train.ae_step(model, disc, *opts, perceptual, cfg, **more)(batch, 0)
+    return logs, {name: a - b for (name, a), b in zip(before.named_parameters(), model.parameters())}
+
+
+def main_near(ours, theirs, tolerance):
+    """Gradients by name, each within a share of its norm, or of a ten-thousandth of all for those that are rounding."""
+    least = 1e-4 * torch.cat([g.flatten() for g in theirs.values()]).norm()
+    for name, gradient in theirs.items():
+        assert (ours[name] - gradient).norm() <= tolerance * max(gradient.norm(), least), name
+
+
+@pytest.mark.parametrize("accum", [1, 2])
+def test_gan_step_goes_once_through_its_losses_and_has_the_gradients_of_the_formula(accum):
+    cfg, model, disc, batch = main_gan()
+    cfg = replace(cfg, accum=accum, lpips_weight=0.5)
+    calls = []
+    perceptual = lambda a, b: F.avg_pool2d((a - b).square(), 4).sqrt().mean(dim=(1, 2, 3))
+    plain, twin, batch_logs = deepcopy(model), deepcopy(disc), []
+    for b in train.micro_batches(batch, accum):
+        rgb, reg = plain(b["image"], b["coord"], b["cell"], train.stack_noise(b, cfg, plain))
+        nll = (rgb - b["patch"]).abs().mean() + 0.5 * perceptual(rgb, b["patch"]).mean()
+        g = -twin(rgb).mean()
+        weight = adaptive_weight(nll, g, plain.renderer.last_weight)
+        loss = nll + cfg.reg_weight * reg + cfg.gan_weight * weight * g
+        (loss / accum).backward()
+        batch_logs.append(torch.stack([loss, weight, g]).detach())
+
+    def counted(a, b):
+        out = perceptual(a, b)
+        out.register_hook(lambda gradient: calls.append(0))
+        return out
+
+    logs, gradients = main_gan_step(cfg, model, disc, batch, counted)
+    assert len(calls) == accum
+    main_near(gradients, {name: p.grad for name, p in plain.named_parameters()}, 2e-3)
+    ours = torch.stack([logs[name] for name in ("loss", "gan_weight", "gan")])
+    torch.testing.assert_close(ours, torch.stack(batch_logs).mean(dim=0), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("fast", ["bf16", "channels_last", "checkpoint", "compile"])
+def test_a_fast_step_is_the_plain_step(monkeypatch, fast):
+    """What is for speed or memory changes rounding at most; checkpoints change nothing."""
+    cfg, model, disc, batch = main_gan()
+    others = deepcopy(model), deepcopy(disc)
+    logs, gradients = main_gan_step(cfg, model, disc, batch)
+    if fast == "bf16":
+        options = {"autocast": train.autocast_for(replace(cfg, dtype="bf16"), torch.device("cpu"))}
+    else:
+        options, how = {}, {"channels_last": {"channels_last": True}, "compile": {"compile": "on", "checkpoint": True},
+                            "checkpoint": {"checkpoint": True}}[fast]
+        compiler, compiles = torch.compile, []
+        monkeypatch.setattr(torch, "compile", lambda f: compiler(f, backend=lambda g, x: compiles.append(g) or g))
+        train.speed_up(replace(cfg, **how), torch.device("cpu"), list(others), [(others[0].renderer, "trunk")])
+    quick, theirs = main_gan_step(cfg, *others, batch, **options)
+    tolerance = {"bf16": 0.1, "checkpoint": 0.0}.get(fast, 2e-3)
+    if fast == "bf16":                               # the first layers of a deep net are off by more
+        gradients, theirs = ({"all": torch.cat([g.flatten() for g in found.values()])} for found in (gradients, theirs))
+    main_near(theirs, gradients, tolerance)
+    for name, value in logs.items():
+        assert float(quick[name]) == pytest.approx(float(value), rel=tolerance, abs=tolerance), name
+    if fast == "compile":                            # with gradients, and without for the discriminator's phase
+        count = len(compiles)
+        assert count >= 2
+        others[0].render(torch.zeros(1, 32, 16, 16), 24)                     # a preview's shape compiles nothing
+        assert len(compiles) == count
+
+
+def test_a_failing_compiler_is_one_warning_and_eager_steps(tmp_path, monkeypatch):
+    """auto: the run equals that of compile=off. on: it is an error."""
+    def fails(graph, inputs):
+        raise FileNotFoundError("no C++ compiler")
+    args = lambda name: ["--stage", "ae", "--preset", "tiny", "--out", tmp_path / name, *TINY_AE, "steps=2",
+                         f"compile={name}"]
+    assert main_train(*args("off")) == 0
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: compiler(f, backend=fails))
+    monkeypatch.setattr(train, "compiled", lambda cfg, device: cfg.compile != "off")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert main_train(*args("auto")) == 0
+    assert [("no C++ compiler" in str(w.message)) for w in caught if "compile" in str(w.message)] == [True]
+    assert main_same(main_state(tmp_path / "auto"), main_state(tmp_path / "off"))
+    layer = nn.Linear(1, 1)
+    train.compile_methods([(layer, "forward")], strict=True)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed):
+        layer(torch.ones(1, 1))
+
+
+@slow
+def test_a_compiled_run_is_the_eager_run_up_to_rounding(tmp_path):
+    for name in ("on", "off"):
+        args = [*TINY_AE, "steps=2", "gan_weight=0.75", "disc.ndf=8", "disc.n_layers=1", f"compile={name}"]
+        assert main_train("--stage", "ae", "--preset", "tiny", "--out", tmp_path / name, *args) == 0
+    ours, theirs = (main_log(tmp_path / name)[-1] for name in ("on", "off"))
+    assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("net, inputs", [
+    (UNet(UNetConfig(model_channels=16, channel_mult=(1, 2), num_res_blocks=1, attention_ds=(2,), num_head_channels=16,
+                     groups=8, dropout=0.3)), (3, 8, 8)),
+    (FunctionGenerator(GeneratorConfig(8, 4, 32, 2, encoder_depth=1, decoder_depth=1, groups=4, hidden=16, pe_dim=8)),
+     (3, 8, 8)),
+    (UViT(TransformerConfig(8, 4, 32, depth=3, heads=2)), (3, 8, 8))], ids=["unet", "func", "uvit"])
+def test_checkpointed_blocks_have_the_same_gradients(net, inputs):
+    """Bit for bit, dropout included; and every block is run twice."""
+    gradients, runs, (x, t) = [], [], (torch.randn(2, *inputs), torch.tensor([3.0, 500.0]))
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.1)                  # zero gates would hide the blocks
+    for on in (False, True):
+        copied = deepcopy(net)
+        train.speed_up(train.LDMRun(checkpoint=on), torch.device("cpu"), [copied], [])
+        seen = [m for m in copied.modules() if isinstance(m, (nn.GroupNorm, nn.LayerNorm))]
+        count = []
+        for m in seen[:-1]:
+            m.register_forward_hook(lambda *args: count.append(0))
+        torch.manual_seed(1)
+        copied(x, t).square().mean().backward()
+        gradients.append([p.grad for p in copied.parameters() if p.grad is not None])
+        runs.append(len(count))
+    assert gradients[0] and all(map(torch.equal, *gradients))
+    assert runs[1] >= 1.5 * runs[0]
 
 
 def test_ema_of_a_constant_rate_is_a_geometric_mean_of_the_past():
@@ -2117,12 +2272,47 @@ def test_pictures_smaller_than_the_input_are_refused_by_name(tmp_path, capsys):
 
 
 def test_latents_are_encoded_once_and_belong_to_one_autoencoder(main_runs):
-    assert len(list((main_runs / "ldm").glob("latents-*.pt"))) == 1
-    file = next((main_runs / "ldm").glob("latents-*.pt"))
+    file, = (main_runs / "ldm").glob("latents-*.npy")
     base, source = sample.load(main_runs / "ae"), train.data.open_data("synthetic")
     with torch.no_grad():
         z = base.autoencoder.encode(train.data.to_tensor(source[5].draw(16))[None])
-    assert torch.allclose(torch.load(file, weights_only=True)[5], z[0], atol=1e-5)
+    assert torch.allclose(torch.from_numpy(np.load(file)[5]), z, atol=1e-5)
+
+
+def test_cached_latents_with_flips_are_those_of_the_pictures_that_would_be_drawn(main_runs, tmp_path):
+    base, source, cpu = sample.load(main_runs / "ae"), data.open_data("synthetic"), torch.device("cpu")
+    source.count = 6
+    cfg = train.configure("ldm", "tiny", "synthetic", [*TINY_LDM, "batch=4", "pictures=0", "flip=true"])
+    batches, encode = train.latent_batches(cfg, base, source, cpu, tmp_path)
+    mirrored = set()
+    for cached, fresh, _ in zip(batches(0), train.picture_batches(cfg, source, cpu)(0), range(4)):
+        assert torch.equal(cached["index"], fresh["index"]) and torch.equal(cached["label"], fresh["label"])
+        with torch.no_grad():
+            torch.testing.assert_close(encode(cached), base.autoencoder.encode(fresh["image"]), rtol=0, atol=1e-5)
+        plain = [data.to_tensor(source[i].draw(16)) for i in range(6)]
+        mirrored |= {not any(torch.equal(image, p) for p in plain) for image in fresh["image"]}
+    assert mirrored == {True, False}
+    file, = tmp_path.glob("latents-*.npy")
+    assert isinstance(train.encode_all(base, source, cfg, cpu, tmp_path).z, np.memmap)       # not read into memory
+    assert [file] == list(tmp_path.iterdir())                                # and not encoded again
+    other = deepcopy(base)
+    with torch.no_grad():
+        other.autoencoder.encoder.conv_out.bias += 1
+    same = train.latents_digest(base, source, cfg, 6)
+    assert same in file.name and len({same, train.latents_digest(other, source, cfg, 6),
+                                      train.latents_digest(base, source, cfg, 5),
+                                      train.latents_digest(base, source, replace(cfg, flip=False), 6),
+                                      train.latents_digest(base, source, replace(cfg, size=8), 6)}) == 5
+
+
+def test_a_changed_file_is_another_set_of_pictures(tmp_path):
+    found = set()
+    for content in (data_pictures(4), {**data_pictures(4), "0.png": data_file(data_picture(16, seed=9))}):
+        for place in (data_folder(tmp_path / f"f{len(found)}", content), data_zip(tmp_path / f"{len(found)}.zip", content)):
+            source = data.open_data(str(place), "all")
+            assert data.fingerprint(source) == data.fingerprint(data.open_data(str(place), "all"))
+            found.add(data.fingerprint(source))
+    assert len(found) == 4
 
 
 def test_fine_tuning_at_the_original_size_begins_where_it_should():
@@ -4194,19 +4384,36 @@ def test_stage_cm_flops_of_the_paper_presets(size, unet, uvit, dit, function):
 
 
 def test_stage_cm_bench_reports_every_part_and_their_sum(capsys):
-    args = ["--stage", "cm", "--preset", "tiny", "--bench", *TINY_CM, *TINY_NETS, "batch=2", "labels=false",
+    args = ["--stage", "cm", "--preset", "tiny", "--bench", 2, *TINY_CM, *TINY_NETS, "batch=2", "labels=false",
             "size=32", "generator=func,dit,unet"]
     assert main_train(*args) == 0
     out = capsys.readouterr().out
     report = json.loads(out.splitlines()[-1])
-    assert set(report) == {"device", "func", "dit", "unet"} and "multi-res FPS" in out
+    assert set(report) == {"device", "steps", "ceiling_tflop_per_s", "func", "dit", "unet"} and "multi-res FPS" in out
     assert set(report["func"]["ms"]) == {"function", "render 32", "render 64", "render 128"}
     assert set(report["dit"]["ms"]) == {"image 32", "image 64", "image 128"}
     for row in (report["func"], report["dit"], report["unet"]):
         assert row["multi_res_fps"] == pytest.approx(3000 / sum(row["ms"].values()), rel=1e-3)      # Section 4.3
-        assert row["multi_res_gflop"] == pytest.approx(sum(row["gflop"].values()), abs=0.02)
-        assert row["train_images_per_s"] > 0 and row["parameters"] > 0
-    assert main_train("--stage", "ae", "--preset", "tiny", "--bench") == 2
+        assert row["multi_res_gflop"] == pytest.approx(sum(row["gflop_of_sampling"].values()), abs=0.02)
+        assert row["images_per_s"] > 0 and row["parameters"] > 0
+
+
+@pytest.mark.parametrize("stage", list(train.STAGES))
+def test_stage_bench_measures_a_training_step(tmp_path, capsys, stage):
+    """Work and rates agree with one another, and nothing is left behind."""
+    args = {"ae": [*TINY_AE, "gan_weight=0.75", "gan_start=5", "disc.ndf=8", "disc.n_layers=1"], "ldm": TINY_LDM,
+            "pretrain": TINY_PRETRAIN, "cm": TINY_CM}[stage]
+    args = ["--stage", stage, "--preset", "tiny", "--out", tmp_path / stage, "--bench", 3, *args]
+    assert main_train(*args) == 0
+    out = capsys.readouterr().out
+    report = json.loads(out.splitlines()[-1])
+    row, ceiling = report["func" if stage == "cm" else stage], report["ceiling_tflop_per_s"]
+    assert report["steps"] == 3 and row["dtype"] == "fp32" and row["parameters"] > 0 and set(ceiling) == {"fp32", "bf16"}
+    assert row["images_per_s"] == pytest.approx(row["steps_per_s"] * (4 if stage in ("pretrain", "cm") else 2), rel=1e-2)
+    assert row["tflop_per_s"] * 1000 >= row["gflop"] * row["steps_per_s"] * 0.99         # of the step without its data
+    assert row["of_ceiling"] == pytest.approx(row["tflop_per_s"] / ceiling["fp32"], rel=1e-3)
+    assert 0 <= row["data_wait"] <= 1 and row["peak_gb"] >= 0 and row["gflop"] > 0
+    assert ("random autoencoder" in out) == (stage == "ldm") and not list(tmp_path.iterdir())
 
 
 def test_stage_sample_bench_times_each_part(stage_runs, main_runs, capsys):
@@ -4259,7 +4466,7 @@ def test_stage_out_of_memory_halves_the_tile(monkeypatch, error):
 
 
 def test_stage_out_of_memory_in_training_says_what_helps(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "descend", lambda opt: (_ for _ in ()).throw(torch.OutOfMemoryError("out of memory")))
+    monkeypatch.setattr(train, "descend", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("out of memory")))
     assert main_train("--stage", "ae", "--preset", "tiny", "--out", tmp_path, *TINY_AE) == 1
     err = capsys.readouterr().err
     assert "accum=2" in err and err.count("\n") == 1
@@ -4279,14 +4486,6 @@ def test_stage_out_of_memory_in_training_says_what_helps(tmp_path, monkeypatch, 
 #        test_pictures_smaller_than_the_input_are_refused_by_name
 #   F19  test_another_configuration_does_not_touch_the_run
 #   F20  test_nothing_is_overwritten
-
-
-def slow(test):
-    """`pytest -m slow` runs it, a plain `pytest` skips it and says so. No configuration file registers the mark."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        test = pytest.mark.slow(test)
-    return pytest.mark.skipif("'slow' not in config.option.markexpr", reason="slow; pytest -m slow runs it")(test)
 
 
 FAULT_ARGS = {"ae": [*TINY_AE, "gan_weight=0.75", "disc.ndf=8", "disc.n_layers=1", "eval_n=1"], "ldm": TINY_LDM,
@@ -4674,8 +4873,8 @@ def waited(meter, stream):
     told.write(json.dumps({"pid": os.getpid(), "index": batch["index"].tolist()}) + "\\n")
     return batch
 
-def added(meter, logs, images):
-    add(meter, logs, images)
+def added(meter, logs, *rest):
+    add(meter, logs, *rest)
     told.write(json.dumps({"loss": logs["loss"].item()}) + "\\n")
     if rank == "1" and dies and len(open(told.name).readlines()) >= 2 * dies:
         raise RuntimeError("rank 1 has a fault")

@@ -21,6 +21,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
 import typing
 import warnings
@@ -36,17 +37,20 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
 import metrics
-from autoencoder import (AutoencoderConfig, DiscriminatorConfig, FieldAutoencoder, PatchDiscriminator, adaptive_weight,
-                         hinge_loss)
+from autoencoder import (Attention, AutoencoderConfig, DiscriminatorConfig, FieldAutoencoder, PatchDiscriminator,
+                         adaptive_weight, hinge_loss)
+from clif import CLIF, ResBlock
 from consistency import (ECT, ICT, ConsistencyConfig, ConsistencyModel, consistency_loss, denoising_distance, l2,
                          lpips_resized, pseudo_huber)
 from data import DataConfig, rng, torch_noise
-from inr_generator import FunctionGenerator, GeneratorConfig, TransformerConfig, pixel_coord, variational_coord
-from ldm import DiffusionConfig, GaussianDiffusion, UNet, UNetConfig
+from inr_generator import (AdaLNBlock, Block, FunctionGenerator, GeneratorConfig, TransformerConfig, pixel_coord,
+                           variational_coord)
+from ldm import DiffusionConfig, GaussianDiffusion, SelfAttention, TimeResBlock, UNet, UNetConfig
 from metrics import Stopped, ranks, stop_at_once
 from sample import (FORMAT, INFD, LatentScale, OneStep, build_generator, checkpoints, draw, fill, generator_parts,
                     gflop, load, newest_checkpoint, onestep_calls, out_of_memory, pick_device, read_checkpoint, seconds,
@@ -76,7 +80,10 @@ class Run:
     flip: bool = False                # random horizontal flips; the published code has none
     workers: int = 4                  # loader processes; the batches do not depend on it
     dtype: str = "auto"               # auto: bf16 autocast on a GPU that has it, else fp32
-    compile: str = "auto"             # auto: torch.compile on a GPU; on | off
+    tf32: bool = True                 # fp32 products and convolutions on CUDA with 10 bits of mantissa, as bf16 has 7
+    compile: str = "auto"             # auto: torch.compile on a GPU, without it where the compiler fails; on | off
+    checkpoint: bool = False          # blocks keep their inputs alone for the backward pass: less memory, more time
+    channels_last: bool = False       # convolutions in NHWC: no gain on a CPU, not yet measured on a GPU
     log_every: int = 50
     grid_every: int = 5_000
     save_every: int = 5_000
@@ -249,8 +256,8 @@ PAPER_SIZE = {32: {"func.patch": 4, "vit.patch": 4, "unet.attention_ds": (1, 2, 
                     "unet.channel_mult": (1, 1, 2, 3, 4)}}
 
 # A run may be continued with these changed; anything else belongs to another run.
-FREE = {"steps", "workers", "dtype", "compile", "accum", "log_every", "grid_every", "save_every", "keep_every",
-        "preview_steps", "eval_every", "eval_n", "eval_features"}
+FREE = {"steps", "workers", "dtype", "tf32", "compile", "checkpoint", "channels_last", "accum", "log_every",
+        "grid_every", "save_every", "keep_every", "preview_steps", "eval_every", "eval_n", "eval_features"}
 COST = {"ae": "1,000,000 steps of batch 8: about 4 days on 4 A100",
         "ldm": "600,000 steps of batch 48: about 2.5 days on 4 A100",
         "pretrain": "30 epochs: 13 hours on an A6000 for CelebA at 64 px (Table 3)",
@@ -389,17 +396,30 @@ def ema_update(ema: nn.Module, model: nn.Module, rate: float) -> None:
             mine.copy_(theirs)
 
 
-def descend(opt: torch.optim.Optimizer) -> bool:
-    """One optimiser step on the mean gradient of all ranks, unless it is not finite; says whether it was taken."""
+def descend(opt: torch.optim.Optimizer, wanted: Tensor | None = None) -> Tensor:
+    """One optimiser step on the mean gradient of all ranks, unless that is not finite, or `wanted` () is false.
+
+    Returns whether it was taken, (). A fused optimiser (`adam`) decides that on the device and nothing waits. Others
+    are decided by the host, which waits for the gradients once: RAdam has no fused kernel, and undoing its step would
+    take copies of the weights and of both moments.
+    """
     params = [p for group in opt.param_groups for p in group["params"] if p.grad is not None]
     for p, grad in zip(params, all_mean([p.grad for p in params])):
         p.grad = grad
-    grads = [p.grad for p in params]
-    finite = bool(torch.isfinite(torch.stack(torch._foreach_norm(grads))).all())
-    if finite:
+    taken = torch.isfinite(torch.stack(torch._foreach_norm([p.grad for p in params]))).all()
+    taken = taken if wanted is None else taken & wanted
+    if all(group.get("fused") for group in opt.param_groups):
+        opt.found_inf = (~taken).float()                  # what a gradient scaler tells: leave weights and moments
+        opt.step()
+    elif taken:
         opt.step()
     opt.zero_grad(set_to_none=True)
-    return finite
+    return taken
+
+
+def adam(kind: type, module: nn.Module, cfg: Run, device: torch.device, **more: float) -> torch.optim.Optimizer:
+    """Adam or AdamW for all parameters, in fused kernels where the device has them."""
+    return kind(module.parameters(), cfg.lr, (cfg.beta1, cfg.beta2), fused=device.type in ("cpu", "cuda"), **more)
 
 
 def save_checkpoint(run_dir: Path, step: int, content: dict, keep_every: int) -> Path:
@@ -492,10 +512,12 @@ def difference(old: dict, new: dict, prefix: str = "") -> list[str]:
 
 
 class Meter:
-    """Means of what the steps report between two log lines, kept on the device so that no step waits for a number."""
+    """Means of what the steps report between two log lines, read from the device for up to 20 steps at once."""
 
     def __init__(self):
         self.sums: dict[str, tuple] = {}                  # name -> (sum, count); goes into checkpoints
+        self.unread: list[tuple] = []                     # (logs, (step, images)) of steps the host knows nothing about
+        self.bad = 0                                      # skipped steps in a row
         self.images, self.waited, self.since = 0, 0.0, time.perf_counter()
 
     def wait_for(self, stream: Iterator[dict]) -> dict:
@@ -507,15 +529,34 @@ class Meter:
 
     def all_ranks(self) -> dict[str, tuple]:
         """The sums as means over all ranks: what one process would have."""
+        self.read()
         names = list(self.sums)
         totals = all_mean([torch.as_tensor(self.sums[name][0], dtype=torch.float64).cpu() for name in names])
         return {name: (total.item(), self.sums[name][1]) for name, total in zip(names, totals)}
 
-    def add(self, logs: dict, images: int) -> None:
-        for name, value in logs.items():
-            total, n = self.sums.get(name, (0, 0))
-            self.sums[name] = total + value.detach(), n + 1
+    def add(self, logs: dict, images: int, where: tuple[int, Tensor]) -> None:
+        """What a step reports, () tensors with "taken" among them; where: its number and the samples it saw."""
+        self.unread.append(({name: value.detach() for name, value in logs.items()}, where))
         self.images += images
+        if len(self.unread) == 20:
+            self.read()
+
+    def read(self) -> None:
+        """Fetch what is unread: here alone training waits for the device. RuntimeError after 20 skipped steps."""
+        rows, self.unread = self.unread, []
+        for name in dict.fromkeys(name for logs, _ in rows for name in logs):
+            having = [logs for logs, _ in rows if name in logs]
+            for logs, value in zip(having, torch.stack([logs[name] for logs in having]).tolist()):
+                logs[name] = value
+        for logs, (k, index) in rows:
+            taken = logs.pop("taken")
+            self.bad = 0 if taken else self.bad + 1
+            if self.bad == 20:
+                raise RuntimeError(f"the gradients of 20 steps in a row are not finite; last batch: images "
+                                   f"{index.tolist()} of step {k}. The newest checkpoint is good; lower lr")
+            for name, value in (logs if taken else {"skipped": 1}).items():
+                total, n = self.sums.get(name, (0, 0))
+                self.sums[name] = total + value, n + 1 if taken else 1       # skipped steps are counted, not averaged
 
     def means(self) -> dict:
         """Means, images/s and the share of the time spent waiting for data; starts the next window."""
@@ -578,40 +619,46 @@ def resume(run_dir: Path, stage: str, cfg: Run, state: dict, meter: Meter) -> in
     return ckpt["step"]
 
 
-def fit(stage: str, cfg: Run, run_dir: Path, state: dict, step: Callable, batches: Callable, preview: Callable,
-        extra: dict) -> None:
+@dataclass
+class Setup:
+    """A stage that is ready: what `fit` trains and `bench_step` measures."""
+
+    cfg: Run                          # with what follows from the data and from other options
+    source: object                    # the pictures
+    state: dict                       # name -> module or optimiser, all a checkpoint restores; "ema" follows "model"
+    step: Callable                    # (batch, k) -> dict of () tensors to log; "taken": whether the optimiser moved
+    batches: Callable                 # (k) -> iterator of batches from step k on
+    preview: Callable                 # (k) -> None, writes pictures and scores where step k is due for them
+    extra: dict = field(default_factory=dict)              # plain values stored in every checkpoint
+    scores: Callable | None = None    # () -> the scores of `evaluate` once training has ended
+
+    def advance(self, batch: dict, k: int) -> dict:
+        """Step k with random numbers of its own, and the average of the weights; returns what to log."""
+        torch.manual_seed(int(rng(self.cfg.seed, "dropout", k, ranks()[0]).integers(2**62)))  # nothing else draws here
+        logs = self.step(batch, k)
+        if "ema" in self.state:
+            rate = min(self.cfg.ema, (1 + k) / (10 + k)) if self.cfg.ema_warmup else self.cfg.ema
+            ema_update(self.state["ema"], self.state["model"], rate)
+        return logs
+
+
+def fit(stage: str, setup: Setup, run_dir: Path) -> None:
     """Train to cfg.steps: batches, steps, EMA, log.jsonl, grids and checkpoints.
 
-    state    name -> module or optimiser, all that a checkpoint must restore; "ema" follows "model"
-    step     (batch, k) -> dict of 0-d tensors to log; "taken" says whether the optimiser moved
-    batches  (k) -> iterator of batches from step k on
-    preview  (k) -> None, writes pictures and scores where step k is due for them
-    extra    plain values stored in every checkpoint
     Raises Stopped after a signal (the run is saved), RuntimeError after 20 steps in a row with non-finite gradients.
     """
-    meter, rank = Meter(), ranks()[0]
+    meter, rank, cfg = Meter(), ranks()[0], setup.cfg
     with locked(run_dir), stop_flag() as stop:
         together(0)                                       # the folder is rank 0's before anyone reads it
-        start = resume(run_dir, stage, cfg, state, meter)
-        stream, bad = batches(start), 0
+        start = resume(run_dir, stage, cfg, setup.state, meter)
+        stream = setup.batches(start)
         together(0)                                       # all have read; from here on rank 0 alone writes
         with open(os.devnull if rank else run_dir / "log.jsonl", "a") as log, tqdm(
                 total=cfg.steps, initial=start, desc=stage, unit="step", disable=True if rank else None,
                 dynamic_ncols=True) as bar:
             for k in range(start, cfg.steps):
                 batch = meter.wait_for(stream)
-                torch.manual_seed(int(rng(cfg.seed, "dropout", k, rank).integers(2**62)))   # nothing else draws from it
-                logs = step(batch, k)
-                taken = logs.pop("taken")
-                bad = 0 if taken else bad + 1
-                if bad == 20:
-                    raise RuntimeError(f"the gradients of 20 steps in a row are not finite; last batch: images "
-                                       f"{batch['index'].tolist()} of step {k}. The newest checkpoint is good; "
-                                       f"lower lr")
-                if "ema" in state:
-                    rate = min(cfg.ema, (1 + k) / (10 + k)) if cfg.ema_warmup else cfg.ema
-                    ema_update(state["ema"], state["model"], rate)
-                meter.add(logs if taken else {"skipped": torch.ones(())}, cfg.batch)
+                meter.add(setup.advance(batch, k), cfg.batch, (k, batch["index"]))
                 done = k + 1
                 bar.update(1)
                 if done % cfg.log_every == 0 or done == cfg.steps:
@@ -623,22 +670,22 @@ def fit(stage: str, cfg: Run, run_dir: Path, state: dict, step: Callable, batche
                     signalled = together(stop[0] if stop else 0)
                     last = done == cfg.steps or signalled > 0
                     if done % cfg.save_every == 0 or last:
-                        save(stage, cfg, run_dir, done, state, meter, extra, last)
+                        save(stage, setup, run_dir, done, meter, last)
                     if rank == 0:
-                        preview(done)
+                        setup.preview(done)
                 if signalled:
                     together(0)                           # torchrun ends the others as soon as one has ended
                     raise Stopped(128 + signalled)
 
 
-def save(stage: str, cfg: Run, run_dir: Path, step: int, state: dict, meter: Meter, extra: dict, last: bool) -> None:
+def save(stage: str, setup: Setup, run_dir: Path, step: int, meter: Meter, last: bool) -> None:
     """Write a checkpoint (rank 0); RuntimeError where the weights are no longer finite: the older ones are good."""
-    sums = meter.all_ranks()
+    cfg, state, sums = setup.cfg, setup.state, meter.all_ranks()
     if not all_finite(state):
         raise RuntimeError(f"the weights are not finite at step {step}; the newest checkpoint in {run_dir} is good; "
                            f"lower lr")
     if ranks()[0] == 0:
-        content = {"format": FORMAT, "stage": stage, "step": step, "config": plain(asdict(cfg)), **extra,
+        content = {"format": FORMAT, "stage": stage, "step": step, "config": plain(asdict(cfg)), **setup.extra,
                    "state": {name: part.state_dict() for name, part in state.items()}, "log": plain(sums)}
         try_to_save(run_dir, step, content, cfg.keep_every, last)
 
@@ -662,9 +709,8 @@ def ae_step(model: FieldAutoencoder, disc: PatchDiscriminator, opt: torch.optim.
     last = model.renderer.last_weight
 
     def reconstruct(b: dict) -> tuple[Tensor, Tensor]:
-        noise = stack_noise(b, cfg, model) if cfg.ae.kl else None
         with autocast():
-            rgb, reg = model(b["image"], b["coord"], b["cell"], noise)       # (B, 3, P, P), ()
+            rgb, reg = model(b["image"], b["coord"], b["cell"], b.get("noise"))          # (B, 3, P, P), ()
         return rgb.float(), reg
 
     def generator_loss(b: dict, gan: bool) -> tuple[Tensor, dict]:
@@ -675,14 +721,16 @@ def ae_step(model: FieldAutoencoder, disc: PatchDiscriminator, opt: torch.optim.
             with autocast():
                 logs["lpips"] = perceptual(rgb, b["patch"]).float().mean()
             nll = nll + cfg.lpips_weight * logs["lpips"]
-        loss = nll + cfg.reg_weight * reg
+        loss = value = nll + cfg.reg_weight * reg
         if gan:
             with autocast():
                 g = -disc(rgb).float().mean()
-            weight = adaptive_weight(nll, g, last, all_mean)
-            loss = loss + cfg.gan_weight * weight * g
+            nll, push = linear(nll, rgb), linear(g, rgb)
+            weight = adaptive_weight(nll, push, last, all_mean)
+            loss = nll + cfg.reg_weight * reg + cfg.gan_weight * weight * push
+            value = value + cfg.gan_weight * weight * g
             logs |= {"gan": g, "gan_weight": weight}
-        return loss, logs | {"loss": loss}
+        return loss, logs | {"loss": value}
 
     def discriminator_loss(b: dict) -> tuple[Tensor, dict]:
         with torch.no_grad():
@@ -693,22 +741,34 @@ def ae_step(model: FieldAutoencoder, disc: PatchDiscriminator, opt: torch.optim.
         return loss, {"disc": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
 
     def step(batch: dict, k: int) -> dict:
-        gan, logs = cfg.gan_weight > 0 and k >= cfg.gan_start, {}
+        gan, logs, taken = cfg.gan_weight > 0 and k >= cfg.gan_start, {}, None
         before = [b.clone() for b in disc.buffers() if gan]  # BatchNorm sees a batch before anyone knows it is bad
+        parts = micro_batches(batch, cfg.accum)
+        if cfg.ae.kl:
+            parts = [b | {"noise": stack_noise(b, cfg, model)} for b in parts]           # the same in both phases
         phases = [(lambda b: generator_loss(b, gan), opt)] + [(discriminator_loss, opt_d)] * gan
         for phase, optimiser in phases:
             disc.requires_grad_(optimiser is opt_d)
-            for b in micro_batches(batch, cfg.accum):
+            for b in parts:
                 loss, part = phase(b)
                 (loss / cfg.accum).backward()
                 logs = add(logs, part, cfg.accum)
-            if not descend(optimiser):
-                for b, old in zip(disc.buffers(), before):
-                    b.copy_(old)
-                return logs | {"taken": False}
-        return logs | {"taken": True}
+            taken = descend(optimiser, taken)             # without a step of the generator, none of its adversary
+        for b, old in zip(disc.buffers(), before):
+            b.copy_(torch.where(taken, b, old))
+        return logs | {"taken": taken}
 
     return step
+
+
+def linear(loss: Tensor, x: Tensor) -> Tensor:
+    """A loss of x by its gradient there: a linear function of x, of another value and the same gradients before x.
+
+    However often it is backpropagated, to the last layer for the adaptive weight and then to all of the generator, LPIPS
+    and the discriminator are gone through once.
+    """
+    slope, = torch.autograd.grad(loss, x)
+    return (slope * x).sum()
 
 
 def add(logs: dict, part: dict, accum: int) -> dict:
@@ -719,7 +779,7 @@ def add(logs: dict, part: dict, accum: int) -> dict:
 def batch_noise(batch: dict, shape: tuple[int, ...], cfg: Run, name: str) -> Tensor:
     """Standard normal noise (B, *shape) of the batch's samples, each a function of (seed, name, sample)."""
     noise = [torch_noise(shape, cfg.seed, name, n) for n in batch["index"].tolist()]
-    return torch.stack(noise).to(batch["index"].device)
+    return torch.stack(noise).to(batch["label"].device, non_blocking=True)   # the numbers stay on the host
 
 
 def stack_noise(batch: dict, cfg: Run, model: FieldAutoencoder) -> Tensor:
@@ -745,35 +805,47 @@ def ae_batches(cfg: AERun, source, device: torch.device) -> Callable:
     return batches
 
 
-def to_device(batch: dict, device: torch.device) -> dict:
-    """The batch on the device; from pinned memory the copy does not wait."""
-    return {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+def on_device(batches: Iterator[dict], device: torch.device) -> Iterator[dict]:
+    """The batches on the device, but for the samples' numbers, which the host needs.
+
+    A GPU copies them from pinned memory beside its own work: the host, which waits for no step, asks for a batch while
+    the step before is still computed.
+    """
+    copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+    for batch in batches:
+        with torch.cuda.stream(copies):                                      # None: does nothing
+            moved = {k: v.to(device, non_blocking=True) for k, v in batch.items() if k != "index"}
+        if copies is not None:
+            now = torch.cuda.current_stream(device)
+            now.wait_stream(copies)
+            for v in moved.values():
+                v.record_stream(now)                                         # its memory is free after this step only
+        yield moved | {"index": batch["index"]}
 
 
-def train_ae(cfg: AERun, run_dir: Path, device: torch.device) -> None:
+def setup_ae(cfg: AERun, run_dir: Path, device: torch.device) -> Setup:
     """Stage ae: E, D, R with L1 + LPIPS + adaptive GAN + VQ (or KL), on patches of random scale."""
     source, held_out = data.open_data(cfg.data, "train"), data.open_data(cfg.data, "val")
     perceptual = None if cfg.lpips == "none" else metrics.lpips_network(cfg.lpips).to(device)
     torch.manual_seed(cfg.seed)
     model, disc = FieldAutoencoder(cfg.ae).to(device), PatchDiscriminator(cfg.disc).to(device)
     # The published loop has one Adam per part; Adam treats every parameter alone, so one for E, D, R is the same.
-    opt, opt_d = (torch.optim.Adam(m.parameters(), cfg.lr, (cfg.beta1, cfg.beta2)) for m in (model, disc))
+    opt, opt_d = (adam(torch.optim.Adam, m, cfg, device) for m in (model, disc))
     state = {"model": model, "disc": disc, "opt": opt, "opt_d": opt_d}
     if cfg.ema:
         state["ema"] = copy.deepcopy(model).requires_grad_(False)
     shown = state.get("ema", model)
-    if compiled(cfg, device):
-        model.encoder.compile(), model.decoder.compile()
-    describe("ae", cfg, run_dir, device, source, model)
+    # Of the renderer all but its last layer, whose gradients the adaptive weight asks for alone.
+    trunk = [(model.renderer, "trunk")] if isinstance(model.renderer, CLIF) else []
+    speed_up(cfg, device, [model, disc], [(model.encoder, "forward"), (model.decoder, "forward"), *trunk])
 
     def preview(k: int) -> None:
         if k % cfg.grid_every == 0 or k == cfg.steps:
             Image.fromarray(ae_sheet(shown, held_out, cfg, device)).save(run_dir / f"grid-{k:08d}.png")
 
-    step = ae_step(model, disc, opt, opt_d, perceptual, cfg, autocast_for(cfg, device))
-    fit("ae", cfg, run_dir, state, step, ae_batches(cfg, source, device), preview, {})
-    if ranks()[0] == 0:
-        keep_scores(evaluate_ae(shown, held_out, cfg, device, perceptual), run_dir)
+    return Setup(cfg, source, state, ae_step(model, disc, opt, opt_d, perceptual, cfg, autocast_for(cfg, device)),
+                 ae_batches(cfg, source, device), preview,
+                 scores=lambda: evaluate_ae(shown, held_out, cfg, device, perceptual))
 
 
 # ---- what stage ae shows ---------------------------------------------------------------------------------------------
@@ -882,7 +954,7 @@ def source_batches(cfg: Run, source, make_item: Callable, workers: int, device: 
     def batches(start: int) -> Iterator[dict]:
         stream = data.loader(source, make_item, cfg.batch, start, cfg.seed, workers, *ranks(),
                              pin_memory=device.type == "cuda")
-        return (to_device(batch, device) for batch in stream)
+        return on_device(stream, device)
 
     return batches
 
@@ -931,9 +1003,11 @@ class Pictures:
 
 @dataclass
 class Latents:
-    """What `data.loader` needs of a source, with latents z (N, C, h, w) in place of pictures."""
+    """What `data.loader` needs of a source, with latents in place of pictures: z (N, 1, C, h, w), or (N, 2, C, h, w)
+    where the second is that of the mirrored picture. z may be larger than memory: it stays on the disk.
+    """
 
-    z: Tensor
+    z: np.ndarray
     labels: list[int]
 
     def __len__(self) -> int:
@@ -943,33 +1017,44 @@ class Latents:
         return self.labels[i]
 
     def __getitem__(self, i: int) -> Tensor:
-        return self.z[i]
+        return torch.from_numpy(np.array(self.z[i]))
 
 
 def latent_item(z: Tensor, gen: np.random.Generator) -> dict:
-    """One latent as an item of a batch."""
-    return {"z": z}
+    """One latent as an item of a batch; mirrored for the samples for which `picture_item` mirrors."""
+    return {"z": z[int(len(z) > 1 and gen.random() < 0.5)]}
+
+
+def latents_digest(base: INFD, source, cfg: LDMRun, n: int) -> str:
+    """A hash of all that decides the latents of the first n pictures: files, drawing, size, flips, and the encoder."""
+    digest = hashlib.sha256(repr((data.fingerprint(source), cfg.size, n, cfg.flip, base.autoencoder.cfg)).encode())
+    for i in (0, n // 2, n - 1):                                             # the same files may be drawn otherwise
+        digest.update(source[i].draw(cfg.size).tobytes())
+    for name, weight in base.autoencoder.encoder.state_dict().items():
+        digest.update(name.encode() + weight.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 @torch.no_grad()
 def encode_all(base: INFD, source, cfg: LDMRun, device: torch.device, folder: Path) -> Latents:
-    """The latents of all (or the first cfg.pictures) pictures; read from `folder` if the same autoencoder left them.
+    """The latents of all (or the first cfg.pictures) pictures; read from `folder` if the same encoding left them.
 
     The KL variant keeps the mean: its standard deviation is a small fraction of the spread between pictures.
     """
     n = min(cfg.pictures or len(source), len(source))
-    digest = hashlib.sha256(repr((cfg.data, cfg.size, n)).encode())
-    for weight in base.autoencoder.encoder.state_dict().values():
-        digest.update(weight.cpu().numpy().tobytes())
-    file = folder / f"latents-{digest.hexdigest()[:16]}.pt"
+    file = folder / f"latents-{latents_digest(base, source, cfg, n)}.npy"
     if not file.exists() and ranks()[0] == 0:
-        images = torch.utils.data.DataLoader(Pictures(source, n, cfg.size), 32, num_workers=cfg.workers)
-        z = torch.cat([base.autoencoder.encode(x.to(device)).cpu() for x in tqdm(images, "encoding", disable=None)])
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save(z, file.with_suffix(".part"))
-        file.with_suffix(".part").rename(file)
+        part = file.with_suffix(".part")
+        z = np.lib.format.open_memmap(part, "w+", np.float32, (n, 1 + cfg.flip, *base.latent_shape))
+        images = torch.utils.data.DataLoader(Pictures(source, n, cfg.size), 32, num_workers=cfg.workers)
+        for at, x in zip(itertools.count(0, 32), tqdm(images, "encoding", disable=None)):
+            for flipped in range(1 + cfg.flip):
+                z[at:at + len(x), flipped] = base.autoencoder.encode((x.flip(-1) if flipped else x).to(device)).cpu()
+        z.flush()
+        part.rename(file)
     together(0)                                                              # the other ranks wait for the file
-    return Latents(torch.load(file, weights_only=True), [source.label(i) for i in range(n)])
+    return Latents(np.load(file, mmap_mode="r"), [source.label(i) for i in range(n)])
 
 
 def latent_batches(cfg: LDMRun, base: INFD, source, device: torch.device, run_dir: Path) -> tuple[Callable, Callable]:
@@ -992,7 +1077,7 @@ def latent_batches(cfg: LDMRun, base: INFD, source, device: torch.device, run_di
     return batches, encode
 
 
-def train_ldm(cfg: LDMRun, run_dir: Path, device: torch.device) -> None:
+def setup_ldm(cfg: LDMRun, run_dir: Path, device: torch.device) -> Setup:
     """Stage ldm: the UNet learns the latents of a frozen autoencoder."""
     init = Path(cfg.init) if cfg.init else run_dir.parent / "ae"
     if not init.exists():
@@ -1001,8 +1086,6 @@ def train_ldm(cfg: LDMRun, run_dir: Path, device: torch.device) -> None:
     base = load(init, device)
     if base.size != cfg.size:
         raise ValueError(f"the autoencoder in {init} was trained at size={base.size}; give size={base.size}")
-    if cfg.cache and cfg.flip:
-        raise ValueError("cache=true keeps one latent per picture, flip=true asks for two; choose one of them")
     if cfg.pictures and not cfg.cache:
         raise ValueError("pictures=N goes with cache=true: only cached latents can be a part of the data")
     source = data.open_data(cfg.data, "train")
@@ -1014,23 +1097,22 @@ def train_ldm(cfg: LDMRun, run_dir: Path, device: torch.device) -> None:
     torch.manual_seed(cfg.seed)
     unet, scale = UNet(cfg.unet).to(device), LatentScale(channels).to(device)
     diffusion = GaussianDiffusion(cfg.diffusion)
-    opt = torch.optim.AdamW(unet.parameters(), cfg.lr, (cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
+    opt = adam(torch.optim.AdamW, unet, cfg, device, weight_decay=cfg.weight_decay)
     state = {"model": unet, "opt": opt, "scale": scale}
     if cfg.ema:
         state["ema"] = copy.deepcopy(unet).requires_grad_(False)
-    describe("ldm", cfg, run_dir, device, source, unet)
     batches, encode = latent_batches(cfg, base, source, device, run_dir)
     if cfg.latent_norm and not checkpoints(run_dir):                         # a continued run has them in `scale`
         z = torch.cat([encode(b).cpu() for b in itertools.islice(batches(0), -(-512 // cfg.batch))])
         scale.mean.copy_(all_mean([z.mean(dim=(0, 2, 3))])[0])
         centred = z - scale.mean.cpu()[:, None, None]
         scale.std.copy_(all_mean([centred.square().mean(dim=(0, 2, 3))])[0].sqrt())
-    if compiled(cfg, device):
-        unet.compile()
+    encoder = [] if cfg.cache else [(base.autoencoder.encoder, "forward")]
+    speed_up(cfg, device, [unet], [(unet, "forward"), *encoder])
 
     def draw_noise(b: dict) -> tuple[Tensor, Tensor]:
         t = torch.tensor([int(rng(cfg.seed, "t", n).integers(cfg.diffusion.steps)) for n in b["index"].tolist()])
-        return t.to(device), batch_noise(b, (channels, *side), cfg, "eps")
+        return t.to(device, non_blocking=True), batch_noise(b, (channels, *side), cfg, "eps")
 
     step = ldm_step(unet, lambda b: scale(encode(b)), diffusion, opt, cfg, draw_noise, autocast_for(cfg, device))
     infd = INFD(base.autoencoder, state.get("ema", unet), diffusion, scale, base.size, base.patch, source.classes)
@@ -1043,7 +1125,7 @@ def train_ldm(cfg: LDMRun, run_dir: Path, device: torch.device) -> None:
         if network is not None and (k % cfg.eval_every == 0 or k == cfg.steps):
             score_samples(infd, network, cfg, k, run_dir)
 
-    fit("ldm", cfg, run_dir, state, step, batches, preview, extra)
+    return Setup(cfg, source, state, step, batches, preview, extra)
 
 
 def score_samples(infd: INFD, network: nn.Module, cfg: LDMRun, k: int, run_dir: Path) -> None:
@@ -1115,20 +1197,18 @@ def pretrain_step(net: FunctionGenerator, opt: torch.optim.Optimizer, cfg: Pretr
     return step
 
 
-def train_pretrain(cfg: PretrainRun, run_dir: Path, device: torch.device) -> None:
+def setup_pretrain(cfg: PretrainRun, run_dir: Path, device: torch.device) -> Setup:
     """Stage pretrain: the function prediction of CM-Func learns to reconstruct pictures."""
     source, held_out = data.open_data(cfg.data, "train"), data.open_data(cfg.data, "val")
     cfg = apply(cfg, {"steps": cfg.steps or cfg.epochs * len(source) // cfg.batch, "func.size": cfg.size})
     torch.manual_seed(cfg.seed)
     net = FunctionGenerator(cfg.func).to(device)
     shown, model = copy.deepcopy(net) if cfg.ema else net, function_parts(net)
-    opt = torch.optim.Adam(model.parameters(), cfg.lr, (cfg.beta1, cfg.beta2))
+    opt = adam(torch.optim.Adam, model, cfg, device)
     state = {"model": model, "opt": opt}
     if cfg.ema:
         state["ema"] = function_parts(shown).requires_grad_(False)
-    if compiled(cfg, device):
-        net.predict.fuse = torch.compile(net.predict.fuse)
-    describe("pretrain", cfg, run_dir, device, source, model)
+    speed_up(cfg, device, [net], [(net.predict, "fuse")])
 
     def reconstruct(image: Tensor) -> Callable:
         return shown.reconstruct(image / ConsistencyConfig.sigma_data).draw
@@ -1143,10 +1223,9 @@ def train_pretrain(cfg: PretrainRun, run_dir: Path, device: torch.device) -> Non
                 rows.append([image] + [to_uint8(drawn(s * cfg.size)[0]) for s in (1, 2)])
             Image.fromarray(contact_sheet(rows, 2 * cfg.size)).save(run_dir / f"grid-{k:08d}.png")
 
-    fit("pretrain", cfg, run_dir, state, pretrain_step(net, opt, cfg, autocast_for(cfg, device)),
-        picture_batches(cfg, source, device), preview, {})
-    if ranks()[0] == 0:
-        keep_scores(evaluate(reconstruct, held_out, cfg.eval_n, cfg.size, [1, 2], device), run_dir)
+    return Setup(cfg, source, state, pretrain_step(net, opt, cfg, autocast_for(cfg, device)),
+                 picture_batches(cfg, source, device), preview,
+                 scores=lambda: evaluate(reconstruct, held_out, cfg.eval_n, cfg.size, [1, 2], device))
 
 
 # ---- stage cm --------------------------------------------------------------------------------------------------------
@@ -1191,7 +1270,7 @@ def cm_noise(cfg: CMRun) -> Callable:
     def draw_noise(b: dict, k: int) -> tuple[Tensor, Tensor, Tensor, dict]:
         z = batch_noise(b, (3, cfg.size, cfg.size), cfg, "z")
         generator = torch.Generator().manual_seed(int(rng(cfg.seed, "levels", k).integers(2**62)))
-        t, r = (levels[[n % cfg.batch for n in b["index"].tolist()]].to(z.device)
+        t, r = (levels[b["index"] % cfg.batch].to(z.device, non_blocking=True)
                 for levels in cfg.cm.draw_levels(k, cfg.K, cfg.batch, generator))
         extra = {"coord": moved_grid(b, cfg, cfg.func.corners)} if cfg.generator == "func" else {}
         return z, t, r, extra
@@ -1243,7 +1322,7 @@ def cm_parts(cfg: CMRun, net: nn.Module, device: torch.device) -> tuple:
     return f, target, torch.optim.RAdam(f.parameters(), cfg.lr, (cfg.beta1, cfg.beta2))
 
 
-def train_cm(cfg: CMRun, run_dir: Path, device: torch.device) -> None:
+def setup_cm(cfg: CMRun, run_dir: Path, device: torch.device) -> Setup:
     """Stage cm: noise to image (function) in one step."""
     source, held_out = data.open_data(cfg.data, "train"), data.open_data(cfg.data, "val")
     cfg = cm_config(cfg, len(source.classes))
@@ -1260,9 +1339,8 @@ def train_cm(cfg: CMRun, run_dir: Path, device: torch.device) -> None:
     if cfg.ema:
         shown = copy.deepcopy(f).requires_grad_(False)
         state["ema"] = shown.net
-    for module in {f, target} if compiled(cfg, device) else ():
-        module.net.compile()
-    describe("cm", cfg, run_dir, device, source, net)
+    nets = list({f.net: None, target.net: None})
+    speed_up(cfg, device, nets, [(net, "forward") for net in nets])
     images, labels = zip(*[(data.to_tensor(held_out[i].draw(cfg.size)), held_out.label(i))
                            for i in range(min(cfg.distance_n, len(held_out)))])
     x, y = torch.stack(images).to(device), torch.tensor(labels, device=device) if cfg.labels else None
@@ -1282,8 +1360,8 @@ def train_cm(cfg: CMRun, run_dir: Path, device: torch.device) -> None:
             held = [None if v is None else v[:4] for v in (x, z, y)]
             Image.fromarray(cm_sheet(model, cfg.seed, *held)).save(run_dir / f"grid-{k:08d}.png")
 
-    fit("cm", cfg, run_dir, state, step, picture_batches(cfg, source, device), preview,
-        {"classes": list(source.classes) if cfg.labels else []})
+    return Setup(cfg, source, state, step, picture_batches(cfg, source, device), preview,
+                 {"classes": list(source.classes) if cfg.labels else []})
 
 
 @torch.no_grad()
@@ -1319,50 +1397,115 @@ def peak_memory(device: torch.device, reset: bool = False) -> int:
     return 1024 * int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1])
 
 
-def bench_cm(cfg: CMRun, device: torch.device, repeats: int = 5) -> dict:
-    """What each generator named in cfg.generator (comma-separated) costs, in training and in sampling, side by side.
+def ceilings(device: torch.device) -> dict[str, float]:
+    """TFLOP/s of a large matrix product: in fp32 (on CUDA in TF32 unless tf32=false) and in bf16."""
+    n = 8192 if device.type == "cuda" else 1536
+    pairs = {name: torch.randn(n, n, device=device, dtype=kind)
+             for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
+    times = seconds({name: functools.partial(torch.mm, a, a) for name, a in pairs.items()}, device)
+    return {name: float(f"{2e-12 * n**3 / t:.5g}") for name, t in times.items()}
 
-    multi_res_fps is Section 4.3's: pictures per second when each is wanted at 32, 64 and 128 px, which takes one
-    function and three renderings, or three networks, each trained for its size. The batch is random: no data is waited
-    for.
+
+def bench_step(setup: Setup, device: torch.device, n: int, ceiling: dict[str, float]) -> dict:
+    """What n steps of training cost, from the stage's own loader, one at a time; rates are medians.
+
+    gflop is that of one step as it runs, forward, backward and what checkpoint=true repeats; data_wait the share of the
+    time that the loader took; compile_s what the first step took beyond the others. Stage ae is taken where its GAN is
+    on. Under torchrun: images of all processes, all else of one.
     """
-    sizes, report = (32, 64, 128), {}
-    calls: dict[str, Callable] = {}
-    for name in cfg.generator.split(","):
-        own = cm_config(dataclasses.replace(cfg, generator=name, labels=False), 0)
-        net = build_generator(name, lambda part: getattr(own, part))
-        f, target, opt = cm_parts(own, net, device)
-        step = cm_step(f, target, opt, own, cm_metric(own, device), cm_noise(own), autocast_for(own, device))
-        batch = {"image": torch.rand(own.batch, 3, own.size, own.size, device=device) * 2 - 1,
-                 "index": torch.arange(own.batch, device=device)}
-        peak_memory(device, reset=True)
-        train = seconds({"train": lambda: step(batch, 0)}, device, repeats)["train"]
-        report[name] = {"parameters": sum(p.numel() for p in net.parameters()),
-                        "train_images_per_s": round(own.batch / train, 3),
-                        "train_peak_gb": round(peak_memory(device) / 1e9, 2)}
-        del target, opt, step
-        models = {own.size: f.eval().requires_grad_(False)}
-        if name != "func":
-            models = {size: sized_model(own, size, device) for size in sizes}
-        for size, model in models.items():
-            calls |= {(name, part): call for part, call in onestep_calls(model, size, 1, sizes).items()}
-    times = seconds(calls, device, repeats)
-    for (name, part), call in calls.items():
-        report[name].setdefault("ms", {})[part] = round(1000 * times[name, part], 2)
-        report[name].setdefault("gflop", {})[part] = round(gflop(call), 3)
-    for row in report.values():
-        row["multi_res_fps"] = round(3000 / sum(row["ms"].values()), 3)
-        row["multi_res_gflop"] = round(sum(row["gflop"].values()), 2)
+    cfg, k = setup.cfg, getattr(setup.cfg, "gan_start", 0)
+    stream, times = setup.batches(k), []
+    advance = lambda: setup.advance(next(stream), k)
+    with torch.compiler.set_stance("force_eager") if compiled(cfg, device) else contextlib.nullcontext():
+        work = gflop(advance)
+    for i in range(2 + n):
+        if i == 2:                                                           # the first compiles, the second warms up
+            peak_memory(device, reset=True)
+        begin = time.perf_counter()
+        batch = next(stream)
+        got = time.perf_counter()
+        setup.advance(batch, k)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append((got - begin, time.perf_counter() - got))
+    waited, step = np.array(times[2:]).T                                     # (n,) seconds each
+    each, compute = float(np.median(waited + step)), float(np.median(step))
+    dtype = "fp32" if autocast_for(cfg, device) is contextlib.nullcontext else "bf16"
+    rate = work / 1000 / compute
+    row = {"images_per_s": cfg.batch / each, "steps_per_s": 1 / each, "gflop": work, "tflop_per_s": rate,
+           "of_ceiling": rate / ceiling[dtype], "peak_gb": peak_memory(device) / 1e9,
+           "data_wait": waited.sum() / (waited.sum() + step.sum()), "compile_s": times[0][1] - compute}
+    return {"parameters": parameters(setup), "dtype": dtype, **{k: float(f"{v:.5g}") for k, v in row.items()}}
+
+
+def bench(stage: str, preset: str, cfg: Run, run_dir: Path, device: torch.device, n: int) -> dict:
+    """The costs of a stage (of stage cm: of each generator) by name, and the device's ceiling."""
+    report = {"device": str(device), "steps": n, "ceiling_tflop_per_s": ceilings(device)}
+    with tempfile.TemporaryDirectory() as folder:
+        here = Path(folder) / stage
+        if stage == "ldm":
+            cfg = bench_ldm(cfg, preset, run_dir, here)
+        for name in cfg.generator.split(",") if stage == "cm" else [stage]:
+            own = dataclasses.replace(cfg, generator=name, init="none", labels=False) if stage == "cm" else cfg
+            setup = STAGES[stage][1](own, here, device)
+            report[name] = bench_step(setup, device, n, report["ceiling_tflop_per_s"])
+            if stage == "cm":
+                report[name] |= bench_cm(setup, device)
     return report
 
 
+def bench_ldm(cfg: LDMRun, preset: str, run_dir: Path, folder: Path) -> LDMRun:
+    """Stage ldm as it can be measured at once: few pictures to encode beforehand, and any autoencoder."""
+    if cfg.cache:
+        cfg = dataclasses.replace(cfg, pictures=min(cfg.pictures or 8 * cfg.batch, 8 * cfg.batch))
+        say(f"measured with the cached latents of {cfg.pictures} pictures")
+    init = Path(cfg.init) if cfg.init else run_dir.parent / "ae"
+    if not cfg.init and not init.exists():
+        init = folder.parent / "ae"
+        sides = [f"{name}={cfg.size}" for name in ("size", "patch", "max_size")]
+        ae = configure("ae", preset, cfg.data, sides)
+        say(f"there is no run of stage ae: measured with a random autoencoder of preset {preset}")
+        init.mkdir()
+        save_checkpoint(init, 0, {"format": FORMAT, "stage": "ae", "step": 0, "config": plain(asdict(ae)),
+                                  "state": {"model": FieldAutoencoder(ae.ae).state_dict()}}, 0)
+    return dataclasses.replace(cfg, init=str(init))
+
+
+def bench_cm(setup: Setup, device: torch.device, repeats: int = 5) -> dict:
+    """What a generator costs in sampling.
+
+    multi_res_fps is Section 4.3's: pictures per second when each is wanted at 32, 64 and 128 px, which takes one
+    function and three renderings, or three networks, each trained for its size.
+    """
+    sizes, cfg = (32, 64, 128), setup.cfg
+    models = {cfg.size: ConsistencyModel(setup.state["model"], cfg.cm).eval().requires_grad_(False)}
+    if cfg.generator != "func":
+        models = {size: sized_model(cfg, size, device) for size in sizes}
+    calls: dict[str, Callable] = {}
+    for size, model in models.items():
+        calls |= onestep_calls(model, size, 1, sizes)
+    times = seconds(calls, device, repeats)
+    row = {"ms": {part: round(1000 * times[part], 2) for part in calls},
+           "gflop_of_sampling": {part: round(gflop(call), 3) for part, call in calls.items()}}
+    return row | {"multi_res_fps": round(3000 / sum(row["ms"].values()), 3),
+                  "multi_res_gflop": round(sum(row["gflop_of_sampling"].values()), 2)}
+
+
 def bench_table(report: dict) -> str:
-    """The report of bench_cm as text."""
-    lines = ["generator  parameters  train images/s  peak GB  multi-res FPS  GFLOP   parts of sampling, ms (GFLOP)"]
-    for name, r in report.items():
-        parts = ", ".join(f"{part} {ms:.1f} ({r['gflop'][part]:.2f})" for part, ms in r["ms"].items())
-        lines.append(f"{name:9} {r['parameters']:>11,} {r['train_images_per_s']:15.2f} {r['train_peak_gb']:8.2f} "
-                     f"{r['multi_res_fps']:14.3f} {r['multi_res_gflop']:6.1f}   {parts}")
+    """The report of `bench` as text."""
+    limits = ", ".join(f"{name} {value:.3f}" for name, value in report["ceiling_tflop_per_s"].items())
+    rows = {name: r for name, r in report.items() if isinstance(r, dict) and "images_per_s" in r}
+    lines = [f"{report['device']}, {report['steps']} steps; matrix products reach {limits} TFLOP/s",
+             "training    parameters  images/s   steps/s  TFLOP/s  of ceiling  peak GB  data wait  compile s"]
+    lines += [f"{name:9} {r['parameters']:>12,} {r['images_per_s']:9.2f} {r['steps_per_s']:9.3f} "
+              f"{r['tflop_per_s']:8.3f} {r['of_ceiling']:6.1%} {r['dtype']} {r['peak_gb']:8.2f} {r['data_wait']:10.2%} "
+              f"{r['compile_s']:10.2f}" for name, r in rows.items()]
+    sampled = {name: r for name, r in rows.items() if "ms" in r}
+    if sampled:
+        lines.append("sampling   multi-res FPS  GFLOP   its parts, ms (GFLOP)")
+    for name, r in sampled.items():
+        parts = ", ".join(f"{part} {ms:.1f} ({r['gflop_of_sampling'][part]:.2f})" for part, ms in r["ms"].items())
+        lines.append(f"{name:9} {r['multi_res_fps']:14.3f} {r['multi_res_gflop']:6.1f}   {parts}")
     return "\n".join(lines)
 
 
@@ -1377,8 +1520,8 @@ def sized_model(cfg: CMRun, size: int, device: torch.device) -> ConsistencyModel
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
-STAGES = {"ae": (AERun, train_ae), "ldm": (LDMRun, train_ldm), "pretrain": (PretrainRun, train_pretrain),
-          "cm": (CMRun, train_cm)}
+STAGES = {"ae": (AERun, setup_ae), "ldm": (LDMRun, setup_ldm), "pretrain": (PretrainRun, setup_pretrain),
+          "cm": (CMRun, setup_cm)}
 
 
 def autocast_for(cfg: Run, device: torch.device) -> Callable:
@@ -1391,6 +1534,50 @@ def autocast_for(cfg: Run, device: torch.device) -> Callable:
     return contextlib.nullcontext
 
 
+BLOCKS = (ResBlock, Attention, TimeResBlock, SelfAttention, AdaLNBlock, Block)       # what checkpoint=true recomputes
+
+
+def speed_up(cfg: Run, device: torch.device, nets: list[nn.Module], methods: list[tuple[nn.Module, str]]) -> None:
+    """Options channels_last and checkpoint for networks, and compile for methods of modules, in place."""
+    for net in nets:
+        net.to(memory_format=torch.channels_last if cfg.channels_last else torch.preserve_format)
+        for block in net.modules():
+            if cfg.checkpoint and isinstance(block, BLOCKS):
+                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    if compiled(cfg, device):
+        compile_methods(methods, strict=cfg.compile == "on")
+
+
+def compile_methods(methods: list[tuple[nn.Module, str]], strict: bool) -> None:
+    """Compile for the shapes of the first call, a training step's. Others, those of previews, remain eager.
+
+    Where the compiler fails, strict raises its error; otherwise all methods go on eagerly after one warning.
+    """
+    broken = []
+
+    def replacement(eager: Callable) -> Callable:
+        quick, first = torch.compile(eager), []
+
+        def call(*args, **options):
+            shapes = [a.shape for a in (*args, *options.values()) if isinstance(a, Tensor)]
+            first.extend([] if first else [shapes])
+            if not broken and shapes == first[0]:
+                try:
+                    return quick(*args, **options)
+                except RuntimeError as error:
+                    if strict or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+                        raise
+                    broken.append(error)
+                    warnings.warn(f"torch.compile failed, so training goes on without it ("
+                                  f"{' '.join(str(error).splitlines()[:2])}); compile=off says nothing, compile=on stops")
+            return eager(*args, **options)
+
+        return call
+
+    for module, name in methods:
+        setattr(module, name, replacement(getattr(module, name)))
+
+
 def compiled(cfg: Run, device: torch.device) -> bool:
     """Whether to compile the networks."""
     if cfg.compile not in ("auto", "on", "off"):
@@ -1398,11 +1585,20 @@ def compiled(cfg: Run, device: torch.device) -> bool:
     return cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda" and sys.platform == "linux")
 
 
-def describe(stage: str, cfg: Run, run_dir: Path, device: torch.device, source, model: nn.Module) -> None:
-    """One line on what is about to run."""
-    count = sum(p.numel() for p in model.parameters())
-    say(f"stage {stage}: {len(source):,} pictures of {cfg.data}, {count:,} parameters, {cfg.steps:,} steps of batch "
-        f"{cfg.batch}, {device}, into {run_dir}")
+def train(stage: str, cfg: Run, run_dir: Path, device: torch.device) -> None:
+    """Train a stage to the end, and score it."""
+    setup = STAGES[stage][1](cfg, run_dir, device)
+    cfg = setup.cfg
+    say(f"stage {stage}: {len(setup.source):,} pictures of {cfg.data}, {parameters(setup):,} parameters, "
+        f"{cfg.steps:,} steps of batch {cfg.batch}, {device}, into {run_dir}")
+    fit(stage, setup, run_dir)
+    if setup.scores is not None and ranks()[0] == 0:
+        keep_scores(setup.scores(), run_dir)
+
+
+def parameters(setup: Setup) -> int:
+    """Size of the network that is trained."""
+    return sum(p.numel() for p in setup.state["model"].parameters())
 
 
 def check_data(name: str) -> int:
@@ -1429,7 +1625,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", help="run folder (default: runs/DATA-PRESET/STAGE)")
     p.add_argument("--device", default="auto")
     p.add_argument("--bench", action="store_true",
-                   help="measure how fast stage cm trains and samples, and stop; generator=func,dit compares several")
+                   help="measure 20 steps (--bench 50: 50) and stop; stage cm samples too, and generator=func,dit compares")
     p.add_argument("--check-data", action="store_true", help="decode every picture, list the bad ones, and stop")
     p.add_argument("options", nargs="*", metavar="key=value")
     return p
@@ -1439,15 +1635,10 @@ def run(args: argparse.Namespace) -> int:
     """Check the data, or train; returns the exit code."""
     if args.check_data:
         return check_data(args.data)
-    cfg = configure(args.stage, args.preset, args.data, args.options)
+    number = args.options[:1] if args.bench and args.options and args.options[0].isdigit() else []
+    cfg = configure(args.stage, args.preset, args.data, args.options[len(number):])
     device = pick_device(args.device)
-    if args.bench:
-        if args.stage != "cm":
-            raise ValueError("--bench measures stage cm")
-        report = bench_cm(cfg, device)
-        print(bench_table(report), json.dumps({"device": str(device), **report}), sep="\n")
-        return 0
-    if args.preset not in ("small", "tiny") and device.type == "cpu" and args.device != "cpu":
+    if args.preset not in ("small", "tiny") and device.type == "cpu" and args.device != "cpu" and not args.bench:
         raise ValueError(f"preset {args.preset} of stage {args.stage} is {COST[args.stage]}; there is no GPU here. "
                          f"Take --preset tiny (minutes on two CPU cores), or insist with --device cpu")
     folder = args.stage if getattr(cfg, "generator", "func") == "func" else f"{args.stage}-{cfg.generator}"
@@ -1456,8 +1647,15 @@ def run(args: argparse.Namespace) -> int:
     if cfg.batch % (world * cfg.accum):
         raise ValueError(f"batch={cfg.batch} cannot be shared by {world} processes with accum={cfg.accum}; choose a "
                          f"multiple of {world * cfg.accum}")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = cfg.tf32
     with process_group(device) as device:
-        STAGES[args.stage][1](cfg, run_dir, device)
+        if args.bench:
+            report = bench(args.stage, args.preset, cfg, run_dir, device, int(*number or [20]))
+            say(f"{bench_table(report)}\n{json.dumps(report)}")
+        else:
+            train(args.stage, cfg, run_dir, device)
     return 0
 
 
