@@ -49,7 +49,7 @@ from consistency import (ECT, ICT, ConsistencyConfig, ConsistencyModel, consiste
                          lpips_resized, noise_condition, per_image, pseudo_huber, sample_function, sample_multistep,
                          sample_onestep)
 from inr_generator import (AdaLNBlock, Block, DiT, FunctionGenerator, FunctionPrediction, GeneratorConfig,
-                           ImageFunction, TransformerConfig, UViT, pixel_coord, positional_encoding,
+                           ImageFunction, TransformerConfig, UViT, axis_encoding, pixel_coord, positional_encoding,
                            variational_coord)
 from ldm import DiffusionConfig, GaussianDiffusion, SelfAttention, UNet, UNetConfig, qkv_from_legacy, timestep_embedding
 from train import ema_update
@@ -3250,6 +3250,44 @@ def test_cm_windows_and_tiles_change_nothing():
     assert function.draw(1).shape == (2, 3, 1, 1)
 
 
+def test_cm_the_encoding_of_a_grid_is_that_of_its_rows_beside_that_of_its_columns():
+    coord, half = pixel_coord((5, 7)), 8
+    code = positional_encoding(coord, 16, 1024.0)                        # cos y, cos x, sin y, sin x
+    rows, cols = (axis_encoding(c, 16, 1024.0) for c in (coord[:, 0, 0], coord[0, :, 1]))
+    for at, axis in ((0, rows[:, None]), (1, cols[None])):
+        assert torch.equal(code[..., at * half:(at + 1) * half], axis[..., :half].expand(5, 7, half))
+        assert torch.equal(code[..., (at + 2) * half:(at + 3) * half], axis[..., half:].expand(5, 7, half))
+
+
+def test_cm_draw_equals_the_function_asked_pixel_by_pixel():
+    function, coord = cm_function(), pixel_coord((20, 12), (-0.5, -1.0, 1.0, 0.25))[None]
+    weights = [w.requires_grad_() for w in function.weights]
+    drawn, asked = function.draw((20, 12), (-0.5, -1.0, 1.0, 0.25)), function(coord).movedim(-1, 1)
+    cm_close(drawn, asked, dict(rtol=0, atol=1e-5 * asked.std().item()))
+    look = cm_randn(*asked.shape)
+    for own, other in zip(*(torch.autograd.grad((rgb * look).sum(), weights) for rgb in (drawn, asked))):
+        cm_close(own, other, dict(rtol=0, atol=1e-5 * other.abs().max().item()))
+
+
+def test_cm_tiles_hold_all_images_together_and_cover_each_pixel_once():
+    function = cm_function(size=3)
+    covered = torch.zeros(20, 50)
+    for top, left, rgb in function.tiles((20, 50), tile=12):
+        assert rgb.shape[:2] == (3, 3) and rgb.shape[2] * rgb.shape[3] * 3 <= 12**2
+        covered[top:top + rgb.shape[2], left:left + rgb.shape[3]] += 1
+    assert (covered == 1).all()
+
+
+def test_cm_bfloat16_rounds_the_layers_after_the_first_only():
+    function = cm_function()
+    whole, rounded = function.draw(32), function.draw(32, dtype=torch.bfloat16)
+    assert rounded.dtype == torch.float32 and 0 < (rounded - whole).std() < 0.02 * whole.std()
+    one = torch.zeros(1, 5, 3)                                           # a function of one layer has nothing to round
+    one[0, 0] = 1 / 3
+    line = ImageFunction((one,), pe_dim=2, pe_sigma=1.0)
+    assert torch.equal(line.draw(8, dtype=torch.bfloat16), line.draw(8))
+
+
 @pytest.mark.parametrize("arguments", [dict(res=0), dict(res=(4, -1)), dict(res=4, tile=0),
                                        dict(res=4, window=(0, 0, 0, 1)), dict(res=4, window=(-1, -1, 1, 1.5))])
 def test_cm_draw_refuses(arguments):
@@ -4038,6 +4076,9 @@ def test_stage_cm_one_function_is_drawn_at_any_size_and_window(stage_runs, tmp_p
         assert np.abs(part.astype(int) - large[0][16:, :16]).max() <= 1      # a quarter of the plane at twice the size
     first, second = (main_png(tmp_path / "a" / f"seed0-00000{i}-16x16.png")[0].astype(int) for i in (0, 1))
     assert np.abs(first - second).max() > 1
+    assert main_sample(*common, "--res", 16, "--func-dtype", "bfloat16", "--out", tmp_path / "c") == 0
+    pixels, info = main_png(tmp_path / "c" / "seed0-000000-16x16.png")
+    assert np.abs(pixels.astype(int) - first).max() <= 3 and info["func_dtype"] == "bfloat16"
 
 
 def test_stage_cm_more_steps_stay_at_the_training_resolution(stage_runs, tmp_path, capsys):
@@ -4183,6 +4224,11 @@ def test_stage_sample_bench_times_each_part(stage_runs, main_runs, capsys):
         assert main_sample("--ckpt", run, "--bench", *args) == 0
         result = json.loads(capsys.readouterr().out.splitlines()[-1])["seconds"]
         assert parts <= set(result.get("batch 64", result)) and not (run / "samples").exists()
+        if run.name == "cm":
+            row = result["batch 1"]
+            assert {"render 256", "render 512"} <= set(row) and not {"render 256", "render 512"} & set(result["batch 64"])
+            total = sum(row[part] for part in ("function", "render 32", "render 64", "render 128"))
+            assert row["multi_res_fps"] == pytest.approx(3 / total)          # Section 4.3
 
 
 @pytest.mark.parametrize("data_name, size, patch, steps, mu0, classes", [
