@@ -322,8 +322,8 @@ class Copy(Photo):
     def require(self, res: int) -> None:
         """DataError where `res` is more than was prepared."""
         if res > self.size:
-            raise DataError(f"{self.name} was prepared at {self.size} px, not the {res} px asked for: prepare the source "
-                            f"with --size {res}, or train with size={self.size} or less (stage ae: max_size as well)")
+            raise DataError(f"{self.name} was prepared at {self.size} px, not the {res} px asked for: prepare the "
+                            f"source with --size {res}, or train with size={self.size} or less (stage ae: max_size as well)")
 
     def draw(self, res: int, box: Box | None = None) -> np.ndarray:
         self.require(res)
@@ -607,8 +607,9 @@ def _noise(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nda
     s, t = x - i, y - j
     i, j = i.astype(np.intp) & 255, (j.astype(np.intp) & 255) << 8
     right, down = (i + 1) & 255, (j + 256) & 65535
-    a, c = _lattice()[j + i], _lattice()[down + i]
-    ab, cd = _lattice()[j + right] - a, _lattice()[down + right] - c
+    at = _lattice().take                                             # faster than brackets
+    a, c = at(j + i), at(down + i)
+    ab, cd = at(j + right) - a, at(down + right) - c
     u, v = s * s * (3 - 2 * s), t * t * (3 - 2 * t)
     upper, rise = a + ab * u, c - a + (cd - ab) * u
     return upper + rise * v, (ab + (cd - ab) * v) * (6 * s * (1 - s)), rise * (6 * t * (1 - t))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import hashlib
 import io
 import itertools
 import json
@@ -16,6 +17,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import shutil
 import signal
 import socket
 import struct
@@ -1261,6 +1263,18 @@ def test_a_patch_is_the_slice_of_the_resized_whole_at_its_coord(flip):
     assert 15 < mirrored < 45 if flip else mirrored == 0
 
 
+def test_a_box_of_a_photo_is_the_slice_of_all_of_it_bit_by_bit():
+    for k, side in enumerate((1, 7, 64, 333)):
+        noise = np.random.default_rng(k).integers(0, 256, (side, side, 3), dtype=np.uint8)
+        photo = data.Photo("p", lambda: Image.fromarray(noise))
+        for n in range(30):
+            gen = np.random.default_rng((k, n))
+            res = int(gen.integers(1, 400))
+            h, w = gen.integers(1, res + 1, 2).tolist()
+            top, left = int(gen.integers(res - h + 1)), int(gen.integers(res - w + 1))
+            assert (photo.draw(res, (top, left, h, w)) == photo.draw(res)[top:top + h, left:left + w]).all()
+
+
 def test_ground_truth_sizes_follow_the_options():
     photo = data.Photo("p", lambda: data_picture(50))
     def sizes(**options):
@@ -1472,6 +1486,124 @@ def test_names_resolve_and_missing_data_is_one_line(tmp_path, monkeypatch):
     for name, message in (("empty", "holds no .png"), ("fake.zip", "not a readable zip")):
         with pytest.raises(data.DataError, match=message):
             data.open_data(name)
+
+
+# ---- prepared sets
+
+
+def data_prepare(*args) -> int:
+    return data.main(["prepare", *map(str, args)])
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> tuple[Path, Path]:
+    """60 odd-shaped pictures in three classes, as a zip and prepared at 16 px."""
+    root = tmp_path_factory.mktemp("prepared")
+    wide = lambda i: data_picture(40, i).crop((0, i % 5, 40 - i % 7, 40))
+    files = {f"{'abc'[i % 3]}/{i:05d}.jpg": data_file(wide(i), "JPEG", quality=95) for i in range(60)}
+    source = data_zip(root / "set.zip", files)
+    assert data_prepare(source, root / "set16", "--size", 16, "--workers", 2) == 0
+    return source, root / "set16"
+
+
+def test_a_prepared_set_gives_the_batches_of_its_source(prepared):
+    item = functools.partial(train.picture_item, size=16, flip=True)
+    for split, n in (("train", 45), ("val", 15)):
+        source, copy = (data.open_data(str(path), split) for path in prepared)
+        assert len(source) == len(copy) == n and source.classes == copy.classes == ("a", "b", "c")
+        assert data_equal(data_take(12, source, item, 5, seed=2), data_take(12, copy, item, 5, seed=2))
+    assert data_equal(data_take(4, source, item, 5), data_take(4, copy, item, 5, workers=2))
+    both = data.open_data(str(prepared[1]), "all")
+    assert len(both) == 60 and both.labels[45:] == copy.labels and (both[45].draw(16) == copy[0].draw(16)).all()
+    cfg = data.DataConfig(size=16, patch=8, max_size=16)                 # of one size there is one ground truth
+    a, b = (data.random_patch(data.open_data(str(path))[3], data.rng(0), cfg) for path in prepared)
+    assert torch.equal(a["image"], b["image"])
+
+
+def test_a_prepared_set_says_what_it_is(prepared, tmp_path, capsys):
+    source, copy = prepared
+    meta, pixels = json.loads((copy / "meta.json").read_text()), (copy / "pixels.u8").read_bytes()
+    assert sorted(p.name for p in copy.parent.iterdir()) == ["set.zip", "set16"] and len(pixels) == 60 * 16 * 16 * 3
+    assert {k: meta[k] for k in ("format", "source", "size", "filter", "count", "enlarged", "skipped")} == {
+        "format": 1, "source": str(source), "size": 16, "filter": "lanczos", "count": 60, "enlarged": 0, "skipped": []}
+    assert meta["sha256"] == hashlib.sha256(pixels).hexdigest()
+    assert np.asarray(data.open_data(str(source))[5].draw(16)).tobytes() == pixels[5 * 768:6 * 768]
+    assert data_prepare("synthetic", copy, "--size", 16) == 2 and "exists" in capsys.readouterr().err
+    assert data_prepare(copy, tmp_path / "again", "--size", 8) == 2 and "before" in capsys.readouterr().err
+    assert data_prepare(source, tmp_path / "none", "--size", 0) == 2 and "--size 0" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_workers_share_the_pixels_of_a_prepared_set(prepared):
+    source = data.open_data(str(prepared[1]))
+    first = source[0].draw(16)
+    assert isinstance(source.pixels, np.memmap) and len(pickle.dumps(source)) < 2000
+    again = pickle.loads(pickle.dumps(source))
+    assert (again[0].draw(16) == first).all() and again.pixels.filename == source.pixels.filename
+    with pytest.raises(ValueError):
+        source.pixels[0] = 0                                             # read only
+
+
+def test_a_prepared_set_is_not_enlarged(prepared, tmp_path, capsys):
+    picture = data.open_data(str(prepared[1]))[0]
+    for ask in (lambda: picture.draw(17), lambda: data.random_patch(picture, data.rng(0), data.DataConfig(8, 8, 32))):
+        with pytest.raises(data.DataError, match=r"prepared at 16 px, not the (17|32) px.*--size (17|32)"):
+            ask()
+    assert picture.draw(8).shape == (8, 8, 3)
+    args = ["--stage", "ae", "--preset", "tiny", "--data", prepared[1], "--out", tmp_path / "run", *TINY_AE]
+    assert main_train(*args) == 2 and "prepared at 16 px, not the 32 px asked for" in capsys.readouterr().err
+
+
+def test_corrupt_pictures_are_left_out_and_small_ones_counted_when_prepared(tmp_path, capsys):
+    files = data_pictures(30, 24) | {"00003.png": b"no image", "00004.png": data_file(data_picture(10))}
+    source = data_folder(tmp_path / "set", files)
+    assert data_prepare(source, tmp_path / "copy", "--size", 16, "--workers", 0) == 0
+    out, meta = capsys.readouterr().out, json.loads((tmp_path / "copy/meta.json").read_text())
+    assert "29 pictures" in out and "1 skipped, 1 enlarged" in out and "00003.png: not a PNG" in out
+    assert meta["count"] == 29 and len(meta["skipped"]) == 1 and len(data.open_data(str(tmp_path / "copy"), "all")) == 29
+    assert data_prepare("synthetic", tmp_path / "copy/meta.json/x", "--size", 8) == 2 and "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("after", [0, 1, 40])
+def test_an_interrupted_preparation_leaves_nothing_and_starts_again(prepared, tmp_path, monkeypatch, capsys, after):
+    seen, draw = [], data.Photo.draw
+
+    def interrupted(photo, *args):
+        if len(seen) == after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        seen.append(photo)
+        return draw(photo, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data.Photo, "draw", interrupted)
+        assert data_prepare(prepared[0], tmp_path / "copy", "--size", 16, "--workers", 0) == 143
+    assert "starts again" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+    assert data_prepare(prepared[0], tmp_path / "copy", "--size", 16, "--workers", 0) == 0
+    for name in ("pixels.u8", "meta.json"):
+        assert (tmp_path / "copy" / name).read_bytes() == (prepared[1] / name).read_bytes()
+
+
+def test_damage_to_a_prepared_set_is_named(prepared, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(prepared[1], copy)
+    assert main_train("--data", copy, "--check-data") == 0
+    pixels, meta = (copy / "pixels.u8").read_bytes(), json.loads((copy / "meta.json").read_text())
+    (copy / "pixels.u8").write_bytes(pixels[:1000] + bytes([pixels[1000] ^ 1]) + pixels[1001:])
+    assert data.open_data(str(copy)).label(0) == 0                       # opening looks at the size alone
+    assert main_train("--data", copy, "--check-data") == 2 and "SHA-256" in capsys.readouterr().out
+    (copy / "pixels.u8").write_bytes(pixels[:-1])
+    with pytest.raises(data.DataError, match="has 46,079 bytes, meta.json says 46,080 for 60 labels"):
+        data.open_data(str(copy))
+    (copy / "pixels.u8").write_bytes(pixels)
+    for change, said in (({"format": 2}, "format 2, this version reads 1"), ({"count": 59}, "not complete"),
+                         ({"labels": {"train": [3] * 60, "val": []}}, "not complete"), ({"labels": 7}, "is damaged"),
+                         ({"size": None}, "is damaged")):
+        (copy / "meta.json").write_text(json.dumps(meta | change))
+        with pytest.raises(data.DataError, match=said):
+            data.open_data(str(copy))
+    (copy / "meta.json").write_text("{")
+    with pytest.raises(data.DataError, match="is damaged"):
+        data.open_data(str(copy))
 
 
 # ---- CIFAR-10
@@ -2537,6 +2669,19 @@ def test_metrics_size_cuts_the_centre_square_and_uses_the_filter(tmp_path):
     want = Image.open(tmp_path / "wide.png").resize((5, 5), Image.BOX)
     assert np.array_equal(read["box"], np.asarray(want).transpose(2, 0, 1))
     assert not np.array_equal(read["box"], read["lanczos"])
+
+
+def test_metrics_a_prepared_set_serves_its_own_size_and_filter_only(tmp_path):
+    folder, copy = metrics_folder(tmp_path / "set", metrics_pictures(8)), tmp_path / "copy"
+    data.prepare(str(folder), copy, 12)
+    images, plain = metrics.ImageSet(copy), metrics.ImageSet(folder)
+    protocol = metrics.Protocol(size=12)
+    rows = [[read.read(i, p).tobytes() for i in range(8)]
+            for read, p in ((images, metrics.Protocol()), (images, protocol), (plain, protocol))]
+    assert rows[0] == rows[1] and sorted(rows[1]) == sorted(rows[2]) and len(set(rows[0])) == 8     # train before val
+    for other in (metrics.Protocol(size=8), metrics.Protocol(size=12, filter="box")):
+        with pytest.raises(ValueError, match="was prepared with size 12 and filter lanczos instead of"):
+            images.read(0, other)
 
 
 def test_metrics_images_are_upright_and_on_white(tmp_path):
@@ -4226,7 +4371,7 @@ def test_stage_sample_bench_times_each_part(stage_runs, main_runs, capsys):
         assert parts <= set(result.get("batch 64", result)) and not (run / "samples").exists()
         if run.name == "cm":
             row = result["batch 1"]
-            assert {"render 256", "render 512"} <= set(row) and not {"render 256", "render 512"} & set(result["batch 64"])
+            assert {"render 256", "render 512"} <= set(row) and "render 256" not in result["batch 64"]
             total = sum(row[part] for part in ("function", "render 32", "render 64", "render 128"))
             assert row["multi_res_fps"] == pytest.approx(3 / total)          # Section 4.3
 
