@@ -323,7 +323,8 @@ class Copy(Photo):
         """DataError where `res` is more than was prepared."""
         if res > self.size:
             raise DataError(f"{self.name} was prepared at {self.size} px, not the {res} px asked for: prepare the "
-                            f"source with --size {res}, or train with size={self.size} or less (stage ae: max_size as well)")
+                            f"source with --size {res}, or train with size={self.size} or less (stage ae: "
+                            f"max_size as well)")
 
     def draw(self, res: int, box: Box | None = None) -> np.ndarray:
         self.require(res)
@@ -428,9 +429,10 @@ def prepare(name: str, folder: Path, size: int, workers: int = 0) -> dict:
                     if isinstance(row, BadImage):
                         meta["skipped"].append(str(row))
                         continue
-                    file.write(row[0].data)
-                    digest.update(row[0].data)
-                    meta["enlarged"] += row[1]
+                    pixels, small = row[0].tobytes(), row[1]
+                    file.write(pixels)
+                    digest.update(pixels)
+                    meta["enlarged"] += small
                     meta["labels"][split].append(source.label(i))
             os.fsync(file.fileno())
         meta["count"], meta["sha256"] = sum(map(len, meta["labels"].values())), digest.hexdigest()
