@@ -103,7 +103,7 @@ class ImageFunction:
         height, width = (res, res) if isinstance(res, int) else res
         y0, x0, y1, x1 = WHOLE_PLANE if window is None else window
         device = self.weights[0].device
-        tile = (128 if device.type == "cpu" else 256) if tile is None else tile
+        tile = (64 if device.type == "cpu" else 256) if tile is None else tile
         if height < 1 or width < 1 or tile < 1:
             raise ValueError(f"resolution {height}x{width}, tile {tile}: all must be at least 1 pixel")
         if not (-1 <= y0 < y1 <= 1 and -1 <= x0 < x1 <= 1):
@@ -130,7 +130,7 @@ class ImageFunction:
 
         `res` is the size in pixels, int or (H, W), of `window` = (y0, x0, y1, x1), a rectangle of the plane [-1, 1]^2
         (default: all of it). Points do not see one another: tiles only bound the memory, to that of tile^2 pixels of
-        all B images together (default: 128, which suits the caches of a CPU, or 256). dtype=torch.bfloat16 is for the
+        all B images together (default: 64, which suits the caches of a CPU, or 256). dtype=torch.bfloat16 is for the
         layers after the first; the encoding and the first layer stay in float32.
         Raises ValueError for an empty resolution, and for a window that is empty or leaves the plane.
         """
