@@ -1,11 +1,14 @@
 """Batches of pictures with coordinates: photographs in folders and zips, or procedural landscapes drawn at any size.
 Paper: INFD supplementary E and J.2 (random downsampling, crops), H (scale consistency); CM-Func uses whole pictures.
-Read next: train.py, whose steps consume these batches.
+`python data.py prepare SRC DST --size 256` decodes a set once, for good. Read next: train.py, whose steps consume the
+batches.
 """
 from __future__ import annotations
 
+import argparse
 import hashlib
 import io
+import json
 import operator
 import os
 import pickle
@@ -21,15 +24,18 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from tqdm import tqdm
 
 from clif import coord_grid
+from metrics import Stopped, stop_at_once
 
 Box = tuple[int, int, int, int]                                      # top, left, height, width in pixels
 
@@ -199,9 +205,19 @@ class Photo:
 
     def draw(self, res: int, box: Box | None = None) -> np.ndarray:
         """The square resized to res x res, cropped to `box`: uint8 (height, width, 3). Lanczos, as published."""
-        top, left, h, w = box or (0, 0, res, res)
-        # Pillow can resize a box alone, but rounds its corners to float32: not the same pixels.
-        return np.asarray(self.image.resize((res, res), Image.Resampling.LANCZOS))[top:top + h, left:left + w]
+        if box is None:
+            return np.asarray(self.image.resize((res, res), Image.Resampling.LANCZOS))
+        # Pillow can resize a box alone, but rounds its corners to float32: not the same pixels. Its two passes, along
+        # the rows and then along the columns, are therefore done one by one: the first on the rows that the box needs,
+        # the second on its columns alone.
+        (top, left, h, w), side = box, self.size
+        scale = side / res
+        reach = 3 * max(scale, 1) + 1                                # 3: radius of Lanczos; 1: rounding
+        first, last = max(0, int(top * scale - reach)), min(side, int((top + h) * scale + reach) + 1)
+        rows = self.image.crop((0, first, side, last)).resize((res, last - first), Image.Resampling.LANCZOS)
+        cols = Image.new("RGB", (w, side))
+        cols.paste(rows.crop((left, 0, left + w, last - first)), (0, first))
+        return np.asarray(cols.resize((w, res), Image.Resampling.LANCZOS))[top:top + h]
 
 
 class Photos:
@@ -304,11 +320,145 @@ def read_batch(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
     return pixels.transpose(0, 2, 3, 1), labels
 
 
+# ---- prepared sets ---------------------------------------------------------------------------------------------------
+
+PREPARED = 1                                                         # version of the two files below
+PIXELS, META = "pixels.u8", "meta.json"                              # uint8 (N, S, S, 3), first train, then val
+
+
+class Copy(Photo):
+    """A picture of a prepared set: it gives the pixels it has, and is never enlarged."""
+
+    def require(self, res: int) -> None:
+        """DataError where `res` is more than was prepared."""
+        if res > self.size:
+            raise DataError(f"{self.name} was prepared at {self.size} px, not the {res} px asked for: prepare the "
+                            f"source with --size {res}, or train with size={self.size} or less (stage ae: "
+                            f"max_size as well)")
+
+    def draw(self, res: int, box: Box | None = None) -> np.ndarray:
+        self.require(res)
+        return super().draw(res, box)
+
+
+class Prepared:
+    """A set that `prepare` decoded and resized. The pixels are mapped, not read: all processes share one copy."""
+
+    def __init__(self, root: Path, split: str):
+        try:
+            meta = json.loads((root / META).read_text())
+            if meta["format"] != PREPARED:
+                raise DataError(f"{root} has format {meta['format']}, this version reads {PREPARED}; prepare it again")
+            labels, self.size, self.hash = meta["labels"], int(meta["size"]), str(meta["sha256"])
+            both, self.classes = labels["train"] + labels["val"], tuple(meta["classes"])
+            fits = len(both) == meta["count"] and set(both) <= set(range(max(1, len(self.classes))))
+        except DataError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{root}/{META} is damaged ({error!r}); prepare it again") from error
+        have, want = (root / PIXELS).stat().st_size, len(both) * self.size**2 * 3
+        if not fits or have != want:
+            raise DataError(f"{root} is damaged or not complete: {PIXELS} has {have:,} bytes, {META} says {want:,} for "
+                            f"{len(both):,} labels; prepare it again")
+        self.root, self.total = root, len(both)
+        self.labels, self.first = both if split == "all" else labels[split], len(labels["train"]) * (split == "val")
+
+    @cached_property
+    def pixels(self) -> np.ndarray:
+        return np.memmap(self.root / PIXELS, np.uint8, "r", shape=(self.total, self.size, self.size, 3))
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name != "pixels"}   # it would go by value
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def label(self, i: int) -> int:
+        return self.labels[i]
+
+    def __getitem__(self, i: int) -> Copy:
+        row = self.first + range(len(self))[i]
+        return Copy(f"{self.root} number {row}", lambda: Image.fromarray(self.pixels[row]))
+
+    def damage(self) -> list[tuple[str, str]]:
+        """[(file, reason)] where the pixels are not those that were written, else []."""
+        digest = hashlib.sha256()
+        with open(self.root / PIXELS, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        same = digest.hexdigest() == self.hash
+        return [] if same else [(f"{self.root}/{PIXELS}", f"its SHA-256 is not the one in {META}; prepare it again")]
+
+
+@dataclass
+class _Whole(torch.utils.data.Dataset):
+    """Row i of a prepared set: (pixels (S, S, 3), whether they were enlarged), or why there is none."""
+
+    source: Landscapes | Photos | Cifar10
+    size: int
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, bool] | BadImage:
+        try:
+            picture = self.source[i]
+            return picture.draw(self.size), picture.size < self.size
+        except BadImage as error:
+            return error
+
+
+def prepare(name: str, folder: Path, size: int, workers: int = 0) -> dict:
+    """Decode the data set `name` into a new folder that `open_data` reads: every picture whole at size x size.
+
+    What is drawn from the copy at `size` is what is drawn from the source, so whole pictures make the same batches. It
+    appears when complete: an interrupted call leaves nothing, and the same call starts again. Returns the content of
+    meta.json; unreadable pictures are left out and listed there as `skipped`, smaller ones are counted as `enlarged`.
+    Raises FileExistsError, and DataError for a set that cannot be prepared.
+    """
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists; choose another folder, or delete it")
+    if not 0 < size <= Scene.size:
+        raise DataError(f"--size {size}: choose 1 to {Scene.size}")
+    sources = {split: open_data(name, split) for split in ("train", "val")}
+    if isinstance(sources["train"], (SixKMix, Prepared)):
+        raise DataError(f"{name} cannot be prepared at one size: it has many by design, or was prepared before")
+    meta = {"format": PREPARED, "source": name, "size": size, "filter": "lanczos", "count": 0, "sha256": "",
+            "enlarged": 0, "skipped": [], "classes": sources["train"].classes, "labels": {"train": [], "val": []}}
+    digest = hashlib.sha256()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f"{folder.name}.part-", dir=folder.parent) as temporary:
+        made = Path(temporary, folder.name)                          # TemporaryDirectory itself is for its owner alone
+        made.mkdir()
+        with open(made / PIXELS, "wb") as file:
+            for split, source in sources.items():
+                rows = torch.utils.data.DataLoader(_Whole(source, size), 16, collate_fn=list, num_workers=workers,
+                                                   worker_init_fn=_outlive_signals)
+                rows = tqdm(chain.from_iterable(rows), f"{name}, {split}", len(source), disable=None)
+                for i, row in enumerate(rows):
+                    if isinstance(row, BadImage):
+                        meta["skipped"].append(str(row))
+                        continue
+                    pixels, small = row[0].tobytes(), row[1]
+                    file.write(pixels)
+                    digest.update(pixels)
+                    meta["enlarged"] += small
+                    meta["labels"][split].append(source.label(i))
+            os.fsync(file.fileno())
+        meta["count"], meta["sha256"] = sum(map(len, meta["labels"].values())), digest.hexdigest()
+        if not meta["count"]:
+            raise DataError(f"none of the pictures of {name} can be read, the last: {meta['skipped'][-1]}")
+        (made / META).write_text(json.dumps(meta) + "\n")
+        made.rename(folder)                                          # fails where another call was faster
+    return meta
+
+
 # ---- data sets by name -----------------------------------------------------------------------------------------------
 
 
-def open_data(name: str, split: str = "train") -> Landscapes | Photos | SixKMix | Cifar10:
-    """The data set `name` (one of NAMES, or a path to a folder or zip); split: train, val (held out) or all.
+def open_data(name: str, split: str = "train") -> Landscapes | Photos | SixKMix | Cifar10 | Prepared:
+    """The data set `name` (one of NAMES, or a path to a folder or zip, or what `prepare` made of one of them); split:
+    train, val (held out) or all.
 
     A source has a length, `classes` (names; empty without), `label(i)`, and pictures: source[i] has `name`, `size`
     (the largest square it gives) and draw(res, box) -> uint8. Raises FileNotFoundError, DataError with what to do.
@@ -318,6 +468,8 @@ def open_data(name: str, split: str = "train") -> Landscapes | Photos | SixKMix 
     if name == "synthetic":
         return Landscapes(split)
     store = _find(name)
+    if {PIXELS, META} <= set(store.names) and isinstance(store, Folder):
+        return Prepared(store.root, split)
     batches = [n for n in store.names if re.fullmatch(r"(.*/)?(data_batch_\d|test_batch)", n)]
     if batches:
         wanted = [n for n in batches if split == "all" or n.endswith("test_batch") == (split == "val")]
@@ -414,7 +566,12 @@ def _stem(name: str) -> str:
 
 
 def check_data(source, progress: Callable[[int], None] | None = None) -> list[tuple[str, str]]:
-    """Decode every picture; the (name, reason) of each that fails. `progress` is told the count so far."""
+    """Decode every picture; the (name, reason) of each that fails. `progress` is told the count so far.
+
+    Of a prepared set the pixel file is compared with its hash.
+    """
+    if isinstance(source, Prepared):
+        return source.damage()
 
     def check(i: int) -> tuple[str, str] | None:
         picture = source[i]
@@ -471,8 +628,9 @@ def _noise(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nda
     s, t = x - i, y - j
     i, j = i.astype(np.intp) & 255, (j.astype(np.intp) & 255) << 8
     right, down = (i + 1) & 255, (j + 256) & 65535
-    a, c = _lattice()[j + i], _lattice()[down + i]
-    ab, cd = _lattice()[j + right] - a, _lattice()[down + right] - c
+    at = _lattice().take                                             # faster than brackets
+    a, c = at(j + i), at(down + i)
+    ab, cd = at(j + right) - a, at(down + right) - c
     u, v = s * s * (3 - 2 * s), t * t * (3 - 2 * t)
     upper, rise = a + ab * u, c - a + (cd - ab) * u
     return upper + rise * v, (ab + (cd - ab) * v) * (6 * s * (1 - s)), rise * (6 * t * (1 - t))
@@ -697,7 +855,7 @@ class DataConfig:
 
 def to_tensor(array: np.ndarray) -> Tensor:
     """uint8 (H, W, 3) -> float32 (3, H, W) in [-1, 1]."""
-    return (torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 255 - 0.5) / 0.5
+    return torch.from_numpy(array.copy()).permute(2, 0, 1).float().div_(255).sub_(0.5).div_(0.5)
 
 
 def patch_at(picture, r: int, top: int, left: int, cfg: DataConfig, mirror: bool = False) -> dict[str, Tensor]:
@@ -706,10 +864,11 @@ def patch_at(picture, r: int, top: int, left: int, cfg: DataConfig, mirror: bool
     whole = picture.draw(S)
     patch = picture.draw(r, (top, r - left - P if mirror else left, P, P))
     step = -1 if mirror else 1
+    y, x = coord_grid((r, 1))[top:top + P, 0, 0], coord_grid((1, r))[0, left:left + P, 1]
     return {
         "image": to_tensor(whole[:, ::step]),                        # (3, S, S)
         "patch": to_tensor(patch[:, ::step]),                        # (3, P, P)
-        "coord": coord_grid((r, r))[top:top + P, left:left + P].clone(),        # (P, P, 2)
+        "coord": torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1),     # (P, P, 2), a slice of the r x r grid
         "cell": torch.full((2,), 2 / r),                             # (2,)
     }
 
@@ -720,6 +879,8 @@ def random_patch(picture, gen: np.random.Generator, cfg: DataConfig) -> dict[str
     image (3, S, S) and patch (3, P, P) in [-1, 1]; coord (P, P, 2) and cell (2,) of the patch, as slices of
     coord_grid((r, r)). r is uniform in S..min(picture.size, max_size), both included.
     """
+    if isinstance(picture, Copy):
+        picture.require(cfg.max_size)                                # else its ground truth would be smaller unnoticed
     largest = min(picture.size, cfg.max_size)
     if largest < cfg.size:
         # The published code enlarges such pictures for its custom data and stops for FFHQ; blurred ground truth
@@ -830,3 +991,40 @@ def _checked(batches, share: int) -> Iterator[dict[str, Tensor]]:
 
 def _room_in_shm() -> bool:
     return os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free >= 2**28
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(description="Decode a data set once: --data DST then reads pixels, not files.")
+    p.add_argument("command", choices=["prepare"])
+    p.add_argument("source", metavar="SRC", help=f"a folder or .zip of images, or one of {', '.join(NAMES)}")
+    p.add_argument("folder", metavar="DST", type=Path, help="a new folder; size x size x 3 bytes a picture")
+    p.add_argument("--size", type=int, required=True, help="side in pixels (centre square, Lanczos)")
+    p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that decode (%(default)s)")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code: 0, 2 after one line on what is wrong, 143 or 130 after a signal."""
+    args = parser().parse_args(argv)
+    try:
+        with stop_at_once():
+            meta = prepare(args.source, args.folder, args.size, args.workers)
+    except Stopped as stop:
+        print("stopped; nothing is left, the same command starts again", file=sys.stderr)
+        return stop.args[0]
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for text in meta["skipped"]:
+        print(f"skipped: {text}")
+    print(f"{meta['count']:,} pictures of {args.size} px in {args.folder}, {len(meta['skipped'])} skipped, "
+          f"{meta['enlarged']} enlarged")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

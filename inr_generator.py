@@ -6,7 +6,8 @@ Next: consistency.py, which trains any net(x, t, y). The fourth generator, CM-UN
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -46,11 +47,22 @@ def variational_coord(coord: Tensor, noise: Tensor) -> Tensor:
     return coord + (0.3 * step * noise).clamp(-0.5 * step, 0.5 * step)
 
 
+def axis_encoding(c: Tensor, dim: int, sigma: float) -> Tensor:
+    """(..., n) -> (..., n, dim): the share of one axis in the positional encoding, cos and sin, dim / 2 of each."""
+    w = torch.linspace(0, math.log(sigma), dim // 2, device=c.device).exp()
+    angle = math.pi * w * c.float()[..., None]
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
 def positional_encoding(coord: Tensor, dim: int, sigma: float) -> Tensor:
     """(..., 2) -> (..., 2 dim): cos then sin of pi w c, dim / 2 frequencies w from 1 to sigma per axis, y before x."""
-    w = torch.linspace(0, math.log(sigma), dim // 2, device=coord.device).exp()
-    angle = (math.pi * w * coord.float()[..., None]).flatten(-2)     # (..., dim)
-    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+    return axis_encoding(coord, dim, sigma).unflatten(-1, (2, -1)).transpose(-3, -2).flatten(-3)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """A context of plain float32 on the device, also where autocast is on."""
+    autocast = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if autocast else nullcontext()
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,37 +80,66 @@ class ImageFunction:
 
     def __call__(self, coord: Tensor) -> Tensor:
         """Colours (B, ..., 3) at coord (B, ..., 2), or at (1, ..., 2), the same for all B images."""
-        autocast = torch.amp.is_autocast_available(coord.device.type)
-        with torch.autocast(coord.device.type, enabled=False) if autocast else nullcontext():
-            h = positional_encoding(coord.flatten(1, -2), self.pe_dim, self.pe_sigma)    # (B or 1, n, 2 pe_dim)
-            h = h.expand(len(self), -1, -1)
-            for i, wb in enumerate(self.weights):
-                h = F.relu(h) if i else h
-                h = torch.baddbmm(wb[:, -1:].float(), h, wb[:, :-1].float())             # (B, n, out), Eq. 9
-        return h.unflatten(1, coord.shape[1:-1])
+        with without_autocast(coord.device):
+            code = positional_encoding(coord.flatten(1, -2), self.pe_dim, self.pe_sigma)         # (B or 1, n, 2 pe_dim)
+            first = self.weights[0].float()
+            h = torch.baddbmm(first[:, -1:], code.expand(len(self), -1, -1), first[:, :-1])      # (B, n, out), Eq. 9
+            return self.further(h).unflatten(1, coord.shape[1:-1])
 
-    def draw(self, res: int | tuple[int, int], window: Window | None = None, tile: int = 256) -> Tensor:
-        """The images (B, 3, H, W) at any resolution and aspect.
+    def further(self, h: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The layers after the first one, whose output h (B, n, out) they overwrite: colours (B, n, 3)."""
+        for wb in self.weights[1:]:
+            wb = wb.to(dtype)
+            h = torch.baddbmm(wb[:, -1:], h.to(dtype).relu_(), wb[:, :-1])
+        return h.float()
 
-        `res` is the size in pixels, int or (H, W), of `window` = (y0, x0, y1, x1), a rectangle of the plane [-1, 1]^2
-        (default: all of it). Points do not see one another, so tiles only bound the memory.
-        Raises ValueError for an empty resolution, and for a window that is empty or leaves the plane.
+    def tiles(self, res: int | tuple[int, int], window: Window | None = None, tile: int | None = None,
+              dtype: torch.dtype = torch.float32) -> Iterator[tuple[int, int, Tensor]]:
+        """The images in pieces, row by row: (top, left, colours (B, 3, h, w)). Arguments as in `draw`.
+
+        The first layer is linear in the encoding, which is one of y beside one of x: it is evaluated per row and per
+        column, and added up for each pixel (Eq. 9 but for rounding).
         """
         height, width = (res, res) if isinstance(res, int) else res
         y0, x0, y1, x1 = WHOLE_PLANE if window is None else window
+        device = self.weights[0].device
+        tile = (64 if device.type == "cpu" else 256) if tile is None else tile
         if height < 1 or width < 1 or tile < 1:
             raise ValueError(f"resolution {height}x{width}, tile {tile}: all must be at least 1 pixel")
         if not (-1 <= y0 < y1 <= 1 and -1 <= x0 < x1 <= 1):
             raise ValueError(f"window {y0:g},{x0:g},{y1:g},{x1:g}: need -1 <= y0 < y1 <= 1 and -1 <= x0 < x1 <= 1")
-        device = self.weights[0].device
-        rows = pixel_coord((height, 1), window, self.corners, device)[:, 0, 0].split(tile)         # (H,) in pieces
-        cols = pixel_coord((1, width), window, self.corners, device)[0, :, 1].split(tile)          # (W,) in pieces
+        with without_autocast(device):
+            y = pixel_coord((height, 1), window, self.corners, device)[:, 0, 0]                  # (H,)
+            x = pixel_coord((1, width), window, self.corners, device)[0, :, 1]                   # (W,)
+            y, x = (axis_encoding(c, self.pe_dim, self.pe_sigma) for c in (y, x))
+            first = self.weights[0].float()
+            wy, wx = (w.flatten(1, 2) for w in first[:, :-1].unflatten(1, (2, 2, -1)).unbind(2))         # cos and sin
+            rows = y @ wy + first[:, -1:]                                                        # (B, H, out)
+            cols = x @ wx                                                                        # (B, W, out)
+        tall = max(1, tile * tile // (len(self) * min(tile, width)))
+        for top in range(0, height, tall):
+            for left in range(0, width, tile):
+                a, b = rows[:, top:top + tall, None], cols[:, None, left:left + tile]
+                with without_autocast(device):
+                    rgb = self.further((a + b).flatten(1, 2), dtype)                             # (B, h w, 3)
+                yield top, left, rgb.unflatten(1, (a.shape[1], b.shape[2])).movedim(-1, 1)
 
-        def piece(y: Tensor, x: Tensor) -> Tensor:
-            coord = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1)             # (h, w, 2)
-            return self(coord[None]).movedim(-1, 1)                                      # (B, 3, h, w)
+    def draw(self, res: int | tuple[int, int], window: Window | None = None, tile: int | None = None,
+             dtype: torch.dtype = torch.float32) -> Tensor:
+        """The images (B, 3, H, W) at any resolution and aspect.
 
-        return torch.cat([torch.cat([piece(y, x) for x in cols], dim=3) for y in rows], dim=2)
+        `res` is the size in pixels, int or (H, W), of `window` = (y0, x0, y1, x1), a rectangle of the plane [-1, 1]^2
+        (default: all of it). Points do not see one another: tiles only bound the memory, to that of tile^2 pixels of
+        all B images together (default: 64, which suits the caches of a CPU, or 256). dtype=torch.bfloat16 is for the
+        layers after the first; the encoding and the first layer stay in float32.
+        Raises ValueError for an empty resolution, and for a window that is empty or leaves the plane.
+        """
+        height, width = (res, res) if isinstance(res, int) else res
+        out = None
+        for top, left, rgb in self.tiles(res, window, tile, dtype):
+            out = rgb.new_empty(len(self), 3, height, width) if out is None else out
+            out[..., top:top + rgb.shape[2], left:left + rgb.shape[3]] = rgb
+        return out
 
     def __len__(self) -> int:
         return len(self.weights[0])

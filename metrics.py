@@ -492,15 +492,22 @@ class Protocol:
 
 
 class ImageSet:
-    """The images of a folder (with its subfolders), a zip, or an .npz batch (arr_0, uint8 NHWC), in sorted order.
+    """The images of a folder (with its subfolders), a zip, an .npz batch (arr_0, uint8 NHWC), or a set prepared by
+    data.py, in sorted order.
 
     `limit` takes that many, evenly spaced, since sorted names are often sorted by class. Raises ValueError.
     """
 
     def __init__(self, path: str | Path, limit: int | None = None):
-        self.path, self.zip, self.shape = Path(path), None, None
+        self.path, self.zip, self.shape, self.prepared = Path(path), None, None, None
         try:
-            if self.path.is_dir():
+            if (self.path / "pixels.u8").is_file():                  # a set that data.py prepared: train, then val
+                meta = json.loads((self.path / "meta.json").read_text())
+                self.prepared, self.shape = Protocol(size=meta["size"], filter=meta["filter"]), (meta["count"],)
+                self.shape += (self.prepared.size, self.prepared.size, 3)
+                self.read_row = row_reader(self.path / "pixels.u8", 0, self.shape)
+                names = [f"{i:08d}.png" for i in range(self.shape[0])]
+            elif self.path.is_dir():
                 names = [p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file()]
             elif self.path.suffix == ".npz":
                 self.shape, self.read_row = open_npz(self.path)
@@ -545,6 +552,10 @@ class ImageSet:
 
         Upright and with transparency on white, like the pictures that training sees.
         """
+        own = self.prepared
+        if own and protocol.size and (protocol.size, protocol.filter) != (own.size, own.filter):
+            raise ValueError(f"{self.path} was prepared with size {own.size} and filter {own.filter} instead of "
+                             f"{protocol.size} and {protocol.filter}: choose the same, or give the images")
         data = self.raw(i)
         try:
             if self.shape:
@@ -583,17 +594,22 @@ def open_npz(path: Path) -> tuple[tuple[int, ...], Callable[[int], bytes]]:
         with np.load(path, allow_pickle=False) as arrays:
             array = arrays["arr_0"]
         return shape, lambda i: array[i].tobytes()
-    size = math.prod(shape[1:])
     with open(path, "rb") as file:                                   # zip: a 30-byte local header, name, extra, data
         file.seek(info.header_offset + 26)
         start += info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+    return shape, row_reader(path, start, shape)
+
+
+def row_reader(path: Path, start: int, shape: tuple[int, ...]) -> Callable[[int], bytes]:
+    """A reader of the rows of a uint8 array of `shape` that begins at byte `start` of a file."""
+    size = math.prod(shape[1:])
 
     def read_row(i: int) -> bytes:
         with open(path, "rb") as file:
             file.seek(start + i * size)
             return file.read(size)
 
-    return shape, read_row
+    return read_row
 
 
 def to_uint8(images: Tensor) -> Tensor:

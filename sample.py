@@ -19,7 +19,7 @@ import time
 import typing
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -480,6 +480,16 @@ def draw(renderer: nn.Module, phi: Tensor, res: tuple[int, int], tile: int, wind
                       (" (norm=paper takes its statistics from them)" if norm == "paper" else ""))
 
 
+def draw_functions(functions: ImageFunction, res: tuple[int, int], window=None,
+                   dtype: torch.dtype = torch.float32) -> np.ndarray:
+    """Pixels (B, H, W, 3) uint8 of image functions, tile by tile: memory holds bytes, not floats."""
+    out = np.empty((len(functions), *res, 3), np.uint8)
+    for y, x, rgb in functions.tiles(res, window, dtype=dtype):
+        for image, piece in zip(out, rgb):
+            image[y:y + rgb.shape[2], x:x + rgb.shape[3]] = to_uint8(piece)
+    return out
+
+
 def write_png(path: Path, pixels: np.ndarray, info: dict) -> None:
     """Write a PNG that says how it was made (tEXt chunk `parameters`, JSON); renamed into place when complete."""
     meta = PngImagePlugin.PngInfo()
@@ -527,7 +537,8 @@ def gflop(call: Callable) -> float:
     return counter.get_total_flops() / 1e9
 
 
-def onestep_calls(f: ConsistencyModel, size: int, batch: int, sizes: tuple[int, ...]) -> dict[str, Callable]:
+def onestep_calls(f: ConsistencyModel, size: int, batch: int, sizes: Iterable[int],
+                  dtype: torch.dtype = torch.float32) -> dict[str, Callable]:
     """What sampling `batch` images takes: the image of a pixel generator; or the function, and each rendering of it."""
     device = next(f.parameters()).device
     noise, y = torch.randn(batch, 3, size, size, device=device), None
@@ -536,21 +547,29 @@ def onestep_calls(f: ConsistencyModel, size: int, batch: int, sizes: tuple[int, 
     if not hasattr(f.net, "function"):
         return {f"image {size}": lambda: sample_onestep(f, noise, y)}
     function = sample_function(f, noise, y)
-    draw_at = lambda res: lambda: torch.no_grad()(function.draw)(res)
+    draw_at = lambda res: lambda: torch.no_grad()(function.draw)(res, dtype=dtype)
     return {"function": lambda: sample_function(f, noise, y), **{f"render {res}": draw_at(res) for res in sizes}}
 
 
-def bench(model: INFD | OneStep, steps: int, sizes: list[tuple[int, int]]) -> str:
-    """Time per image of each part of sampling, as text and a JSON line."""
+def bench(model: INFD | OneStep, steps: int, sizes: list[tuple[int, int]], dtype: torch.dtype = torch.float32) -> str:
+    """Time per image of each part of sampling, as text and a JSON line; `dtype` is that of ImageFunction.draw.
+
+    multi_res_fps is Section 4.3's of CM-Func: pictures per second when each is wanted at 32, 64 and 128 px.
+    """
     if isinstance(model, OneStep):
         device = next(model.f.parameters()).device
         lines, result = [], {}
         for batch in (1, 64):
-            times = seconds(onestep_calls(model.f, model.size, batch, tuple({32, 64, 128, model.size})), device)
+            drawn = [res for res in sorted({32, 64, 128, 256, 512, model.size}) if batch * res**2 <= 2**20]
+            times = seconds(onestep_calls(model.f, model.size, batch, drawn, dtype), device)
             lines += [f"batch {batch:2d}: {name:12} {1000 * t / batch:9.2f} ms per image" for name, t in times.items()]
             own = times.get("function", 0) + times.get(f"render {model.size}", times.get(f"image {model.size}", 0))
             result[f"batch {batch}"] = {**times, "images_per_s": batch / own}
             lines.append(f"batch {batch:2d}: {batch / own:.1f} images/s at {model.size} px")
+            if "function" in times:
+                fps = 3 * batch / (times["function"] + sum(times[f"render {res}"] for res in (32, 64, 128)))
+                result[f"batch {batch}"]["multi_res_fps"] = fps
+                lines.append(f"batch {batch:2d}: {fps:.1f} pictures/s at 32, 64 and 128 px")
     else:
         device = next(model.unet.parameters()).device
         z = torch.randn(1, *model.latent_shape, device=device)
@@ -667,6 +686,9 @@ def parser() -> argparse.ArgumentParser:
     infd.add_argument("--latent-size", help="side(s) of a larger noise map: convolutional sampling (Section D)")
     infd.add_argument("--norm", help="GroupNorm statistics of the renderer: paper, per tile (default), or global")
     infd.add_argument("--tile", type=int, help="tile side in pixels (default: the training patch)")
+    cm.add_argument("--func-dtype", choices=["float32", "bfloat16"],
+                    help="of the image function's layers after the first (float32); bfloat16 is faster where the "
+                         "processor multiplies it")
     cm.add_argument("--sigmas", help="noise levels of further steps, decreasing: 4.0,0.8 (training resolution only)")
     return p
 
@@ -696,7 +718,7 @@ def refuse(args: argparse.Namespace, model: str, *names: str) -> None:
 
 def infd_painter(model: INFD, args: argparse.Namespace, sizes: list, window) -> tuple[dict, list, Painter]:
     """(what the PNGs say, the sizes to draw, a function that draws some images at all of them)."""
-    refuse(args, "an INFD model", "sigmas")
+    refuse(args, "an INFD model", "sigmas", "func_dtype")
     if model.unet is None:
         raise ValueError(NEEDS_LDM)
     latent = parse_size(args.latent_size) if args.latent_size else None
@@ -728,23 +750,26 @@ def onestep_painter(model: OneStep, args: argparse.Namespace, sizes: list, windo
             raise ValueError(f"--steps {steps}: name the noise levels of the further steps, as in --sigmas 4.0,0.8")
         sigmas = (model.second,)
     free = hasattr(model.f.net, "function") and not sigmas and not model.heun
-    sizes = sizes or [own]
-    if not free and (window or sizes != [own]):
-        raise ValueError(f"only one step of generator=func can be drawn at any size and window; this draws "
-                         f"--res {model.size} and the whole image")
+    sizes, dtype = sizes or [own], getattr(torch, args.func_dtype or "float32")
+    if not free and (window or args.func_dtype or sizes != [own]):
+        raise ValueError(f"only one step of generator=func can be drawn at any size and window, and by --func-dtype; "
+                         f"this draws --res {model.size} and the whole image")
 
     def paint(part, labels):
         if free:
             functions = model.functions(part, args.seed, labels)
-            for b, i in enumerate(part):
-                for size in sizes:
-                    yield i, size, to_uint8(functions[b].draw(size, window)[0])
+            for size in sizes:
+                many = max(1, 2**20 // (size[0] * size[1]))          # small pictures together, large ones one by one
+                for at in range(0, len(part), many):
+                    pixels = draw_functions(functions[at:at + many], size, window, dtype)
+                    yield from ((i, size, image) for i, image in zip(part[at:], pixels))
             return
         made = model.denoise(part, args.seed, steps, labels) if model.heun else \
             model.sample(part, args.seed, sigmas, labels)
         yield from ((i, own, to_uint8(image)) for i, image in zip(part, made))
 
-    return {"steps": steps, "sigmas": sigmas}, sizes, paint
+    described = {"steps": steps, "sigmas": sigmas}
+    return described | ({} if dtype == torch.float32 else {"func_dtype": args.func_dtype}), sizes, paint
 
 
 def run(args: argparse.Namespace) -> None:
@@ -760,7 +785,7 @@ def run(args: argparse.Namespace) -> None:
     painter = infd_painter if isinstance(model, INFD) else onestep_painter
     described, sizes, paint = painter(model, args, sizes, window)
     if args.bench:
-        return print(bench(model, described["steps"], sizes))
+        return print(bench(model, described["steps"], sizes, getattr(torch, args.func_dtype or "float32")))
     if args.fid and len(sizes) > 1:
         raise ValueError("--fid compares pictures of one size; give --res one size")
     network = metrics.load_features(args.features).to(device) if args.fid else None      # fail before the work

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import hashlib
 import io
 import itertools
 import json
@@ -16,6 +17,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import shutil
 import signal
 import socket
 import struct
@@ -49,7 +51,7 @@ from consistency import (ECT, ICT, ConsistencyConfig, ConsistencyModel, consiste
                          lpips_resized, noise_condition, per_image, pseudo_huber, sample_function, sample_multistep,
                          sample_onestep)
 from inr_generator import (AdaLNBlock, Block, DiT, FunctionGenerator, FunctionPrediction, GeneratorConfig,
-                           ImageFunction, TransformerConfig, UViT, pixel_coord, positional_encoding,
+                           ImageFunction, TransformerConfig, UViT, axis_encoding, pixel_coord, positional_encoding,
                            variational_coord)
 from ldm import DiffusionConfig, GaussianDiffusion, SelfAttention, UNet, UNetConfig, qkv_from_legacy, timestep_embedding
 from train import ema_update
@@ -1269,6 +1271,18 @@ def test_a_patch_is_the_slice_of_the_resized_whole_at_its_coord(flip):
     assert 15 < mirrored < 45 if flip else mirrored == 0
 
 
+def test_a_box_of_a_photo_is_the_slice_of_all_of_it_bit_by_bit():
+    for k, side in enumerate((1, 7, 64, 333)):
+        noise = np.random.default_rng(k).integers(0, 256, (side, side, 3), dtype=np.uint8)
+        photo = data.Photo("p", lambda: Image.fromarray(noise))
+        for n in range(30):
+            gen = np.random.default_rng((k, n))
+            res = int(gen.integers(1, 400))
+            h, w = gen.integers(1, res + 1, 2).tolist()
+            top, left = int(gen.integers(res - h + 1)), int(gen.integers(res - w + 1))
+            assert (photo.draw(res, (top, left, h, w)) == photo.draw(res)[top:top + h, left:left + w]).all()
+
+
 def test_ground_truth_sizes_follow_the_options():
     photo = data.Photo("p", lambda: data_picture(50))
     def sizes(**options):
@@ -1480,6 +1494,136 @@ def test_names_resolve_and_missing_data_is_one_line(tmp_path, monkeypatch):
     for name, message in (("empty", "holds no .png"), ("fake.zip", "not a readable zip")):
         with pytest.raises(data.DataError, match=message):
             data.open_data(name)
+
+
+# ---- prepared sets
+
+
+def data_prepare(*args) -> int:
+    return data.main(["prepare", *map(str, args)])
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> tuple[Path, Path]:
+    """60 odd-shaped pictures in three classes, as a zip and prepared at 16 px."""
+    root = tmp_path_factory.mktemp("prepared")
+    wide = lambda i: data_picture(40, i).crop((0, i % 5, 40 - i % 7, 40))
+    files = {f"{'abc'[i % 3]}/{i:05d}.jpg": data_file(wide(i), "JPEG", quality=95) for i in range(60)}
+    source = data_zip(root / "set.zip", files)
+    assert data_prepare(source, root / "set16", "--size", 16, "--workers", 2) == 0
+    return source, root / "set16"
+
+
+def test_a_prepared_set_gives_the_batches_of_its_source(prepared):
+    item = functools.partial(train.picture_item, size=16, flip=True)
+    for split, n in (("train", 45), ("val", 15)):
+        source, copy = (data.open_data(str(path), split) for path in prepared)
+        assert len(source) == len(copy) == n and source.classes == copy.classes == ("a", "b", "c")
+        assert data_equal(data_take(12, source, item, 5, seed=2), data_take(12, copy, item, 5, seed=2))
+    assert data_equal(data_take(4, source, item, 5), data_take(4, copy, item, 5, workers=2))
+    both = data.open_data(str(prepared[1]), "all")
+    assert len(both) == 60 and both.labels[45:] == copy.labels and (both[45].draw(16) == copy[0].draw(16)).all()
+    cfg = data.DataConfig(size=16, patch=8, max_size=16)                 # of one size there is one ground truth
+    a, b = (data.random_patch(data.open_data(str(path))[3], data.rng(0), cfg) for path in prepared)
+    assert torch.equal(a["image"], b["image"])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_landscapes_can_be_prepared(tmp_path, monkeypatch, workers):
+    monkeypatch.setattr(data.Landscapes, "__len__", lambda self: 5)
+    data.prepare("synthetic", tmp_path / "copy", 12, workers)
+    for split in ("train", "val"):
+        source, copy = data.open_data("synthetic", split), data.open_data(str(tmp_path / "copy"), split)
+        assert source.classes == copy.classes and len(copy) == 5
+        for i in range(5):
+            assert source.label(i) == copy.label(i) and (source[i].draw(12) == copy[i].draw(12)).all()
+
+
+def test_a_prepared_set_says_what_it_is(prepared, tmp_path, capsys):
+    source, copy = prepared
+    meta, pixels = json.loads((copy / "meta.json").read_text()), (copy / "pixels.u8").read_bytes()
+    assert sorted(p.name for p in copy.parent.iterdir()) == ["set.zip", "set16"] and len(pixels) == 60 * 16 * 16 * 3
+    assert {k: meta[k] for k in ("format", "source", "size", "filter", "count", "enlarged", "skipped")} == {
+        "format": 1, "source": str(source), "size": 16, "filter": "lanczos", "count": 60, "enlarged": 0, "skipped": []}
+    assert meta["sha256"] == hashlib.sha256(pixels).hexdigest()
+    assert np.asarray(data.open_data(str(source))[5].draw(16)).tobytes() == pixels[5 * 768:6 * 768]
+    assert data_prepare("synthetic", copy, "--size", 16) == 2 and "exists" in capsys.readouterr().err
+    assert data_prepare(copy, tmp_path / "again", "--size", 8) == 2 and "before" in capsys.readouterr().err
+    assert data_prepare(source, tmp_path / "none", "--size", 0) == 2 and "--size 0" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_workers_share_the_pixels_of_a_prepared_set(prepared):
+    source = data.open_data(str(prepared[1]))
+    first = source[0].draw(16)
+    assert isinstance(source.pixels, np.memmap) and len(pickle.dumps(source)) < 2000
+    again = pickle.loads(pickle.dumps(source))
+    assert (again[0].draw(16) == first).all() and again.pixels.filename == source.pixels.filename
+    with pytest.raises(ValueError):
+        source.pixels[0] = 0                                             # read only
+
+
+def test_a_prepared_set_is_not_enlarged(prepared, tmp_path, capsys):
+    picture = data.open_data(str(prepared[1]))[0]
+    for ask in (lambda: picture.draw(17), lambda: data.random_patch(picture, data.rng(0), data.DataConfig(8, 8, 32))):
+        with pytest.raises(data.DataError, match=r"prepared at 16 px, not the (17|32) px.*--size (17|32)"):
+            ask()
+    assert picture.draw(8).shape == (8, 8, 3)
+    args = ["--stage", "ae", "--preset", "tiny", "--data", prepared[1], "--out", tmp_path / "run", *TINY_AE]
+    assert main_train(*args) == 2 and "prepared at 16 px, not the 32 px asked for" in capsys.readouterr().err
+
+
+def test_corrupt_pictures_are_left_out_and_small_ones_counted_when_prepared(tmp_path, capsys):
+    files = data_pictures(30, 24) | {"00003.png": b"no image", "00004.png": data_file(data_picture(10))}
+    source = data_folder(tmp_path / "set", files)
+    assert data_prepare(source, tmp_path / "copy", "--size", 16, "--workers", 0) == 0
+    out, meta = capsys.readouterr().out, json.loads((tmp_path / "copy/meta.json").read_text())
+    assert "29 pictures" in out and "1 skipped, 1 enlarged" in out and "00003.png: not a PNG" in out
+    assert meta["count"] == len(data.open_data(str(tmp_path / "copy"), "all")) == 29 and len(meta["skipped"]) == 1
+    assert data_prepare("synthetic", tmp_path / "copy/meta.json/x", "--size", 8) == 2
+    assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("after", [0, 1, 40])
+def test_an_interrupted_preparation_leaves_nothing_and_starts_again(prepared, tmp_path, monkeypatch, capsys, after):
+    seen, draw = [], data.Photo.draw
+
+    def interrupted(photo, *args):
+        if len(seen) == after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        seen.append(photo)
+        return draw(photo, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data.Photo, "draw", interrupted)
+        assert data_prepare(prepared[0], tmp_path / "copy", "--size", 16, "--workers", 0) == 143
+    assert "starts again" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+    assert data_prepare(prepared[0], tmp_path / "copy", "--size", 16, "--workers", 0) == 0
+    for name in ("pixels.u8", "meta.json"):
+        assert (tmp_path / "copy" / name).read_bytes() == (prepared[1] / name).read_bytes()
+
+
+def test_damage_to_a_prepared_set_is_named(prepared, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(prepared[1], copy)
+    assert main_train("--data", copy, "--check-data") == 0
+    pixels, meta = (copy / "pixels.u8").read_bytes(), json.loads((copy / "meta.json").read_text())
+    (copy / "pixels.u8").write_bytes(pixels[:1000] + bytes([pixels[1000] ^ 1]) + pixels[1001:])
+    assert data.open_data(str(copy)).label(0) == 0                       # opening looks at the size alone
+    assert main_train("--data", copy, "--check-data") == 2 and "SHA-256" in capsys.readouterr().out
+    (copy / "pixels.u8").write_bytes(pixels[:-1])
+    with pytest.raises(data.DataError, match="has 46,079 bytes, meta.json says 46,080 for 60 labels"):
+        data.open_data(str(copy))
+    (copy / "pixels.u8").write_bytes(pixels)
+    for change, said in (({"format": 2}, "format 2, this version reads 1"), ({"count": 59}, "not complete"),
+                         ({"labels": {"train": [3] * 60, "val": []}}, "not complete"), ({"labels": 7}, "is damaged"),
+                         ({"size": None}, "is damaged")):
+        (copy / "meta.json").write_text(json.dumps(meta | change))
+        with pytest.raises(data.DataError, match=said):
+            data.open_data(str(copy))
+    (copy / "meta.json").write_text("{")
+    with pytest.raises(data.DataError, match="is damaged"):
+        data.open_data(str(copy))
 
 
 # ---- CIFAR-10
@@ -2729,6 +2873,19 @@ def test_metrics_size_cuts_the_centre_square_and_uses_the_filter(tmp_path):
     assert not np.array_equal(read["box"], read["lanczos"])
 
 
+def test_metrics_a_prepared_set_serves_its_own_size_and_filter_only(tmp_path):
+    folder, copy = metrics_folder(tmp_path / "set", metrics_pictures(8)), tmp_path / "copy"
+    data.prepare(str(folder), copy, 12)
+    images, plain = metrics.ImageSet(copy), metrics.ImageSet(folder)
+    protocol = metrics.Protocol(size=12)
+    rows = [[read.read(i, p).tobytes() for i in range(8)]
+            for read, p in ((images, metrics.Protocol()), (images, protocol), (plain, protocol))]
+    assert rows[0] == rows[1] and sorted(rows[1]) == sorted(rows[2]) and len(set(rows[0])) == 8     # train before val
+    for other in (metrics.Protocol(size=8), metrics.Protocol(size=12, filter="box")):
+        with pytest.raises(ValueError, match="was prepared with size 12 and filter lanczos instead of"):
+            images.read(0, other)
+
+
 def test_metrics_images_are_upright_and_on_white(tmp_path):
     picture = metrics_pictures(1)[0]
     turned = Image.Exif()
@@ -3438,6 +3595,44 @@ def test_cm_windows_and_tiles_change_nothing():
     for tile in (1, 7, 16, 40):
         cm_close(function.draw((40, 24), tile=tile), whole)
     assert function.draw(1).shape == (2, 3, 1, 1)
+
+
+def test_cm_the_encoding_of_a_grid_is_that_of_its_rows_beside_that_of_its_columns():
+    coord, half = pixel_coord((5, 7)), 8
+    code = positional_encoding(coord, 16, 1024.0)                        # cos y, cos x, sin y, sin x
+    rows, cols = (axis_encoding(c, 16, 1024.0) for c in (coord[:, 0, 0], coord[0, :, 1]))
+    for at, axis in ((0, rows[:, None]), (1, cols[None])):
+        assert torch.equal(code[..., at * half:(at + 1) * half], axis[..., :half].expand(5, 7, half))
+        assert torch.equal(code[..., (at + 2) * half:(at + 3) * half], axis[..., half:].expand(5, 7, half))
+
+
+def test_cm_draw_equals_the_function_asked_pixel_by_pixel():
+    function, coord = cm_function(), pixel_coord((20, 12), (-0.5, -1.0, 1.0, 0.25))[None]
+    weights = [w.requires_grad_() for w in function.weights]
+    drawn, asked = function.draw((20, 12), (-0.5, -1.0, 1.0, 0.25)), function(coord).movedim(-1, 1)
+    cm_close(drawn, asked, dict(rtol=0, atol=1e-5 * asked.std().item()))
+    look = cm_randn(*asked.shape)
+    for own, other in zip(*(torch.autograd.grad((rgb * look).sum(), weights) for rgb in (drawn, asked))):
+        cm_close(own, other, dict(rtol=0, atol=1e-5 * other.abs().max().item()))
+
+
+def test_cm_tiles_hold_all_images_together_and_cover_each_pixel_once():
+    function = cm_function(size=3)
+    covered = torch.zeros(20, 50)
+    for top, left, rgb in function.tiles((20, 50), tile=12):
+        assert rgb.shape[:2] == (3, 3) and rgb.shape[2] * rgb.shape[3] * 3 <= 12**2
+        covered[top:top + rgb.shape[2], left:left + rgb.shape[3]] += 1
+    assert (covered == 1).all()
+
+
+def test_cm_bfloat16_rounds_the_layers_after_the_first_only():
+    function = cm_function()
+    whole, rounded = function.draw(32), function.draw(32, dtype=torch.bfloat16)
+    assert rounded.dtype == torch.float32 and 0 < (rounded - whole).std() < 0.02 * whole.std()
+    one = torch.zeros(1, 5, 3)                                           # a function of one layer has nothing to round
+    one[0, 0] = 1 / 3
+    line = ImageFunction((one,), pe_dim=2, pe_sigma=1.0)
+    assert torch.equal(line.draw(8, dtype=torch.bfloat16), line.draw(8))
 
 
 @pytest.mark.parametrize("arguments", [dict(res=0), dict(res=(4, -1)), dict(res=4, tile=0),
@@ -4261,6 +4456,9 @@ def test_stage_cm_one_function_is_drawn_at_any_size_and_window(stage_runs, tmp_p
         assert np.abs(part.astype(int) - large[0][16:, :16]).max() <= 1      # a quarter of the plane at twice the size
     first, second = (main_png(tmp_path / "a" / f"seed0-00000{i}-16x16.png")[0].astype(int) for i in (0, 1))
     assert np.abs(first - second).max() > 1
+    assert main_sample(*common, "--res", 16, "--func-dtype", "bfloat16", "--out", tmp_path / "c") == 0
+    pixels, info = main_png(tmp_path / "c" / "seed0-000000-16x16.png")
+    assert np.abs(pixels.astype(int) - first).max() <= 3 and info["func_dtype"] == "bfloat16"
 
 
 def test_stage_cm_more_steps_stay_at_the_training_resolution(stage_runs, tmp_path, capsys):
@@ -4423,6 +4621,11 @@ def test_stage_sample_bench_times_each_part(stage_runs, main_runs, capsys):
         assert main_sample("--ckpt", run, "--bench", *args) == 0
         result = json.loads(capsys.readouterr().out.splitlines()[-1])["seconds"]
         assert parts <= set(result.get("batch 64", result)) and not (run / "samples").exists()
+        if run.name == "cm":
+            row = result["batch 1"]
+            assert {"render 256", "render 512"} <= set(row) and "render 256" not in result["batch 64"]
+            total = sum(row[part] for part in ("function", "render 32", "render 64", "render 128"))
+            assert row["multi_res_fps"] == pytest.approx(3 / total)          # Section 4.3
 
 
 @pytest.mark.parametrize("data_name, size, patch, steps, mu0, classes", [
