@@ -899,6 +899,102 @@ def test_ldm_ddim_timesteps_follow_the_stride_rule():
             diffusion.ddim_timesteps(steps)
 
 
+def ldm_gaussian_flow(diffusion, mean, std):
+    """(eps, exact) for data N(mean, std^2): the true noise prediction, and x at timestep s of the flow through x at t."""
+    def moments(t):
+        alpha, sigma = diffusion._alpha_sigma(t)
+        return alpha * mean, math.sqrt((alpha * std)**2 + sigma**2), sigma
+
+    def eps(x_t, t, y):
+        m, s, sigma = moments(t[0].item())
+        return sigma / s**2 * (x_t - m)
+
+    def exact(x_t, t, s):
+        (m_t, s_t, _), (m_s, s_s, _) = moments(t), moments(s)
+        return m_s + s_s / s_t * (x_t - m_t)
+
+    return eps, exact
+
+
+@pytest.mark.parametrize("sampler, order", [("ddim_loop", 1), ("dpm_loop", 2), ("heun_loop", 2)])
+def test_ldm_samplers_converge_to_the_flow_of_a_gaussian_at_their_order(sampler, order):
+    # Short betas, so that timesteps in whole numbers are as good as a continuous time. The state at timestep 0, before
+    # the first-order step to clean data, is compared; the error must fall as steps^-order.
+    diffusion = GaussianDiffusion(DiffusionConfig(steps=20_000))
+    eps, exact = ldm_gaussian_flow(diffusion, mean=0.3, std=0.5)
+    x_T, errors = torch.tensor([[[[-1.3, 0.2, 2.0]]]], dtype=torch.float64), []
+    options = {"eta": 0.0} if sampler == "ddim_loop" else {}
+    for steps in (50, 100, 200):
+        first = diffusion.ddim_timesteps(steps)[-1] if options else diffusion.cfg.steps - 1
+        states = [x for x, _ in getattr(diffusion, sampler)(eps, x_T, steps, **options)]
+        errors.append((states[-2] - exact(x_T, first, 0)).abs().max().item())
+        assert torch.allclose(states[-1], exact(x_T, first, -1), atol=errors[-1] + 2e-4)
+    for coarse, fine in zip(errors, errors[1:]):
+        assert 0.8 * 2**order < coarse / fine < 1.3 * 2**order, errors
+
+
+@pytest.mark.parametrize("sampler", ["dpm_loop", "heun_loop"])
+@pytest.mark.parametrize("steps", [1, 2, 7, 200])
+def test_ldm_solvers_are_exact_where_the_prediction_stays_the_same(sampler, steps):
+    # All data at one point: x_0 is that point from the first call on, and noise of any size ends there; on the way the
+    # eps of x_t is the noise it began with.
+    diffusion = GaussianDiffusion(DiffusionConfig())
+    eps, exact = ldm_gaussian_flow(diffusion, mean=0.7, std=0.0)
+    x_T, times = torch.randn(2, 3, 4, 5, dtype=torch.float64), diffusion.solver_timesteps(steps)
+    steps_made = list(getattr(diffusion, sampler)(eps, x_T, steps))
+    assert len(steps_made) == steps
+    for (x_t, x_0), t in zip(steps_made, times[-2::-1] + [-1]):
+        assert torch.allclose(x_0, torch.full_like(x_0, 0.7), atol=1e-9)
+        assert torch.allclose(x_t, exact(x_T, times[-1], t), atol=1e-10)
+
+
+def test_ldm_first_order_dpm_solver_is_ddim_without_noise():
+    diffusion = GaussianDiffusion(DiffusionConfig())
+    x_t, eps = torch.randn(2, 1, 3, 2, 2, dtype=torch.float64)
+    for t, t_prev in [(999, 700), (700, 1), (3, 0), (0, -1)]:
+        (alpha, sigma), (alpha_prev, sigma_prev) = diffusion._alpha_sigma(t), diffusion._alpha_sigma(t_prev)
+        h = math.log(alpha_prev / sigma_prev) - math.log(alpha / sigma) if t_prev >= 0 else math.inf
+        x, x_0 = diffusion.ddim_step(x_t, eps, t, t_prev, eta=0.0)
+        dpm = sigma_prev / sigma * x_t - alpha_prev * math.expm1(-h) * x_0              # as the paper writes it
+        assert torch.allclose(x, dpm, atol=1e-12)
+        assert torch.allclose(x, diffusion.flow_step(x_t, x_0, t, t_prev), atol=1e-12)
+    # The multistep solver starts with that step, and a solver of one step is nothing else.
+    model = lambda x, t, y: torch.tanh(x + t.view(-1, 1, 1, 1) / 1000)
+    first = next(diffusion.dpm_loop(model, x_t, 2))[0]
+    assert torch.allclose(first, diffusion.ddim_step(x_t, model(x_t, torch.tensor([999]), None), 999, 0, 0.0)[0])
+    (one, x_0), = diffusion.dpm_loop(model, x_t, 1)
+    assert torch.equal(one, x_0) and torch.equal(one, next(diffusion.heun_loop(model, x_t, 1))[0])
+
+
+def test_ldm_solvers_call_the_model_as_often_as_they_say():
+    diffusion, weight, calls = GaussianDiffusion(DiffusionConfig()), torch.ones((), requires_grad=True), []
+
+    def model(x_t, t, y):
+        calls.append((t.tolist(), y))
+        return weight * x_t
+
+    times = diffusion.solver_timesteps(4)[::-1]
+    for sampler, visited in [("dpm_loop", times), ("heun_loop", [times[0], *sorted(2 * times[1:], reverse=True)])]:
+        calls.clear()
+        for x_t, x_0 in getattr(diffusion, sampler)(model, torch.ones(2, 1, 2, 2), 4, y="label"):
+            assert not x_t.requires_grad and torch.is_grad_enabled() and x_0.shape == (2, 1, 2, 2)
+        assert calls == [([t, t], "label") for t in visited] and torch.equal(x_t, x_0)
+
+
+def test_ldm_solver_timesteps_are_distinct_and_even_in_the_log_of_the_noise():
+    diffusion = GaussianDiffusion(DiffusionConfig())
+    log_rho = torch.logit(diffusion.alpha_bar) / 2
+    for steps in (1, 2, 3, 10, 24, 100, 777, 999, 1000):
+        times = diffusion.solver_timesteps(steps)
+        assert len(times) == steps == len(set(times)) and times == sorted(times)
+        assert times[-1] == 999 and (steps == 1 or times[0] == 0)
+    gaps = -log_rho[diffusion.solver_timesteps(10)].diff()
+    assert gaps.max() - gaps.min() < 0.35                     # the step from timestep 1 to 0 is 0.35: the rounding
+    for steps in (0, 1001):
+        with pytest.raises(ValueError, match="1 to 1000"):
+            diffusion.solver_timesteps(steps)
+
+
 def test_ldm_betas_grow_as_the_number_of_steps_shrinks():
     betas = GaussianDiffusion(DiffusionConfig(steps=250)).betas
     expected = 4 * torch.linspace(0.0015, 0.0195, 250, dtype=torch.float64)
