@@ -900,7 +900,7 @@ def test_ldm_ddim_timesteps_follow_the_stride_rule():
 
 
 def ldm_gaussian_flow(diffusion, mean, std):
-    """(eps, exact) for data N(mean, std^2): the true noise prediction, and x at timestep s of the flow through x at t."""
+    """(eps, exact) for data N(mean, std^2): the true noise prediction, and the flow from x at timestep t to s."""
     def moments(t):
         alpha, sigma = diffusion._alpha_sigma(t)
         return alpha * mean, math.sqrt((alpha * std)**2 + sigma**2), sigma
@@ -2082,6 +2082,28 @@ def test_a_picture_depends_on_seed_and_index_alone(main_runs, tmp_path):
     c, _ = main_png(tmp_path / "four" / "seed0-000003-16x16.png")
     a, _ = main_png(tmp_path / "four" / "seed0-000002-16x16.png")
     assert np.abs(a.astype(int) - c).max() > 1                               # another index, another picture
+
+
+@pytest.mark.parametrize("sampler, steps", [("ddim", 200), ("dpm++", 20), ("heun", 10)])
+def test_every_sampler_draws_from_seed_and_index_alone_and_says_how(main_runs, tmp_path, sampler, steps):
+    common = ["--ckpt", main_runs / "ldm", "--res", 16, "--sampler", sampler]
+    common += ["--steps", 4] if sampler == "ddim" else []                     # 200 take too long here
+    assert main_sample(*common, "--n", 3, "--out", tmp_path / "three") == 0
+    assert main_sample(*common, "--start", 2, "--out", tmp_path / "one") == 0
+    name = "seed0-000002-16x16.png"
+    with Image.open(tmp_path / "three" / name) as together, Image.open(tmp_path / "one" / name) as alone:
+        assert np.abs(np.asarray(together, int) - np.asarray(alone, int)).max() <= 1
+        info = json.loads(alone.info["parameters"])
+    assert sample.SAMPLERS[sampler] == steps and info["sampler"] == sampler
+    assert info["steps"] == (4 if sampler == "ddim" else steps) and ("eta" in info) == (sampler == "ddim")
+
+
+def test_eta_and_sampler_are_refused_where_they_mean_nothing(main_runs, stage_runs, tmp_path, capsys):
+    for args, message in [((main_runs / "ldm", "--sampler", "dpm++", "--eta", 0), "dpm++ adds none: leave --eta out"),
+                          ((stage_runs / "cm", "--sampler", "heun"), "--sampler means nothing"),
+                          ((main_runs / "ldm", "--sampler", "heun", "--steps", 1001), "1 to 1000")]:
+        assert main_sample("--ckpt", *args, "--out", tmp_path) == 2
+        assert message in capsys.readouterr().err and not list(tmp_path.glob("*"))
 
 
 def test_a_window_is_the_slice_of_the_whole(main_runs, tmp_path):
@@ -4274,11 +4296,27 @@ def test_stage_cm_bench_reports_every_part_and_their_sum(capsys):
 
 def test_stage_sample_bench_times_each_part(stage_runs, main_runs, capsys):
     for run, parts in ((stage_runs / "cm", {"function", "render 16", "render 32", "render 64", "render 128"}),
-                       (stage_runs / "cm-unet", {"image 16"}), (main_runs / "ldm", {"decode", "render 24x24"})):
-        args = ["--res", 24] if run.name == "ldm" else []
+                       (stage_runs / "cm-unet", {"image 16"}), (main_runs / "ldm", {"decode", "render 24x24, norm paper", "render 24x24, norm global"})):
+        args = ["--res", 24, "--sampler", "heun", "--steps", 3] if run.name == "ldm" else []
         assert main_sample("--ckpt", run, "--bench", *args) == 0
         result = json.loads(capsys.readouterr().out.splitlines()[-1])["seconds"]
         assert parts <= set(result.get("batch 64", result)) and not (run / "samples").exists()
+    # A latent is one network call per step, and heun makes two per step but the last.
+    for name, calls in [("ddim, 200", 200), ("dpm++, 20", 20), ("heun, 3", 5)]:
+        assert result[f"latent, {name} steps"] == pytest.approx(calls * result["network call"])
+
+
+def test_seconds_does_not_repeat_what_takes_long(monkeypatch):
+    clock, calls = [0.0], {"quick": 1.0, "slow": 30.0}
+    made = []
+
+    def take(name):
+        made.append(name)
+        clock[0] += calls[name]
+
+    monkeypatch.setattr(sample.time, "perf_counter", lambda: clock[0])
+    took = sample.seconds({name: functools.partial(take, name) for name in calls}, torch.device("cpu"), 3, limit=20)
+    assert took == calls and made == ["quick", "slow", "quick", "quick", "quick"]
 
 
 @pytest.mark.parametrize("data_name, size, patch, steps, mu0, classes", [
@@ -5080,13 +5118,13 @@ def test_fault_f16_bombs_are_refused_before_they_are_decoded(tmp_path):
     with zipfile.ZipFile(data_zip(tmp_path / "up.zip", {"../up.png": data_file(data_picture(8))})) as archive:
         assert archive.namelist() == ["../up.png"]
     cpu = torch.device("cpu")
-    before = train.peak_memory(cpu, reset=True) or train.peak_memory(cpu)
+    before = sample.peak_memory(cpu, reset=True) or sample.peak_memory(cpu)
     (name, reason), = data.check_data(source)
     assert name.endswith("bomb.png") and "pixels" in reason
     for file, said in (("many.zip", "too many files"), ("up.zip", "unsafe file name")):
         with pytest.raises(data.DataError, match=f"{file}: {said}"):
             data.open_data(str(tmp_path / file))
-    assert train.peak_memory(cpu) - before < 200 * 2**20
+    assert sample.peak_memory(cpu) - before < 200 * 2**20
     assert not list(tmp_path.parent.glob("up.png"))
 
 
