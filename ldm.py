@@ -433,7 +433,7 @@ class GaussianDiffusion:
             yield x_t, x_0
 
     @torch.no_grad()
-    def heun_loop(self, model: Callable, x_T: Tensor, steps: int = 10,
+    def heun_loop(self, model: Callable, x_T: Tensor, steps: int = 20,
                   y: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Like `ddim_loop` with eta 0, by Heun's method: x_0 is the mean of those at both ends of the step.
 

@@ -2084,7 +2084,7 @@ def test_a_picture_depends_on_seed_and_index_alone(main_runs, tmp_path):
     assert np.abs(a.astype(int) - c).max() > 1                               # another index, another picture
 
 
-@pytest.mark.parametrize("sampler, steps", [("ddim", 200), ("dpm++", 20), ("heun", 10)])
+@pytest.mark.parametrize("sampler, steps", [("ddim", 200), ("dpm++", 20), ("heun", 20)])
 def test_every_sampler_draws_from_seed_and_index_alone_and_says_how(main_runs, tmp_path, sampler, steps):
     common = ["--ckpt", main_runs / "ldm", "--res", 16, "--sampler", sampler]
     common += ["--steps", 4] if sampler == "ddim" else []                     # 200 take too long here
@@ -2098,9 +2098,27 @@ def test_every_sampler_draws_from_seed_and_index_alone_and_says_how(main_runs, t
     assert info["steps"] == (4 if sampler == "ddim" else steps) and ("eta" in info) == (sampler == "ddim")
 
 
+def test_compare_samplers_finds_the_steps_that_match_200_of_ddim():
+    # A model whose pictures are off by 1/steps (ddim) or 1/steps^2 (the others): n^2 >= 200 first holds at 15.
+    def z(part, seed, steps, eta, labels, sampler):
+        assert (seed, eta, labels) == (3, 0.0, [5] * len(part))
+        return torch.full((len(part), 1), 1 / steps if sampler == "ddim" else 1 / steps**2, dtype=torch.float64)
+
+    model = types.SimpleNamespace(sample=z, render=lambda z, size: z[:, :, None, None].expand(-1, 3, *size))
+    text = sample.compare_samplers(model, [[0, 1], [2]], 3, 5, (4, 6))
+    psnr = lambda a, b: f"{-20 * math.log10(abs(a - b) / 2):.1f}"
+    rows = {line.split()[0]: line for line in text.splitlines()}
+    assert rows["3"].startswith("3 pictures, 4x6") and psnr(1 / 200, 1 / 200**2) in text.splitlines()[1]
+    pairs = re.findall(r"([\d.]+) / *([\d.]+)", rows["ddim"])
+    assert pairs[1] == (psnr(1 / 10, 1 / 200), psnr(1 / 10, 1 / 200**2)) and len(pairs) == 6
+    last = {name: rows[name].split()[-2:] for name in sample.SAMPLERS}        # steps to 40 dB with ddim, as good as it
+    assert last == {"ddim": ["50", "-"], "dpm++": ["10", "15"], "heun": ["10", "15"]}
+
+
 def test_eta_and_sampler_are_refused_where_they_mean_nothing(main_runs, stage_runs, tmp_path, capsys):
     for args, message in [((main_runs / "ldm", "--sampler", "dpm++", "--eta", 0), "dpm++ adds none: leave --eta out"),
-                          ((stage_runs / "cm", "--sampler", "heun"), "--sampler means nothing"),
+                          ((stage_runs / "cm", "--sampler", "heun", "--compare-samplers"),
+                           "--sampler, --compare-samplers means nothing"),
                           ((main_runs / "ldm", "--sampler", "heun", "--steps", 1001), "1 to 1000")]:
         assert main_sample("--ckpt", *args, "--out", tmp_path) == 2
         assert message in capsys.readouterr().err and not list(tmp_path.glob("*"))
