@@ -375,7 +375,7 @@ class GaussianDiffusion:
         timesteps = self.ddim_timesteps(steps)[::-1]
         x_t = x_T
         for i, (t, t_prev) in enumerate(zip(timesteps, timesteps[1:] + [-1])):
-            eps = model(x_t, torch.full((x_t.shape[0],), t, device=x_t.device), y).to(x_t.dtype)
+            eps = self._eps(model, x_t, t, y)
             step_noise = noise(i) if self.ddim_sigma(t, t_prev, eta) > 0 else None
             x_t, x_0 = self.ddim_step(x_t, eps, t, t_prev, eta, step_noise, clip)
             yield x_t, x_0
@@ -388,5 +388,80 @@ class GaussianDiffusion:
             pass
         return x_t
 
+    # Without noise, x_t follows an ordinary differential equation (the probability flow of Song et al. 2021) from x_T
+    # to the sample. With alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar) and rho = alpha / sigma it reads
+    #     d(x / sigma) / d rho = x_0(x, rho),
+    # and Euler's method on it is DDIM with eta 0, `flow_step`. The two samplers below differ in one thing: they put
+    # a better estimate of x_0 over the step into the same `flow_step`. rho is infinite at clean data, so their last
+    # step, from timestep 0, is Euler's; at timestep 0 next to nothing is left to take out.
+
+    def solver_timesteps(self, steps: int) -> list[int]:
+        """The timesteps of a solver of `steps` steps, ascending from 0 to the last: any number, none of them twice.
+
+        They are evenly spaced in log rho (half the log signal-to-noise ratio), rounded; where that would repeat a
+        timestep, near 0, the later ones make way.
+        """
+        if not 1 <= steps <= self.cfg.steps:
+            raise ValueError(f"{steps} sampling steps; this model has timesteps for 1 to {self.cfg.steps}")
+        log_rho, i = torch.logit(self.alpha_bar) / 2, torch.arange(steps)            # log_rho falls with t
+        wanted = torch.linspace(log_rho[-1].item(), log_rho[0].item(), steps, dtype=torch.float64)
+        nearest = (log_rho[:, None] - wanted).abs().argmin(dim=0).flip(0)            # (steps,), ascending
+        return ((nearest - i).cummax(dim=0).values.clamp(max=self.cfg.steps - steps) + i).tolist()
+
+    def flow_step(self, x_t: Tensor, x_0: Tensor, t: int, t_prev: int) -> Tensor:
+        """From timestep t to t_prev, exactly, if the prediction x_0 stayed as it is: x at t_prev; -1 is clean data."""
+        (alpha, sigma), (alpha_prev, sigma_prev) = self._alpha_sigma(t), self._alpha_sigma(t_prev)
+        return sigma_prev / sigma * x_t + (alpha_prev - alpha * sigma_prev / sigma) * x_0
+
+    @torch.no_grad()
+    def dpm_loop(self, model: Callable, x_T: Tensor, steps: int = 20,
+                 y: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Like `ddim_loop` with eta 0, but second order: DPM-Solver++(2M) of Lu et al. 2022, one model call per step.
+
+        x_0 in the middle of the step (on the scale of log rho) is extrapolated from this prediction and the last.
+        """
+        x_t, timesteps = x_T, self.solver_timesteps(steps)[::-1]
+        x_0_last = h_last = None
+        for t, t_prev in zip(timesteps, timesteps[1:] + [-1]):
+            x_0 = middle = self._predict_x_0(model, x_t, t, y)
+            if t_prev >= 0:
+                h = self._log_rho(t_prev) - self._log_rho(t)
+                if x_0_last is not None:
+                    middle = x_0 + h / (2 * h_last) * (x_0 - x_0_last)
+                x_0_last, h_last = x_0, h
+            x_t = self.flow_step(x_t, middle, t, t_prev)
+            yield x_t, x_0
+
+    @torch.no_grad()
+    def heun_loop(self, model: Callable, x_T: Tensor, steps: int = 20,
+                  y: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Like `ddim_loop` with eta 0, by Heun's method: x_0 is the mean of those at both ends of the step.
+
+        That takes two model calls in every step but the last: 2 steps - 1.
+        """
+        x_t, timesteps = x_T, self.solver_timesteps(steps)[::-1]
+        for t, t_prev in zip(timesteps, timesteps[1:] + [-1]):
+            x_0 = self._predict_x_0(model, x_t, t, y)
+            if t_prev >= 0:
+                ahead = self.flow_step(x_t, x_0, t, t_prev)
+                x_0 = (x_0 + self._predict_x_0(model, ahead, t_prev, y)) / 2
+            x_t = self.flow_step(x_t, x_0, t, t_prev)
+            yield x_t, x_0
+
+    @staticmethod
+    def _eps(model: Callable, x_t: Tensor, t: int, y: Tensor | None) -> Tensor:
+        return model(x_t, torch.full((x_t.shape[0],), t, device=x_t.device), y).to(x_t.dtype)
+
+    def _predict_x_0(self, model: Callable, x_t: Tensor, t: int, y: Tensor | None) -> Tensor:
+        alpha, sigma = self._alpha_sigma(t)
+        return (x_t - sigma * self._eps(model, x_t, t, y)) / alpha
+
     def _alpha_bar_at(self, t: int) -> float:
         return 1.0 if t < 0 else self.alpha_bar[t].item()
+
+    def _alpha_sigma(self, t: int) -> tuple[float, float]:
+        return math.sqrt(self._alpha_bar_at(t)), math.sqrt(1 - self._alpha_bar_at(t))
+
+    def _log_rho(self, t: int) -> float:
+        alpha, sigma = self._alpha_sigma(t)
+        return math.log(alpha / sigma)

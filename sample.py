@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import pickle
 import sys
@@ -137,6 +138,9 @@ class LatentScale(nn.Module):
         return z * self.std[:, None, None] + self.mean[:, None, None]
 
 
+# How a latent is drawn, and in how many steps if none are given: ddim as published; the others in as many as brought
+# the pictures within 40 dB of 200 steps of ddim (--compare-samplers, on a model of preset tiny).
+SAMPLERS = {"ddim": 200, "dpm++": 20, "heun": 20}
 NEEDS_LDM = "this checkpoint is an autoencoder (stage ae); sampling needs one of stage ldm"
 
 
@@ -167,12 +171,14 @@ class INFD:
         return cfg.z_channels, self.size // cfg.f, self.size // cfg.f
 
     @torch.no_grad()
-    def sample(self, indices: list[int], seed: int = 0, steps: int = 200, eta: float = 1.0,
+    def sample(self, indices: list[int], seed: int = 0, steps: int | None = None, eta: float = 1.0,
                latent_size: tuple[int, int] | None = None, labels: list[int] | None = None,
-               progress: Callable = lambda steps: steps) -> Tensor:
+               progress: Callable = lambda steps: steps, sampler: str = "ddim") -> Tensor:
         """Latents z (n, C, h, w) of the images numbered `indices`; each is a function of (seed, index) alone.
 
-        latent_size draws a larger noise map with the same network: convolutional sampling (INFD, Section D).
+        sampler is one of SAMPLERS, which has the steps taken by default; all begin at the same noise, and only ddim
+        adds more (eta). latent_size draws a larger noise map with the same network: convolutional sampling (INFD,
+        Section D).
         labels are one class per image (default: drawn from seed and index); progress wraps the iterable of denoising
         steps (tqdm, say). Raises ValueError for an autoencoder checkpoint.
         """
@@ -185,7 +191,9 @@ class INFD:
             return torch.stack([torch_noise(shape, seed, *key, i) for i in indices]).to(device)
 
         y = draw_labels(self.unet.cfg.num_classes, indices, seed, labels, device)
-        walk = self.diffusion.ddim_loop(self.unet, noise("x_T"), steps, eta, lambda k: noise("ddim", k), y)
+        loops = {"ddim": functools.partial(self.diffusion.ddim_loop, eta=eta, noise=lambda k: noise("ddim", k)),
+                 "dpm++": self.diffusion.dpm_loop, "heun": self.diffusion.heun_loop}
+        walk = loops[sampler](self.unet, noise("x_T"), steps or SAMPLERS[sampler], y=y)
         for x_t, _ in progress(walk):                                        # (n, C, h, w)
             pass
         return self.scale.inverse(x_t)
@@ -516,8 +524,12 @@ def already_drawn(path: Path, info: dict) -> bool:
 # ---- speed -----------------------------------------------------------------------------------------------------------
 
 
-def seconds(calls: dict[str, Callable], device: torch.device, repeats: int = 5) -> dict[str, float]:
-    """Median seconds of each call after a warm-up, synchronised; taken in turn, so a disturbance meets them all."""
+def seconds(calls: dict[str, Callable], device: torch.device, repeats: int = 5,
+            limit: float = math.inf) -> dict[str, float]:
+    """Median seconds of each call after a warm-up, synchronised; taken in turn, so a disturbance meets them all.
+
+    A call that has taken `limit` seconds is not repeated; if its warm-up took them, that is its time.
+    """
 
     def once(call: Callable) -> float:
         begin = time.perf_counter()
@@ -526,8 +538,24 @@ def seconds(calls: dict[str, Callable], device: torch.device, repeats: int = 5) 
             torch.cuda.synchronize(device)
         return time.perf_counter() - begin
 
-    times = [[once(call) for call in calls.values()] for _ in range(repeats + 1)][1:]
-    return dict(zip(calls, np.median(times, axis=0).tolist()))
+    times = {name: [] for name in calls}
+    for _ in range(repeats + 1):
+        for name, call in calls.items():
+            if sum(times[name]) < limit:
+                times[name].append(once(call))
+    return {name: float(np.median(taken[1:] or taken)) for name, taken in times.items()}
+
+
+def peak_memory(device: torch.device, reset: bool = False) -> int:
+    """Bytes at the peak since the last reset: of the GPU, or of the process (Linux; elsewhere 0)."""
+    if device.type == "cuda":
+        return torch.cuda.reset_peak_memory_stats(device) or 0 if reset else torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    return 1024 * int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1])
 
 
 def gflop(call: Callable) -> float:
@@ -551,8 +579,10 @@ def onestep_calls(f: ConsistencyModel, size: int, batch: int, sizes: Iterable[in
     return {"function": lambda: sample_function(f, noise, y), **{f"render {res}": draw_at(res) for res in sizes}}
 
 
-def bench(model: INFD | OneStep, steps: int, sizes: list[tuple[int, int]], dtype: torch.dtype = torch.float32) -> str:
-    """Time per image of each part of sampling, as text and a JSON line; `dtype` is that of ImageFunction.draw.
+def bench(model: INFD | OneStep, described: dict, sizes: list[tuple[int, int]],
+          dtype: torch.dtype = torch.float32) -> str:
+    """Time per image of each part of sampling, as text and a JSON line; `described` says how it samples, `dtype` is
+    that of ImageFunction.draw.
 
     multi_res_fps is Section 4.3's of CM-Func: pictures per second when each is wanted at 32, 64 and 128 px.
     """
@@ -571,19 +601,71 @@ def bench(model: INFD | OneStep, steps: int, sizes: list[tuple[int, int]], dtype
                 result[f"batch {batch}"]["multi_res_fps"] = fps
                 lines.append(f"batch {batch:2d}: {fps:.1f} pictures/s at 32, 64 and 128 px")
     else:
-        device = next(model.unet.parameters()).device
-        z = torch.randn(1, *model.latent_shape, device=device)
-        t = torch.zeros(1, dtype=torch.long, device=device)
-        phi, y = model.autoencoder.decode(z), draw_labels(model.unet.cfg.num_classes, [0], 0, None, device)
-        calls = {"network call": lambda: torch.no_grad()(model.unet)(z, t, y),
-                 "decode": lambda: model.autoencoder.decode(z)}
-        for size in sizes:
-            calls[f"render {size[0]}x{size[1]}"] = functools.partial(draw, model.autoencoder.renderer, phi, size,
-                                                                     model.patch)
-        result = seconds(calls, device, 3)
-        result = {f"latent, {steps} steps": steps * result.pop("network call"), **result}
-        lines = [f"{name:18} {1000 * t:10.1f} ms per image" for name, t in result.items()]
+        return bench_infd(model, SAMPLERS | {described["sampler"]: described["steps"]}, sizes or BENCH_SIZES)
     return "\n".join([*lines, json.dumps({"device": str(device), "seconds": result})])
+
+
+BENCH_SIZES = [(256, 256), (512, 512), (1024, 1024), (2048, 2048)]
+
+
+def bench_infd(model: INFD, samplers: dict[str, int], sizes: list[tuple[int, int]]) -> str:
+    """Time and peak memory of the three parts of an image, each apart: latent (by sampler), decode, render (by norm).
+
+    A latent is so many calls of the network, of which one is timed. Renders end as bytes on the CPU; the two norms
+    take turns and share a peak.
+    """
+    device = next(model.unet.parameters()).device
+    z = torch.randn(1, *model.latent_shape, device=device)
+    t = torch.zeros(1, dtype=torch.long, device=device)
+    phi, y = model.autoencoder.decode(z), draw_labels(model.unet.cfg.num_classes, [0], 0, None, device)
+    parts = [{"network call": lambda: torch.no_grad()(model.unet)(z, t, y)},
+             {"decode": lambda: model.autoencoder.decode(z)}]
+    for size in sizes:
+        parts.append({f"render {size[0]}x{size[1]}, norm {norm}":
+                      functools.partial(draw, model.autoencoder.renderer, phi, size, model.patch, norm=norm)
+                      for norm in ("paper", "global")})
+    times, peaks = {}, {}
+    for part in parts:
+        peak_memory(device, reset=True)
+        times |= seconds(part, device, limit=20)
+        peaks |= dict.fromkeys(part, peak_memory(device))
+    for name, steps in samplers.items():
+        latent = f"latent, {name}, {steps} steps"
+        times[latent] = times["network call"] * (2 * steps - 1 if name == "heun" else steps)
+        peaks[latent] = peaks["network call"]
+    lines = [f"{name:33} {1000 * s:12.1f} ms per image {1 / s:9.2f} images/s {peaks[name] / 1e6:8.0f} MB at the peak"
+             for name, s in times.items()]
+    return "\n".join([*lines, json.dumps({"device": str(device), "seconds": times, "peak_bytes": peaks})])
+
+
+def compare_samplers(model: INFD, jobs: list[list[int]], seed: int, label: int | None, size: tuple[int, int]) -> str:
+    """How many steps each sampler needs for what 200 steps of DDIM do: mean PSNR of the same pictures, as a table.
+
+    Without noise all samplers approximate one path from x_T to a picture, and 200 DDIM steps miss the end of it (taken
+    from 200 steps of heun) by a little. A sampler is as good as they are once it misses it by no more. jobs: lists of
+    images made together.
+    """
+    def pictures(sampler: str, steps: int) -> Tensor:                        # (n, 3, H, W)
+        draw_part = lambda part: model.sample(part, seed, steps, 0.0, labels=None if label is None else
+                                              [label] * len(part), sampler=sampler)
+        return torch.cat([model.render(draw_part(part), size) for part in jobs])
+
+    def db(a: Tensor, b: Tensor) -> float:
+        return metrics.psnr(a, b).mean().item()
+
+    ddim, end, counts = pictures("ddim", 200), pictures("heun", 200), (5, 10, 15, 20, 30, 50)
+    goal = db(ddim, end)
+    lines = [f"{len(end)} pictures, {size[0]}x{size[1]}: PSNR in dB with 200 steps of ddim, eta 0 / with the end of the "
+             "path", f"200 steps of ddim with the end of the path: {goal:.1f} dB",
+             "steps" + "".join(f"{n:15}" for n in counts) + "   40 dB with ddim   as good as ddim"]
+    for sampler in SAMPLERS:
+        made = [(n, pictures(sampler, n)) for n in counts]
+        pairs = {n: (db(p, ddim), db(p, end)) for n, p in made}
+        near = next((n for n in counts if pairs[n][0] >= 40), "-")
+        reached = next((n for n in counts if pairs[n][1] >= goal), "-")
+        lines.append(f"{sampler:5}" + "".join(f"{a:8.1f} /{b:5.1f}" for a, b in pairs.values()) +
+                     f"{near:>18}{reached:>18}")
+    return "\n".join([*lines, "network calls: heun 2 steps - 1, the others one per step"])
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
@@ -670,7 +752,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--n", type=int, default=1, help="number of images")
     p.add_argument("--res", default="", help="512, or 512x1024 (height x width), or several: 256,512,1024")
     p.add_argument("--window", help="y0,x0,y1,x1 in [-1, 1]: draw this part of the image at --res")
-    p.add_argument("--steps", type=int, help="INFD: DDIM steps (200); CM: network calls, 1 or 2 (1); edm_*: 40")
+    p.add_argument("--steps", type=int, help="INFD: of the sampler (its own); CM: network calls, 1 or 2 (1); edm_*: 40")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--start", type=int, default=0, help="index of the first image")
     p.add_argument("--label", help="class, by name or number (default: drawn per image)")
@@ -682,7 +764,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--features", default="inception", choices=["inception", "squeeze"], help="of --fid; see metrics.py")
     p.add_argument("--bench", action="store_true", help="measure how fast this model samples, and draw nothing")
     infd, cm = p.add_argument_group("INFD only"), p.add_argument_group("CM only")
-    infd.add_argument("--eta", type=float, help="DDIM noise: 0 deterministic, 1 as published (1)")
+    infd.add_argument("--sampler", choices=list(SAMPLERS), help="how a latent is drawn (ddim); steps by default: " +
+                      ", ".join(f"{name} {steps}" for name, steps in SAMPLERS.items()))
+    infd.add_argument("--eta", type=float, help="noise of ddim: 0 deterministic, 1 as published (1)")
+    infd.add_argument("--compare-samplers", action="store_true", default=None,
+                      help="table of PSNR by sampler and steps, on --n images; draws nothing")
     infd.add_argument("--latent-size", help="side(s) of a larger noise map: convolutional sampling (Section D)")
     infd.add_argument("--norm", help="GroupNorm statistics of the renderer: paper, per tile (default), or global")
     infd.add_argument("--tile", type=int, help="tile side in pixels (default: the training patch)")
@@ -722,25 +808,29 @@ def infd_painter(model: INFD, args: argparse.Namespace, sizes: list, window) -> 
     if model.unet is None:
         raise ValueError(NEEDS_LDM)
     latent = parse_size(args.latent_size) if args.latent_size else None
-    steps, eta = args.steps or 200, 1.0 if args.eta is None else args.eta
+    sampler = args.sampler or "ddim"
+    steps, eta = args.steps or SAMPLERS[sampler], 1.0 if args.eta is None else args.eta
+    if sampler != "ddim" and args.eta is not None:
+        raise ValueError(f"--eta is the noise that ddim adds, and {sampler} adds none: leave --eta out")
     tile, norm = args.tile or model.patch, args.norm or "paper"
     if not sizes:                                                            # the pixels that the latent stands for
         sizes = [tuple(side * model.autoencoder.cfg.f for side in latent or model.latent_shape[1:])]
 
     def paint(part, labels):
         bar = functools.partial(tqdm, total=steps, desc=f"images {part[0]}..{part[-1]}", leave=False, disable=None)
-        z = model.sample(part, args.seed, steps, eta, latent, labels, bar)
+        z = model.sample(part, args.seed, steps, eta, latent, labels, bar, sampler)
         for b, i in enumerate(part):
             phi = model.autoencoder.decode(z[b:b + 1])                       # decoded once, drawn at every size
             for size in sizes:
                 yield i, size, draw(model.autoencoder.renderer, phi, size, tile, window, norm)[0]
 
-    return {"steps": steps, "eta": eta, "norm": norm, "tile": tile, "latent_size": latent}, sizes, paint
+    how = {"sampler": sampler, "steps": steps} | ({"eta": eta} if sampler == "ddim" else {})
+    return {**how, "norm": norm, "tile": tile, "latent_size": latent}, sizes, paint
 
 
 def onestep_painter(model: OneStep, args: argparse.Namespace, sizes: list, window) -> tuple[dict, list, Painter]:
     """As infd_painter. One step of a function generator draws functions; all else makes pixels at the training size."""
-    refuse(args, "a one-step model", "eta", "latent_size", "norm", "tile")
+    refuse(args, "a one-step model", "sampler", "compare_samplers", "eta", "latent_size", "norm", "tile")
     steps, own = args.steps or (40 if model.heun else 1), (model.size, model.size)
     sigmas = tuple(float(v) for v in args.sigmas.split(",")) if args.sigmas else ()
     if sigmas and list(sigmas) != sorted(sigmas, reverse=True) or (sigmas and sigmas[0] >= model.f.cfg.sigma_max):
@@ -785,7 +875,7 @@ def run(args: argparse.Namespace) -> None:
     painter = infd_painter if isinstance(model, INFD) else onestep_painter
     described, sizes, paint = painter(model, args, sizes, window)
     if args.bench:
-        return print(bench(model, described["steps"], sizes, getattr(torch, args.func_dtype or "float32")))
+        return print(bench(model, described, sizes if args.res else [], getattr(torch, args.func_dtype or "float32")))
     if args.fid and len(sizes) > 1:
         raise ValueError("--fid compares pictures of one size; give --res one size")
     network = metrics.load_features(args.features).to(device) if args.fid else None      # fail before the work
@@ -793,6 +883,10 @@ def run(args: argparse.Namespace) -> None:
     if world > 1 and (not args.out or args.fid):
         raise ValueError("under torchrun give --out, which all processes share, and score it later with metrics.py")
     label, out = pick_label(model, args.label), Path(args.out) if args.out else new_folder()
+    if args.compare_samplers:
+        images = range(args.start, args.start + args.n)
+        jobs = [list(images[at:at + args.batch]) for at in range(0, args.n, args.batch)]
+        return print(compare_samplers(model, jobs, args.seed, label, sizes[0]))
     common = {"ckpt": model.file.name, "sha256": file_hash(model.file), "weights": model.weights, "seed": args.seed,
               "window": window, "label": args.label, **described}
     jobs = {i: {size: out / f"seed{args.seed}-{i:06d}-{size[0]}x{size[1]}.png" for size in sizes}

@@ -909,6 +909,102 @@ def test_ldm_ddim_timesteps_follow_the_stride_rule():
             diffusion.ddim_timesteps(steps)
 
 
+def ldm_gaussian_flow(diffusion, mean, std):
+    """(eps, exact) for data N(mean, std^2): the true noise prediction, and the flow from x at timestep t to s."""
+    def moments(t):
+        alpha, sigma = diffusion._alpha_sigma(t)
+        return alpha * mean, math.sqrt((alpha * std)**2 + sigma**2), sigma
+
+    def eps(x_t, t, y):
+        m, s, sigma = moments(t[0].item())
+        return sigma / s**2 * (x_t - m)
+
+    def exact(x_t, t, s):
+        (m_t, s_t, _), (m_s, s_s, _) = moments(t), moments(s)
+        return m_s + s_s / s_t * (x_t - m_t)
+
+    return eps, exact
+
+
+@pytest.mark.parametrize("sampler, order", [("ddim_loop", 1), ("dpm_loop", 2), ("heun_loop", 2)])
+def test_ldm_samplers_converge_to_the_flow_of_a_gaussian_at_their_order(sampler, order):
+    # Short betas, so that timesteps in whole numbers are as good as a continuous time. The state at timestep 0, before
+    # the first-order step to clean data, is compared; the error must fall as steps^-order.
+    diffusion = GaussianDiffusion(DiffusionConfig(steps=20_000))
+    eps, exact = ldm_gaussian_flow(diffusion, mean=0.3, std=0.5)
+    x_T, errors = torch.tensor([[[[-1.3, 0.2, 2.0]]]], dtype=torch.float64), []
+    options = {"eta": 0.0} if sampler == "ddim_loop" else {}
+    for steps in (50, 100, 200):
+        first = diffusion.ddim_timesteps(steps)[-1] if options else diffusion.cfg.steps - 1
+        states = [x for x, _ in getattr(diffusion, sampler)(eps, x_T, steps, **options)]
+        errors.append((states[-2] - exact(x_T, first, 0)).abs().max().item())
+        assert torch.allclose(states[-1], exact(x_T, first, -1), atol=errors[-1] + 2e-4)
+    for coarse, fine in zip(errors, errors[1:]):
+        assert 0.8 * 2**order < coarse / fine < 1.3 * 2**order, errors
+
+
+@pytest.mark.parametrize("sampler", ["dpm_loop", "heun_loop"])
+@pytest.mark.parametrize("steps", [1, 2, 7, 200])
+def test_ldm_solvers_are_exact_where_the_prediction_stays_the_same(sampler, steps):
+    # All data at one point: x_0 is that point from the first call on, and noise of any size ends there; on the way the
+    # eps of x_t is the noise it began with.
+    diffusion = GaussianDiffusion(DiffusionConfig())
+    eps, exact = ldm_gaussian_flow(diffusion, mean=0.7, std=0.0)
+    x_T, times = torch.randn(2, 3, 4, 5, dtype=torch.float64), diffusion.solver_timesteps(steps)
+    steps_made = list(getattr(diffusion, sampler)(eps, x_T, steps))
+    assert len(steps_made) == steps
+    for (x_t, x_0), t in zip(steps_made, times[-2::-1] + [-1]):
+        assert torch.allclose(x_0, torch.full_like(x_0, 0.7), atol=1e-9)
+        assert torch.allclose(x_t, exact(x_T, times[-1], t), atol=1e-10)
+
+
+def test_ldm_first_order_dpm_solver_is_ddim_without_noise():
+    diffusion = GaussianDiffusion(DiffusionConfig())
+    x_t, eps = torch.randn(2, 1, 3, 2, 2, dtype=torch.float64)
+    for t, t_prev in [(999, 700), (700, 1), (3, 0), (0, -1)]:
+        (alpha, sigma), (alpha_prev, sigma_prev) = diffusion._alpha_sigma(t), diffusion._alpha_sigma(t_prev)
+        h = math.log(alpha_prev / sigma_prev) - math.log(alpha / sigma) if t_prev >= 0 else math.inf
+        x, x_0 = diffusion.ddim_step(x_t, eps, t, t_prev, eta=0.0)
+        dpm = sigma_prev / sigma * x_t - alpha_prev * math.expm1(-h) * x_0              # as the paper writes it
+        assert torch.allclose(x, dpm, atol=1e-12)
+        assert torch.allclose(x, diffusion.flow_step(x_t, x_0, t, t_prev), atol=1e-12)
+    # The multistep solver starts with that step, and a solver of one step is nothing else.
+    model = lambda x, t, y: torch.tanh(x + t.view(-1, 1, 1, 1) / 1000)
+    first = next(diffusion.dpm_loop(model, x_t, 2))[0]
+    assert torch.allclose(first, diffusion.ddim_step(x_t, model(x_t, torch.tensor([999]), None), 999, 0, 0.0)[0])
+    (one, x_0), = diffusion.dpm_loop(model, x_t, 1)
+    assert torch.equal(one, x_0) and torch.equal(one, next(diffusion.heun_loop(model, x_t, 1))[0])
+
+
+def test_ldm_solvers_call_the_model_as_often_as_they_say():
+    diffusion, weight, calls = GaussianDiffusion(DiffusionConfig()), torch.ones((), requires_grad=True), []
+
+    def model(x_t, t, y):
+        calls.append((t.tolist(), y))
+        return weight * x_t
+
+    times = diffusion.solver_timesteps(4)[::-1]
+    for sampler, visited in [("dpm_loop", times), ("heun_loop", [times[0], *sorted(2 * times[1:], reverse=True)])]:
+        calls.clear()
+        for x_t, x_0 in getattr(diffusion, sampler)(model, torch.ones(2, 1, 2, 2), 4, y="label"):
+            assert not x_t.requires_grad and torch.is_grad_enabled() and x_0.shape == (2, 1, 2, 2)
+        assert calls == [([t, t], "label") for t in visited] and torch.equal(x_t, x_0)
+
+
+def test_ldm_solver_timesteps_are_distinct_and_even_in_the_log_of_the_noise():
+    diffusion = GaussianDiffusion(DiffusionConfig())
+    log_rho = torch.logit(diffusion.alpha_bar) / 2
+    for steps in (1, 2, 3, 10, 24, 100, 777, 999, 1000):
+        times = diffusion.solver_timesteps(steps)
+        assert len(times) == steps == len(set(times)) and times == sorted(times)
+        assert times[-1] == 999 and (steps == 1 or times[0] == 0)
+    gaps = -log_rho[diffusion.solver_timesteps(10)].diff()
+    assert gaps.max() - gaps.min() < 0.35                     # the step from timestep 1 to 0 is 0.35: the rounding
+    for steps in (0, 1001):
+        with pytest.raises(ValueError, match="1 to 1000"):
+            diffusion.solver_timesteps(steps)
+
+
 def test_ldm_betas_grow_as_the_number_of_steps_shrinks():
     betas = GaussianDiffusion(DiffusionConfig(steps=250)).betas
     expected = 4 * torch.linspace(0.0015, 0.0195, 250, dtype=torch.float64)
@@ -2285,6 +2381,46 @@ def test_a_picture_depends_on_seed_and_index_alone(main_runs, tmp_path):
     c, _ = main_png(tmp_path / "four" / "seed0-000003-16x16.png")
     a, _ = main_png(tmp_path / "four" / "seed0-000002-16x16.png")
     assert np.abs(a.astype(int) - c).max() > 1                               # another index, another picture
+
+
+@pytest.mark.parametrize("sampler, steps", [("ddim", 200), ("dpm++", 20), ("heun", 20)])
+def test_every_sampler_draws_from_seed_and_index_alone_and_says_how(main_runs, tmp_path, sampler, steps):
+    common = ["--ckpt", main_runs / "ldm", "--res", 16, "--sampler", sampler]
+    common += ["--steps", 4] if sampler == "ddim" else []                     # 200 take too long here
+    assert main_sample(*common, "--n", 3, "--out", tmp_path / "three") == 0
+    assert main_sample(*common, "--start", 2, "--out", tmp_path / "one") == 0
+    name = "seed0-000002-16x16.png"
+    with Image.open(tmp_path / "three" / name) as together, Image.open(tmp_path / "one" / name) as alone:
+        assert np.abs(np.asarray(together, int) - np.asarray(alone, int)).max() <= 1
+        info = json.loads(alone.info["parameters"])
+    assert sample.SAMPLERS[sampler] == steps and info["sampler"] == sampler
+    assert info["steps"] == (4 if sampler == "ddim" else steps) and ("eta" in info) == (sampler == "ddim")
+
+
+def test_compare_samplers_finds_the_steps_that_match_200_of_ddim():
+    # A model whose pictures are off by 1/steps (ddim) or 1/steps^2 (the others): n^2 >= 200 first holds at 15.
+    def z(part, seed, steps, eta, labels, sampler):
+        assert (seed, eta, labels) == (3, 0.0, [5] * len(part))
+        return torch.full((len(part), 1), 1 / steps if sampler == "ddim" else 1 / steps**2, dtype=torch.float64)
+
+    model = types.SimpleNamespace(sample=z, render=lambda z, size: z[:, :, None, None].expand(-1, 3, *size))
+    text = sample.compare_samplers(model, [[0, 1], [2]], 3, 5, (4, 6))
+    psnr = lambda a, b: f"{-20 * math.log10(abs(a - b) / 2):.1f}"
+    rows = {line.split()[0]: line for line in text.splitlines()}
+    assert rows["3"].startswith("3 pictures, 4x6") and psnr(1 / 200, 1 / 200**2) in text.splitlines()[1]
+    pairs = re.findall(r"([\d.]+) / *([\d.]+)", rows["ddim"])
+    assert pairs[1] == (psnr(1 / 10, 1 / 200), psnr(1 / 10, 1 / 200**2)) and len(pairs) == 6
+    last = {name: rows[name].split()[-2:] for name in sample.SAMPLERS}        # steps to 40 dB with ddim, as good as it
+    assert last == {"ddim": ["50", "-"], "dpm++": ["10", "15"], "heun": ["10", "15"]}
+
+
+def test_eta_and_sampler_are_refused_where_they_mean_nothing(main_runs, stage_runs, tmp_path, capsys):
+    for args, message in [((main_runs / "ldm", "--sampler", "dpm++", "--eta", 0), "dpm++ adds none: leave --eta out"),
+                          ((stage_runs / "cm", "--sampler", "heun", "--compare-samplers"),
+                           "--sampler, --compare-samplers means nothing"),
+                          ((main_runs / "ldm", "--sampler", "heun", "--steps", 1001), "1 to 1000")]:
+        assert main_sample("--ckpt", *args, "--out", tmp_path) == 2
+        assert message in capsys.readouterr().err and not list(tmp_path.glob("*"))
 
 
 def test_a_window_is_the_slice_of_the_whole(main_runs, tmp_path):
@@ -4616,8 +4752,8 @@ def test_stage_bench_measures_a_training_step(tmp_path, capsys, stage):
 
 def test_stage_sample_bench_times_each_part(stage_runs, main_runs, capsys):
     for run, parts in ((stage_runs / "cm", {"function", "render 16", "render 32", "render 64", "render 128"}),
-                       (stage_runs / "cm-unet", {"image 16"}), (main_runs / "ldm", {"decode", "render 24x24"})):
-        args = ["--res", 24] if run.name == "ldm" else []
+                       (stage_runs / "cm-unet", {"image 16"}), (main_runs / "ldm", {"decode", "render 24x24, norm paper", "render 24x24, norm global"})):
+        args = ["--res", 24, "--sampler", "heun", "--steps", 3] if run.name == "ldm" else []
         assert main_sample("--ckpt", run, "--bench", *args) == 0
         result = json.loads(capsys.readouterr().out.splitlines()[-1])["seconds"]
         assert parts <= set(result.get("batch 64", result)) and not (run / "samples").exists()
@@ -4626,6 +4762,22 @@ def test_stage_sample_bench_times_each_part(stage_runs, main_runs, capsys):
             assert {"render 256", "render 512"} <= set(row) and "render 256" not in result["batch 64"]
             total = sum(row[part] for part in ("function", "render 32", "render 64", "render 128"))
             assert row["multi_res_fps"] == pytest.approx(3 / total)          # Section 4.3
+    # A latent is one network call per step, and heun makes two per step but the last.
+    for name, calls in [("ddim, 200", 200), ("dpm++, 20", 20), ("heun, 3", 5)]:
+        assert result[f"latent, {name} steps"] == pytest.approx(calls * result["network call"])
+
+
+def test_seconds_does_not_repeat_what_takes_long(monkeypatch):
+    clock, calls = [0.0], {"quick": 1.0, "slow": 30.0}
+    made = []
+
+    def take(name):
+        made.append(name)
+        clock[0] += calls[name]
+
+    monkeypatch.setattr(sample.time, "perf_counter", lambda: clock[0])
+    took = sample.seconds({name: functools.partial(take, name) for name in calls}, torch.device("cpu"), 3, limit=20)
+    assert took == calls and made == ["quick", "slow", "quick", "quick", "quick"]
 
 
 @pytest.mark.parametrize("data_name, size, patch, steps, mu0, classes", [
@@ -5419,13 +5571,13 @@ def test_fault_f16_bombs_are_refused_before_they_are_decoded(tmp_path):
     with zipfile.ZipFile(data_zip(tmp_path / "up.zip", {"../up.png": data_file(data_picture(8))})) as archive:
         assert archive.namelist() == ["../up.png"]
     cpu = torch.device("cpu")
-    before = train.peak_memory(cpu, reset=True) or train.peak_memory(cpu)
+    before = sample.peak_memory(cpu, reset=True) or sample.peak_memory(cpu)
     (name, reason), = data.check_data(source)
     assert name.endswith("bomb.png") and "pixels" in reason
     for file, said in (("many.zip", "too many files"), ("up.zip", "unsafe file name")):
         with pytest.raises(data.DataError, match=f"{file}: {said}"):
             data.open_data(str(tmp_path / file))
-    assert train.peak_memory(cpu) - before < 200 * 2**20
+    assert sample.peak_memory(cpu) - before < 200 * 2**20
     assert not list(tmp_path.parent.glob("up.png"))
 
 

@@ -53,8 +53,8 @@ from inr_generator import (AdaLNBlock, Block, FunctionGenerator, GeneratorConfig
 from ldm import DiffusionConfig, GaussianDiffusion, SelfAttention, TimeResBlock, UNet, UNetConfig
 from metrics import Stopped, ranks, stop_at_once
 from sample import (FORMAT, INFD, LatentScale, OneStep, build_generator, checkpoints, draw, fill, generator_parts,
-                    gflop, load, newest_checkpoint, onestep_calls, out_of_memory, pick_device, read_checkpoint, seconds,
-                    to_uint8)
+                    gflop, load, newest_checkpoint, onestep_calls, out_of_memory, peak_memory, pick_device,
+                    read_checkpoint, seconds, to_uint8)
 
 fcntl = importlib.import_module("fcntl") if os.name == "posix" else None             # Windows has no such locks
 
@@ -1383,18 +1383,6 @@ def cm_sheet(model: OneStep, seed: int, x: Tensor, z: Tensor, y: Tensor | None, 
 
 
 # ---- how fast is it? -------------------------------------------------------------------------------------------------
-
-
-def peak_memory(device: torch.device, reset: bool = False) -> int:
-    """Bytes at the peak since the last reset: of the GPU, or of the process (Linux; elsewhere 0)."""
-    if device.type == "cuda":
-        return torch.cuda.reset_peak_memory_stats(device) or 0 if reset else torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return 0
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    return 1024 * int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1])
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
