@@ -510,6 +510,13 @@ def compile_if_possible(function: Callable) -> Callable:
 # Every band is one IDAT chunk and compressed on its own, so a file that was interrupted is as good as its whole chunks,
 # and going on from there gives the same bytes as never having stopped.
 
+Bands = Callable[[int], Iterator[np.ndarray]]       # first -> the pixels (h, W, 3) uint8 from row `first` on, band by band
+
+
+def one_band(rgb: Tensor) -> Bands:
+    """A picture (3, H, W) that was drawn whole."""
+    return lambda first: iter([to_uint8(rgb)[first:]])
+
 
 def png_chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(data, zlib.crc32(kind)))
@@ -522,13 +529,13 @@ def png_head(size: tuple[int, int], info: dict) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", ihdr) + png_chunk(b"tEXt", text)
 
 
-def png_filter(band: np.ndarray) -> bytes:
+def png_filter(band: np.ndarray) -> np.ndarray:
     """Rows (h, W, 3) as PNG stores them: the first as it is (filter 0), others less the row above (filter 2)."""
-    raw = np.empty((len(band), 1 + band[0].size), np.uint8)
-    raw[0, 0], raw[1:, 0] = 0, 2
-    raw[0, 1:] = band[0].ravel()
-    raw[1:, 1:] = (band[1:] - band[:-1]).reshape(len(band) - 1, -1)          # modulo 256, as it should
-    return raw.tobytes()
+    flat = band.reshape(len(band), -1)
+    raw = np.empty((len(flat), 1 + flat.shape[1]), np.uint8)
+    raw[0, 0], raw[0, 1:], raw[1:, 0] = 0, flat[0], 2
+    np.subtract(flat[1:], flat[:-1], out=raw[1:, 1:])                        # modulo 256, as PNG has it
+    return raw
 
 
 def png_finished(file: typing.BinaryIO, head: bytes, size: tuple[int, int]) -> tuple[int, int, int]:
@@ -541,18 +548,17 @@ def png_finished(file: typing.BinaryIO, head: bytes, size: tuple[int, int]) -> t
         return 0, 0, 1
     while len(start := file.read(8)) == 8 and start[4:] == b"IDAT":
         data = file.read(int.from_bytes(start[:4], "big"))
-        if png_chunk(b"IDAT", data) != start + data + file.read(4):
+        if file.read(4) != struct.pack(">I", zlib.crc32(data, zlib.crc32(b"IDAT"))):
             break
-        inflater, count, data = zlib.decompressobj(-15), 0, data if rows else data[2:]
+        inflater, count, checksum, data = zlib.decompressobj(-15), 0, adler, data if rows else data[2:]
         try:
             while raw := inflater.decompress(data, 1 << 20):                 # at most 1 MiB at once
-                adler_band = zlib.adler32(raw, adler_band if count else adler)
-                count, data = count + len(raw), inflater.unconsumed_tail
+                count, checksum, data = count + len(raw), zlib.adler32(raw, checksum), inflater.unconsumed_tail
         except zlib.error:
             break
-        if not count or count % stride or rows + count // stride > size[0]:
+        if inflater.eof or not count or count % stride or rows + count // stride > size[0]:
             break
-        rows, end, adler = rows + count // stride, file.tell(), adler_band
+        rows, end, adler = rows + count // stride, file.tell(), checksum
     return rows, end, adler
 
 
@@ -753,7 +759,6 @@ def pick_label(model: INFD | OneStep, text: str | None) -> int | None:
     return label
 
 
-Bands = Callable[[int], Iterator[np.ndarray]]                # pixels (h, W, 3) from a row on, as write_png asks for them
 Painter = Callable[[list[int], list[int] | None], Iterator[tuple[int, tuple[int, int], Bands]]]
 
 
@@ -773,9 +778,13 @@ def infd_painter(model: INFD, args: argparse.Namespace, sizes: list, window) -> 
     steps, eta = args.steps or 200, 1.0 if args.eta is None else args.eta
     tile, norm = args.tile or model.patch, args.norm or "paper"
     device = next(model.unet.parameters()).device
-    compile = functools.cache(compile_if_possible) if compiles(args.compile or "auto", device) else None
+    compiler = functools.cache(compile_if_possible) if compiles(args.compile or "auto", device) else None
     if not sizes:                                                            # the pixels that the latent stands for
         sizes = [tuple(side * model.autoencoder.cfg.f for side in latent or model.latent_shape[1:])]
+
+    def bands(phi, size, first):
+        drawn = draw_bands(model.autoencoder.renderer, phi, size, tile, window, norm, compiler, first)
+        return (band[0] for band in drawn)
 
     def paint(part, labels):
         bar = functools.partial(tqdm, total=steps, desc=f"images {part[0]}..{part[-1]}", leave=False, disable=None)
@@ -783,7 +792,7 @@ def infd_painter(model: INFD, args: argparse.Namespace, sizes: list, window) -> 
         for b, i in enumerate(part):
             phi = model.autoencoder.decode(z[b:b + 1])                       # decoded once, drawn at every size
             for size in sizes:
-                yield i, size, draw(model.autoencoder.renderer, phi, size, tile, window, norm)[0]
+                yield i, size, functools.partial(bands, phi, size)
 
     return {"steps": steps, "eta": eta, "norm": norm, "tile": tile, "latent_size": latent}, sizes, paint
 
