@@ -18,6 +18,7 @@ from torch import Tensor, nn
 Norm = Callable[[nn.GroupNorm, Tensor], Tensor]
 Window = tuple[float, float, float, float]                           # y0, x0, y1, x1 within [-1, 1]
 WHOLE_PLANE: Window = (-1.0, -1.0, 1.0, 1.0)
+Tiles = Iterator[tuple[int, int, Tensor]]                            # (y, x, rgb (B, 3, h, w)), see render_tiles
 
 
 # ---- Coordinates ----
@@ -427,7 +428,7 @@ class _Frame:
         place = self.kept[k % 2][..., row.place:row.place + x.shape[2], col.place:col.place + x.shape[3]]
         return place.add_(x) if k and k % 2 == 0 else place.copy_(x)          # every second layer is a block's second
 
-    def tiles(self) -> Iterator[tuple[int, int, Tensor]]:
+    def tiles(self) -> Tiles:
         """The window, as `render_tiles` yields it."""
         for k, (norm, _) in enumerate(self.layers):
             spans = self.spans(self.rows.frame(), self.cols.frame())
@@ -448,39 +449,47 @@ def _queries(phi: Tensor, row: _Span, col: _Span) -> tuple[Tensor, Tensor]:
     return coord.expand(len(phi), -1, -1, -1), cell.expand(len(phi), 2)
 
 
-def _paste(tiles: Iterator[tuple[int, int, Tensor]], shape: tuple[int, ...], device: torch.device) -> Tensor:
+def _paste(tiles: Tiles, shape: tuple[int, ...], device: torch.device) -> Tensor:
     image = torch.empty(shape, device=device)                        # (B, 3, H, W)
     for y, x, rgb in tiles:
         image[..., y:y + rgb.shape[-2], x:x + rgb.shape[-1]] = rgb
     return image
 
 
-@torch.no_grad()
-def _draw(renderer: CLIF | LIIF, phi: Tensor, rows: _Axis, cols: _Axis, tile: int, norm: str,
-          means: Means) -> Iterator[tuple[int, int, Tensor]]:
-    piece, fixed = min(means.piece or tile, tile), means.compile is not None
-    if not isinstance(renderer, CLIF):                               # no norms: what is drawn together plays no part
-        tile = piece
-    elif norm == "global":
-        yield from _Frame(renderer, phi, rows, cols, piece, means).tiles()
-        return
-    whole_tile = means.compile(_whole_tile) if fixed else _whole_tile
-    for row, col in product(*(axis.tiles(tile, renderer.halo, fixed) for axis in (rows, cols))):
-        if not isinstance(renderer, CLIF):
-            rgb = renderer(phi, *_queries(phi, row, col))            # (B, 3, tile + halos, tile + halos)
-        elif piece == tile:
-            rgb = whole_tile(renderer, *_tile_query(phi, row, col), fixed)
-        else:                                                        # the tile is a frame of its own
-            part = _Frame(renderer, phi, rows.part(row), cols.part(col), piece, means)
-            size = (row.crop.stop - row.crop.start, col.crop.stop - col.crop.start)
-            yield row.place, col.place, _paste(part.tiles(), (len(phi), 3, *size), phi.device)
-            continue
+def _plain_tiles(renderer: nn.Module, phi: Tensor, rows: _Axis, cols: _Axis, tile: int) -> Tiles:
+    """Tiles of a renderer without norms."""
+    for row, col in product(*(axis.tiles(tile, renderer.halo, fixed=False) for axis in (rows, cols))):
+        rgb = renderer(phi, *_queries(phi, row, col))                # (B, 3, tile + halos, tile + halos)
         yield row.place, col.place, rgb[..., row.crop, col.crop]
 
 
+def _paper_tiles(renderer: CLIF, phi: Tensor, rows: _Axis, cols: _Axis, tile: int, means: Means) -> Tiles:
+    """Tiles with their own statistics. One that is drawn in pieces is a frame of its own."""
+    fixed = means.compile is not None
+    whole_tile = means.compile(_whole_tile) if fixed else _whole_tile
+    for row, col in product(*(axis.tiles(tile, renderer.halo, fixed) for axis in (rows, cols))):
+        if means.piece is None or means.piece >= tile:
+            rgb = whole_tile(renderer, *_tile_query(phi, row, col), fixed)[..., row.crop, col.crop]
+        else:
+            shape = (len(phi), 3, row.crop.stop - row.crop.start, col.crop.stop - col.crop.start)
+            pieces = _Frame(renderer, phi, rows.part(row), cols.part(col), means.piece, means).tiles()
+            rgb = _paste(pieces, shape, phi.device)
+        yield row.place, col.place, rgb
+
+
+@torch.no_grad()
+def _draw(renderer: CLIF | LIIF, phi: Tensor, rows: _Axis, cols: _Axis, tile: int, norm: str, means: Means) -> Tiles:
+    piece = min(means.piece or tile, tile)
+    if not isinstance(renderer, CLIF):
+        yield from _plain_tiles(renderer, phi, rows, cols, piece)
+    elif norm == "paper":
+        yield from _paper_tiles(renderer, phi, rows, cols, tile, means)
+    else:
+        yield from _Frame(renderer, phi, rows, cols, piece, means).tiles()
+
+
 def render_tiles(renderer: CLIF | LIIF, phi: Tensor, res: int | tuple[int, int], window: Window | None = None,
-                 tile: int = 256, norm: str = "paper", means: Means = Means(), first: int = 0
-                 ) -> Iterator[tuple[int, int, Tensor]]:
+                 tile: int = 256, norm: str = "paper", means: Means = Means(), first: int = 0) -> Tiles:
     """Draw the field phi (B, C, h, w) tile by tile, row by row: yields (y, x, rgb (B, 3, h, w)), y and x in pixels.
 
     `res` is the size in pixels, int or (H, W), of `window` = (y0, x0, y1, x1), a rectangle of the plane [-1, 1]^2

@@ -510,7 +510,7 @@ def compile_if_possible(function: Callable) -> Callable:
 # Every band is one IDAT chunk and compressed on its own, so a file that was interrupted is as good as its whole chunks,
 # and going on from there gives the same bytes as never having stopped.
 
-Bands = Callable[[int], Iterator[np.ndarray]]       # first -> the pixels (h, W, 3) uint8 from row `first` on, band by band
+Bands = Callable[[int], Iterator[np.ndarray]]       # first -> pixels (h, W, 3) uint8 from row `first` on, in bands
 
 
 def one_band(rgb: Tensor) -> Bands:
