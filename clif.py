@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import partial
 from itertools import product
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 Norm = Callable[[nn.GroupNorm, Tensor], Tensor]
 Window = tuple[float, float, float, float]                           # y0, x0, y1, x1 within [-1, 1]
 WHOLE_PLANE: Window = (-1.0, -1.0, 1.0, 1.0)
+Tiles = Iterator[tuple[int, int, Tensor]]                            # (y, x, rgb (B, 3, h, w)), see render_tiles
 
 
 # ---- Coordinates ----
@@ -71,12 +72,9 @@ class ResBlock(nn.Module):
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def first_half(self, x: Tensor, norm: Norm = own_statistics) -> Tensor:
-        return self.conv1(F.silu(norm(self.norm1, x)))               # (B, c_in, H, W) -> (B, c_out, H, W)
-
     def forward(self, x: Tensor, norm: Norm = own_statistics) -> Tensor:
         """x (B, c_in, H, W) -> (B, c_out, H, W); `norm` applies a GroupNorm layer to a tensor."""
-        h = self.first_half(x, norm)
+        h = self.conv1(F.silu(norm(self.norm1, x)))
         h = self.conv2(F.silu(norm(self.norm2, h)))
         return self.nin_shortcut(x) + h
 
@@ -122,30 +120,29 @@ class CLIF(nn.Module):
         self.halo = max(8, 2 * cfg.num_blocks + 2)
 
     @property
-    def norms(self) -> list[nn.GroupNorm]:
-        """Every GroupNorm in the order of the forward pass."""
-        return [norm for block in self.model[1:] for norm in (block.norm1, block.norm2)] + [self.norm_out]
+    def layers(self) -> list[tuple[nn.GroupNorm, nn.Conv2d]]:
+        """Every GroupNorm with the convolution that follows it, in the order of the forward pass."""
+        blocks = [pair for b in self.model[1:] for pair in ((b.norm1, b.conv1), (b.norm2, b.conv2))]
+        return [*blocks, (self.norm_out, self.conv_out)]
 
     @property
     def last_weight(self) -> nn.Parameter:
         """The weight whose gradients balance the adversarial against the reconstruction loss."""
         return self.conv_out.weight
 
-    def trunk(self, phi: Tensor, coord: Tensor, cell: Tensor, norm: Norm, depth: int) -> Tensor:
-        """The input (B, hidden, H, W) of `self.norms[depth]`, computing nothing beyond it."""
-        x = self.model[0](query(phi, coord, cell))                   # (B, C + 4, H, W) -> (B, hidden, H, W)
-        for block in self.model[1:1 + depth // 2]:
-            x = block(x, norm)
-        return self.model[1 + depth // 2].first_half(x, norm) if depth % 2 else x
-
     def forward(self, phi: Tensor, coord: Tensor, cell: Tensor, norm: Norm = own_statistics) -> Tensor:
         """Colours (B, 3, H, W), about [-1, 1] but not clamped, of a grid of queries.
 
         phi (B, C, h, w); coord (B, H, W, 2), pixel centres as (y, x) in [-1, 1]; cell (B, 2), pixel size; `norm`
-        applies a GroupNorm layer to a tensor (see `render_tiles` for the one other than the default).
+        applies a GroupNorm layer to a tensor.
         """
-        x = self.trunk(phi, coord, cell, norm, depth=2 * (len(self.model) - 1))
-        return self.conv_out(F.silu(norm(self.norm_out, x)))         # (B, hidden, H, W) -> (B, 3, H, W)
+        return self.body(self.model[0](query(phi, coord, cell)), norm)        # (B, C + 4, H, W) -> (B, hidden, H, W)
+
+    def body(self, x: Tensor, norm: Norm = own_statistics) -> Tensor:
+        """All after the first convolution: x (B, hidden, H, W) -> colours (B, 3, H, W)."""
+        for block in self.model[1:]:
+            x = block(x, norm)
+        return self.conv_out(F.silu(norm(self.norm_out, x)))
 
 
 @dataclass(frozen=True)
@@ -164,7 +161,6 @@ class LIIF(nn.Module):
     """Local Implicit Image Function (Chen et al. 2021), the renderer CLIF is compared with in supplementary A."""
 
     halo = 0                                                         # every query stands alone
-    norms: tuple[nn.GroupNorm, ...] = ()
 
     def __init__(self, cfg: LIIFConfig):
         super().__init__()
@@ -210,14 +206,16 @@ class LIIF(nn.Module):
         return blend.movedim(-1, 1)                                           # (B, H, W, 3) -> (B, 3, H, W)
 
 
-# ---- Drawing a field tile by tile ----
+# ---- Tiles ----
 
 @dataclass(frozen=True)
 class _Span:
-    """A tile along one axis."""
+    """A tile along one axis: the pixels it draws and a halo."""
 
-    centres: Tensor                   # coordinates (h,) of its pixels and of the halo
+    centres: Tensor                   # coordinates (n,) of the pixels, float32 on the CPU
+    inside: Tensor                    # (n,): 1 for pixels of the frame, 0 for those that fill a tile of fixed shape up
     cell: float                       # pixel size
+    reach: slice                      # which pixels of the frame these are
     crop: slice                       # what remains without the halo and what lies outside the window
     place: int                        # where that goes in the window
 
@@ -227,7 +225,7 @@ class _Axis:
     """The row of pixels that frame, tiles and window share along one axis; the frame is the plane at that density."""
 
     density: float                    # pixels across the plane, seldom a fraction
-    shift: float                      # of the row against the plane's edge, in pixels, in [-0.5, 0.5)
+    shift: float                      # of the row against the plane's edge, in pixels
     size: int                         # pixels of the frame: those whose centres lie on the plane
     start: int                        # the window is pixels start to stop - 1 of the frame
     stop: int
@@ -238,21 +236,30 @@ class _Axis:
         density = _snap(2 * n / (hi - lo))
         offset = _snap((lo + 1) / 2 * density)                       # from the plane's edge to the window's
         start = math.floor(offset + 0.5)
-        shift = offset - start
+        shift = offset - start                                       # in [-0.5, 0.5)
         return cls(density, shift, math.ceil(density - shift - 0.5), start, start + n)
 
     def frame(self) -> _Axis:
         """The same row of pixels with a window that is all of it."""
         return replace(self, start=0, stop=self.size)
 
-    def tiles(self, tile: int, halo: int, device: torch.device) -> Iterator[_Span]:
-        """The tiles that touch the window. They are counted from the frame's first pixel, not the window's."""
+    def part(self, span: _Span) -> _Axis:
+        """A tile and its halo as a frame of its own; the window is what the tile draws."""
+        return replace(self, shift=self.shift + span.reach.start, size=span.reach.stop - span.reach.start,
+                       start=span.crop.start, stop=span.crop.stop)
+
+    def tiles(self, tile: int, halo: int, fixed: bool) -> Iterator[_Span]:
+        """The tiles that touch the window. They are counted from the frame's first pixel, not the window's.
+
+        fixed fills every tile up to tile + 2 halo pixels, which `inside` tells from the frame's.
+        """
         for a in range(self.start // tile * tile, self.stop, tile):
             b = min(a + tile, self.size)
             left, right = max(a - halo, 0), min(b + halo, self.size)
-            index = torch.arange(left, right, dtype=torch.float32, device=device)
+            index = torch.arange(left, left + tile + 2 * halo if fixed else right, dtype=torch.float32)
+            centres = _centres(index.clamp(max=right - 1) + self.shift, self.density, -1.0, 1.0)
             a, b = max(a, self.start), min(b, self.stop)
-            yield _Span(_centres(index + self.shift, self.density, -1.0, 1.0), 2 / self.density,
+            yield _Span(centres, (index < right).float(), 2 / self.density, slice(left, right),
                         slice(a - left, b - left), a - self.start)
 
 
@@ -261,63 +268,228 @@ def _snap(pixels: float) -> float:
     return float(round(pixels)) if abs(pixels - round(pixels)) < 1e-3 else pixels
 
 
-def _queries(phi: Tensor, row: _Span, col: _Span) -> tuple[Tensor, Tensor]:
-    """coord (B, H, W, 2) and cell (B, 2) of one tile with its halo."""
-    coord = _pairs(row.centres, col.centres)                         # (H, W, 2)
-    cell = coord.new_tensor([row.cell, col.cell])                    # (2,)
-    return coord.expand(len(phi), -1, -1, -1), cell.expand(len(phi), 2)
+# ---- A tile is a grid: CLIF for less ----
+# `CLIF.forward` takes any coordinates. Those of a tile form a grid, so the nearest feature is a row and a column of
+# phi; of the four channels beside the feature two are constant, and two vary along one axis only.
+
+def _axis_query(span: _Span, n: int) -> tuple[Tensor, Tensor]:
+    """`query` along an axis of n features: the nearest feature's index (P,); and (3, P), inside, offset and size.
+
+    Offset and size are 0 where `inside` is. All on the CPU: ties then fall alike on every device.
+    """
+    ramp = torch.arange(n, dtype=torch.float32)
+    xy = torch.stack([span.centres, torch.zeros_like(span.centres)], dim=-1)              # (P, 2)
+    # Asked of grid_sample as in `nearest`, so that ties agree; border: no rounding leads off the plane.
+    index = F.grid_sample(ramp[None, None, None], xy[None, None], "nearest", "border", align_corners=False)
+    index = index[0, 0, 0].long()                                    # (P,)
+    offset = (span.centres - _centres(ramp, n, -1.0, 1.0)[index]) * n
+    return index, torch.stack([span.inside, offset * span.inside, span.inside * span.cell * n])
+
+
+def _tile_query(phi: Tensor, row: _Span, col: _Span) -> tuple[Tensor, Tensor, Tensor]:
+    """What `query` tells of a tile, in parts: features (B, C, H, W), down (3, H) and across (3, W)."""
+    (iy, down), (ix, across) = _axis_query(row, phi.shape[2]), _axis_query(col, phi.shape[3])
+    top, bottom = int(iy[0]), int(iy[-1]) + 1                        # the second lookup copies whole rows, so it is
+    features = phi[:, :, top:bottom].index_select(3, ix.to(phi.device))                   # that which repeats them
+    features = features.index_select(2, (iy - top).to(phi.device))
+    return features, down.to(phi), across.to(phi)
+
+
+def _first_conv(weight: Tensor, bias: Tensor, features: Tensor, down: Tensor, across: Tensor) -> Tensor:
+    """The first convolution of what `query` returns: (B, C, H, W), (3, H), (3, W) -> (B, hidden, H, W).
+
+    A channel that varies along one axis only is convolved along that axis; along the other its kernel is summed over
+    the taps inside the frame. Both sizes and offsets together are six outer products of a column and a row.
+    """
+    B, C = features.shape[:2]
+    x = F.conv2d(features, weight[:, :C], bias, padding=1)
+    down, across = (F.pad(v, (1, 1)).unfold(1, 3, 1) for v in (down, across))             # (3, H, 3), (3, W, 3): taps
+    vary_down = torch.einsum("ocij,chi->ohj", weight[:, C::2], down[1:])                  # (hidden, H, 3)
+    vary_across = torch.einsum("ocij,cwj->oiw", weight[:, C + 1::2], across[1:])          # (hidden, 3, W)
+    columns = torch.cat([vary_down, down[0].expand_as(vary_down)], dim=2).repeat(B, 1, 1)
+    rows = torch.cat([across[0].mT.expand_as(vary_across), vary_across], dim=1).repeat(B, 1, 1)
+    return x.flatten(0, 1).baddbmm_(columns, rows).view(x.shape)     # in place: a pass over x costs as much as this
+
+
+def _inside_statistics(mask: Tensor, layer: nn.GroupNorm, x: Tensor) -> Tensor:
+    """`own_statistics` of the pixels where mask (H, W) is 1, and 0 elsewhere: the padding of the next convolution."""
+    g = x.unflatten(1, (layer.num_groups, -1)).float()               # (B, G, C / G, H, W)
+    count = mask.sum() * g.shape[2]
+    mean = (g * mask).sum(dim=(2, 3, 4), keepdim=True) / count
+    g = (g - mean) * mask
+    g = g * (g.square().sum(dim=(2, 3, 4), keepdim=True) / count + layer.eps).rsqrt()
+    return ((g.flatten(1, 2) * layer.weight[:, None, None] + layer.bias[:, None, None]) * mask).to(x.dtype)
+
+
+def _whole_tile(renderer: CLIF, features: Tensor, down: Tensor, across: Tensor, fixed: bool) -> Tensor:
+    """`CLIF.forward` from `_tile_query`. fixed: the tile is filled up, and what fills it must count for nothing."""
+    norm = own_statistics
+    if fixed:
+        mask = down[0, :, None] * across[0]                          # (H, W)
+        features, norm = features * mask, partial(_inside_statistics, mask)
+    first = renderer.model[0]
+    return renderer.body(_first_conv(first.weight, first.bias, features, down, across), norm)
+
+
+# ---- A frame in pieces, with the statistics of the whole ----
+
+@dataclass(frozen=True)
+class Means:
+    """What drawing may use: time and memory. The picture changes by rounding alone."""
+
+    piece: int | None = None          # side in pixels of what is computed at once, a halo apart (default: the tile)
+    keep: int = 2 * 2**30             # bytes of activations that may be kept from layer to layer for norm="global"
+    compile: Callable | None = None   # torch.compile or the like; everything compiled then has one fixed shape
+
+
+def _frozen_layer(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
+    """conv(act(norm(x))) with given statistics: scale and shift (B, C, 1, 1)."""
+    x = (x * scale).add_(shift)
+    x = F.silu(x if mask is None else x.mul_(mask), inplace=True)    # zeros beyond the frame, as a convolution pads
+    return F.conv2d(x, weight, bias, padding=1)
 
 
 Moments = tuple[int, Tensor, Tensor]                                 # count, mean, variance
 
 
-def _pool(a: Moments, b: Moments) -> Moments:
-    """Moments of two sets of numbers taken together, without the cancellation in E[x^2] - E[x]^2."""
-    share, delta = b[0] / (a[0] + b[0]), b[1] - a[1]
-    return a[0] + b[0], a[1] + share * delta, (1 - share) * a[2] + share * b[2] + share * (1 - share) * delta**2
+def _moments(x: Tensor, groups: int) -> Moments:
+    """Moments of each group of channels: x (B, C, H, W) -> H * W * C / G, (B, G), (B, G)."""
+    x = x.reshape(len(x), groups, -1).float()
+    mean = x.mean(dim=-1, keepdim=True)
+    return x.shape[-1], mean[..., 0], (x - mean).square().mean(dim=-1)    # var_mean is 8 times slower on a CPU
 
 
-def _frame_norm(renderer: CLIF, phi: Tensor, rows: _Axis, cols: _Axis, tile: int) -> Norm:
-    """A norm with the GroupNorm statistics of the whole frame, gathered layer by layer over tiles and then frozen.
+def _freeze(layer: nn.GroupNorm, moments: list[Moments]) -> tuple[Tensor, Tensor]:
+    """Scale and shift (B, C, 1, 1) that normalise like `layer`, from the moments of all pieces of a frame."""
+    n = torch.tensor([count for count, _, _ in moments], dtype=torch.float64)[:, None, None]
+    mean, var = (torch.stack(m).cpu().double() for m in list(zip(*moments))[1:])          # cpu: MPS has no float64
+    share, centre = n / n.sum(), (n * mean).sum(dim=0) / n.sum()
+    var = (share * (var + (mean - centre) ** 2)).sum(dim=0)          # no cancellation as in E[x^2] - E[x]^2
+    rstd, centre = (v.repeat_interleave(layer.num_channels // layer.num_groups, dim=1)
+                    for v in ((var + layer.eps).rsqrt(), centre))    # (B, C)
+    scale = rstd * layer.weight.cpu().double()
+    shift = layer.bias.cpu().double() - centre * scale
+    return tuple(v[..., None, None].to(layer.weight) for v in (scale, shift))
 
-    Each layer is measured with all layers before it frozen, so it sees what it would see in an undivided frame.
+
+class _Frame:
+    """Draws a frame with the GroupNorm statistics of all its pixels.
+
+    Layer by layer: the statistics of a layer's input are gathered over all pieces, then frozen, and the next layer sees
+    what it would see in an undivided frame. Where `means.keep` allows, the activations of the frame are kept from one
+    layer to the next, and each is computed once. Otherwise every piece starts from phi again at each of them.
     """
-    frozen: dict[nn.GroupNorm, tuple[Tensor, Tensor]] = {}
 
-    def norm(layer: nn.GroupNorm, x: Tensor) -> Tensor:
-        mean, scale = frozen[layer]                                  # (B, C, 1, 1) each
-        return ((x - mean) * scale + layer.bias[:, None, None]).to(x.dtype)
+    def __init__(self, renderer: CLIF, phi: Tensor, rows: _Axis, cols: _Axis, piece: int, means: Means):
+        self.layers, self.first = renderer.layers, renderer.model[0]
+        self.phi, self.rows, self.cols, self.piece = phi, rows, cols, piece
+        self.fixed, compile = means.compile is not None, means.compile or (lambda function: function)
+        self.first_conv, self.frozen_layer = compile(_first_conv), compile(_frozen_layer)
+        self.frozen: list[tuple[Tensor, Tensor]] = []                # of the norms so far
+        # Two maps: the residual stream, which the norms of even number read, and the inside of a block.
+        shape = (2, len(phi), self.first.out_channels, rows.size, cols.size)
+        self.kept = phi.new_empty(shape) if math.prod(shape) * phi.element_size() <= means.keep else None
+        self.halo = 1 if self.kept is not None else renderer.halo
 
-    def measure(depth: int, layer: nn.GroupNorm, row: _Span, col: _Span) -> Moments:
-        x = renderer.trunk(phi, *_queries(phi, row, col), norm, depth)
-        x = x[..., row.crop, col.crop].float().unflatten(1, (layer.num_groups, -1))       # (B, G, C / G, h, w)
-        mean = x.mean(dim=(2, 3, 4), keepdim=True)
-        var = (x - mean).square().mean(dim=(2, 3, 4))                # (B, G); var_mean is 8 times slower on a CPU
-        return x[0, 0].numel(), mean[:, :, 0, 0, 0].cpu().double(), var.cpu().double()    # cpu: MPS has no float64
+    def spans(self, rows: _Axis, cols: _Axis) -> Iterator[tuple[_Span, _Span]]:
+        return product(*(axis.tiles(self.piece, self.halo, self.fixed) for axis in (rows, cols)))
 
-    for depth, layer in enumerate(renderer.norms):
-        tiles = product(rows.frame().tiles(tile, renderer.halo, phi.device),
-                        cols.frame().tiles(tile, renderer.halo, phi.device))
-        _, mean, var = reduce(_pool, (measure(depth, layer, row, col) for row, col in tiles))
-        mean, scale = (v.repeat_interleave(layer.num_channels // layer.num_groups, dim=1)[..., None, None]
-                       .to(layer.weight) for v in (mean, (var + layer.eps).rsqrt()))      # (B, C, 1, 1) each
-        frozen[layer] = mean, scale * layer.weight[:, None, None]
-    return norm
+    def start(self, row: _Span, col: _Span) -> Tensor:
+        """The first convolution."""
+        features, down, across = _tile_query(self.phi, row, col)
+        if self.fixed:
+            features = features * (down[0, :, None] * across[0])
+        return self.first_conv(self.first.weight, self.first.bias, features, down, across)
+
+    def run(self, k: int, x: Tensor, row: _Span, col: _Span) -> Tensor:
+        """Norm k, whose statistics are frozen, activation and convolution."""
+        mask = (row.inside[:, None] * col.inside).to(x) if self.fixed else None
+        conv = self.layers[k][1]
+        return self.frozen_layer(x, *self.frozen[k], conv.weight, conv.bias, mask)
+
+    def input(self, k: int, row: _Span, col: _Span) -> Tensor:
+        """What norm k sees in a piece and its halo."""
+        if self.kept is not None:
+            x = self.kept[k % 2][..., row.reach, col.reach]
+            return F.pad(x, (0, len(col.inside) - x.shape[3], 0, len(row.inside) - x.shape[2])) if self.fixed else x
+        x = h = self.start(row, col)
+        for j in range(k):
+            h = self.run(j, h, row, col)
+            if j % 2:
+                h = x = x + h
+        return h
+
+    def advance(self, k: int, row: _Span, col: _Span) -> Tensor:
+        """The input of norm k in a piece without halo; kept, if it may be."""
+        if self.kept is None:
+            return self.input(k, row, col)[..., row.crop, col.crop]
+        x = self.run(k - 1, self.input(k - 1, row, col), row, col) if k else self.start(row, col)
+        x = x[..., row.crop, col.crop]
+        place = self.kept[k % 2][..., row.place:row.place + x.shape[2], col.place:col.place + x.shape[3]]
+        return place.add_(x) if k and k % 2 == 0 else place.copy_(x)          # every second layer is a block's second
+
+    def tiles(self) -> Tiles:
+        """The window, as `render_tiles` yields it."""
+        for k, (norm, _) in enumerate(self.layers):
+            spans = self.spans(self.rows.frame(), self.cols.frame())
+            moments = [_moments(self.advance(k, row, col), norm.num_groups) for row, col in spans]
+            self.frozen.append(_freeze(norm, moments))
+        last = len(self.layers) - 1
+        for row, col in self.spans(self.rows, self.cols):
+            rgb = self.run(last, self.input(last, row, col), row, col)
+            yield row.place, col.place, rgb[..., row.crop, col.crop]
 
 
-@torch.no_grad()
-def _draw(renderer: CLIF | LIIF, phi: Tensor, rows: _Axis, cols: _Axis, tile: int,
-          norm: str) -> Iterator[tuple[int, int, Tensor]]:
-    draw = renderer
-    if norm == "global" and renderer.norms:
-        draw = partial(renderer, norm=_frame_norm(renderer, phi, rows, cols, tile))
-    for row, col in product(rows.tiles(tile, renderer.halo, phi.device), cols.tiles(tile, renderer.halo, phi.device)):
-        rgb = draw(phi, *_queries(phi, row, col))                    # (B, 3, tile + halos, tile + halos)
+# ---- Drawing ----
+
+def _queries(phi: Tensor, row: _Span, col: _Span) -> tuple[Tensor, Tensor]:
+    """coord (B, H, W, 2) and cell (B, 2) of one tile with its halo."""
+    coord = _pairs(row.centres, col.centres).to(phi.device)          # (H, W, 2)
+    cell = coord.new_tensor([row.cell, col.cell])                    # (2,)
+    return coord.expand(len(phi), -1, -1, -1), cell.expand(len(phi), 2)
+
+
+def _paste(tiles: Tiles, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    image = torch.empty(shape, device=device)                        # (B, 3, H, W)
+    for y, x, rgb in tiles:
+        image[..., y:y + rgb.shape[-2], x:x + rgb.shape[-1]] = rgb
+    return image
+
+
+def _plain_tiles(renderer: nn.Module, phi: Tensor, rows: _Axis, cols: _Axis, tile: int) -> Tiles:
+    """Tiles of a renderer without norms."""
+    for row, col in product(*(axis.tiles(tile, renderer.halo, fixed=False) for axis in (rows, cols))):
+        rgb = renderer(phi, *_queries(phi, row, col))                # (B, 3, tile + halos, tile + halos)
         yield row.place, col.place, rgb[..., row.crop, col.crop]
 
 
+def _paper_tiles(renderer: CLIF, phi: Tensor, rows: _Axis, cols: _Axis, tile: int, means: Means) -> Tiles:
+    """Tiles with their own statistics. One that is drawn in pieces is a frame of its own."""
+    fixed = means.compile is not None
+    whole_tile = means.compile(_whole_tile) if fixed else _whole_tile
+    for row, col in product(*(axis.tiles(tile, renderer.halo, fixed) for axis in (rows, cols))):
+        if means.piece is None or means.piece >= tile:
+            rgb = whole_tile(renderer, *_tile_query(phi, row, col), fixed)[..., row.crop, col.crop]
+        else:
+            shape = (len(phi), 3, row.crop.stop - row.crop.start, col.crop.stop - col.crop.start)
+            pieces = _Frame(renderer, phi, rows.part(row), cols.part(col), means.piece, means).tiles()
+            rgb = _paste(pieces, shape, phi.device)
+        yield row.place, col.place, rgb
+
+
+@torch.no_grad()
+def _draw(renderer: CLIF | LIIF, phi: Tensor, rows: _Axis, cols: _Axis, tile: int, norm: str, means: Means) -> Tiles:
+    piece = min(means.piece or tile, tile)
+    if not isinstance(renderer, CLIF):
+        yield from _plain_tiles(renderer, phi, rows, cols, piece)
+    elif norm == "paper":
+        yield from _paper_tiles(renderer, phi, rows, cols, tile, means)
+    else:
+        yield from _Frame(renderer, phi, rows, cols, piece, means).tiles()
+
+
 def render_tiles(renderer: CLIF | LIIF, phi: Tensor, res: int | tuple[int, int], window: Window | None = None,
-                 tile: int = 256, norm: str = "paper") -> Iterator[tuple[int, int, Tensor]]:
+                 tile: int = 256, norm: str = "paper", means: Means = Means(), first: int = 0) -> Tiles:
     """Draw the field phi (B, C, h, w) tile by tile, row by row: yields (y, x, rgb (B, 3, h, w)), y and x in pixels.
 
     `res` is the size in pixels, int or (H, W), of `window` = (y0, x0, y1, x1), a rectangle of the plane [-1, 1]^2
@@ -326,12 +498,13 @@ def render_tiles(renderer: CLIF | LIIF, phi: Tensor, res: int | tuple[int, int],
 
     paper    those of each tile with its halo. The published sampler does so (256 px tiles, 8 px halo), and training
              sees 256 px patches; each tile is normalised a little differently from its neighbours.
-    global   those of the whole frame: tile size then changes nothing but rounding. Takes one partial forward pass
-             over the frame per GroupNorm, about 4 times the cost of "paper" in all.
+    global   those of the whole frame: tile size then changes nothing but rounding. Costs about as much as "paper" while
+             two maps of the frame's activations fit into `means.keep` bytes, and about 4 times as much beyond.
 
     The frame is the whole plane at the window's pixel density, also for a window: tiles lie on the frame's lattice and
     statistics are the frame's, so that a window equals the slice of the full picture. In global mode a window hence
     costs the passes over the whole frame at that density, which rules out deep zooms.
+    `means` bounds time and memory, see there. `first` leaves out the rows of the window above it; y counts from there.
     Raises ValueError for an empty resolution, a window that is empty or leaves the plane, a bad tile or norm.
     """
     height, width = (res, res) if isinstance(res, int) else res
@@ -344,15 +517,13 @@ def render_tiles(renderer: CLIF | LIIF, phi: Tensor, res: int | tuple[int, int],
         raise ValueError(f"tile {tile}: must be at least 1 pixel")
     if norm not in ("paper", "global"):
         raise ValueError(f"norm {norm!r}: choose paper or global")
-    return _draw(renderer, phi, _Axis.of(height, y0, y1), _Axis.of(width, x0, x1), tile, norm)
+    rows, cols = _Axis.of(height, y0, y1), _Axis.of(width, x0, x1)
+    return _draw(renderer, phi, replace(rows, start=rows.start + first), cols, tile, norm, means)
 
 
 def render(renderer: CLIF | LIIF, phi: Tensor, res: int | tuple[int, int], window: Window | None = None,
-           tile: int = 256, norm: str = "paper") -> Tensor:
+           tile: int = 256, norm: str = "paper", means: Means = Means()) -> Tensor:
     """The whole picture (B, 3, H, W); arguments and errors as in `render_tiles`."""
-    tiles = render_tiles(renderer, phi, res, window, tile, norm)
+    tiles = render_tiles(renderer, phi, res, window, tile, norm, means)
     height, width = (res, res) if isinstance(res, int) else res
-    image = torch.empty(len(phi), 3, height, width, device=phi.device)
-    for y, x, rgb in tiles:
-        image[..., y:y + rgb.shape[-2], x:x + rgb.shape[-1]] = rgb
-    return image
+    return _paste(tiles, (len(phi), 3, height, width), phi.device)

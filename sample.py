@@ -15,18 +15,19 @@ import json
 import math
 import os
 import pickle
+import struct
 import sys
 import time
 import typing
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -34,7 +35,7 @@ from tqdm import tqdm
 
 import metrics
 from autoencoder import AutoencoderConfig, FieldAutoencoder
-from clif import render_tiles
+from clif import Means, render_tiles
 from consistency import (ConsistencyConfig, ConsistencyModel, sample_function, sample_heun, sample_multistep,
                          sample_onestep)
 from data import rng, torch_noise
@@ -457,8 +458,8 @@ def openai_unet(weights: dict[str, Tensor]) -> UNetConfig:
 
 
 def to_uint8(rgb: Tensor) -> np.ndarray:
-    """(3, h, w) in [-1, 1] -> (h, w, 3) uint8; truncates like the published sampler (torchvision's ToPILImage)."""
-    return ((rgb.float() * 0.5 + 0.5).clamp(0, 1) * 255).to(torch.uint8).movedim(0, -1).cpu().numpy()
+    """(..., 3, h, w) in [-1, 1] -> (..., h, w, 3) uint8; truncates like the published sampler (torchvision's)."""
+    return ((rgb.float() * 0.5 + 0.5).clamp(0, 1) * 255).to(torch.uint8).movedim(-3, -1).cpu().numpy()
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -466,26 +467,57 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
+def draw_bands(renderer: nn.Module, phi: Tensor, res: tuple[int, int], tile: int, window=None, norm: str = "paper",
+               compile: Callable | None = None, first: int = 0) -> Iterator[np.ndarray]:
+    """Pixels (B, h, W, 3) uint8 of the fields phi (B, C, h, w), a row of tiles at a time, from pixel row `first` on.
+
+    Where memory runs out, what is computed at once is halved, down to 64 px, and drawing goes on below the finished
+    rows. The picture does not change: with norm="paper" a tile is then drawn in pieces, with its own statistics.
+    """
+    means, done = Means(tile, compile=compile), first
+    while done < res[0]:
+        try:
+            for _, x, rgb in render_tiles(renderer, phi, res, window, tile, norm, means, done):
+                h, w = rgb.shape[-2:]
+                band = np.empty((len(phi), h, res[1], 3), np.uint8) if x == 0 else band
+                band[:, :, x:x + w] = to_uint8(rgb)
+                if x + w == res[1]:
+                    yield band
+                    done += h
+        except (RuntimeError, MemoryError) as error:
+            if means.piece < 128 or not out_of_memory(error):
+                raise
+            means = dataclasses.replace(means, piece=means.piece // 2, keep=means.keep // 4)
+            warnings.warn(f"out of memory: going on with {means.piece} px at a time")
+
+
 def draw(renderer: nn.Module, phi: Tensor, res: tuple[int, int], tile: int, window=None,
          norm: str = "paper") -> np.ndarray:
-    """Pixels (B, H, W, 3) uint8 of the fields phi (B, C, h, w), tile by tile: memory holds bytes, not floats.
+    """Pixels (B, H, W, 3) uint8 of the fields phi (B, C, h, w); see `draw_bands`."""
+    return np.concatenate(list(draw_bands(renderer, phi, res, tile, window, norm)), axis=1)
 
-    Where memory runs out, the tile is halved, down to 64 px; norm="paper" then sees other statistics, and it warns.
-    """
-    out = np.empty((len(phi), *res, 3), np.uint8)
-    while True:
+
+def compiles(option: str, device: torch.device) -> bool:
+    """Whether networks are compiled. auto: on a CUDA GPU under Linux."""
+    return option == "on" or (option == "auto" and device.type == "cuda" and sys.platform == "linux")
+
+
+def compile_if_possible(function: Callable) -> Callable:
+    """`function` compiled, anew for every shape; from the first failure on, after one warning, as it is."""
+    compiled = torch.compile(function, dynamic=False)
+
+    def call(*args):
+        nonlocal compiled
         try:
-            for y, x, rgb in render_tiles(renderer, phi, res, window, tile, norm):
-                h, w = rgb.shape[-2:]
-                for b in range(len(phi)):
-                    out[b, y:y + h, x:x + w] = to_uint8(rgb[b])
-            return out
-        except (RuntimeError, MemoryError) as error:
-            if tile < 128 or not out_of_memory(error):
+            return compiled(*args)
+        except RuntimeError as error:
+            if compiled is function or out_of_memory(error):
                 raise
-        tile //= 2
-        warnings.warn(f"out of memory: drawing again with tiles of {tile} px" +
-                      (" (norm=paper takes its statistics from them)" if norm == "paper" else ""))
+            warnings.warn(f"torch.compile failed, drawing without it: {str(error).strip().splitlines()[0]}")
+            compiled = function
+        return function(*args)
+
+    return call
 
 
 def draw_functions(functions: ImageFunction, res: tuple[int, int], window=None,
@@ -498,23 +530,95 @@ def draw_functions(functions: ImageFunction, res: tuple[int, int], window=None,
     return out
 
 
-def write_png(path: Path, pixels: np.ndarray, info: dict) -> None:
-    """Write a PNG that says how it was made (tEXt chunk `parameters`, JSON); renamed into place when complete."""
-    meta = PngImagePlugin.PngInfo()
-    meta.add_text("parameters", json.dumps(info))
-    part = path.with_name(path.name + ".part")
-    Image.fromarray(pixels).save(part, format="PNG", pnginfo=meta)
+# ---- PNG files, a band of rows at a time -----------------------------------------------------------------------------
+# Every band is one IDAT chunk and compressed on its own, so a file that was interrupted is as good as its whole chunks,
+# and going on from there gives the same bytes as never having stopped.
+
+Bands = Callable[[int], Iterator[np.ndarray]]       # first -> pixels (h, W, 3) uint8 from row `first` on, in bands
+
+
+def one_band(pixels: np.ndarray) -> Bands:
+    """A picture (H, W, 3) uint8 that was drawn whole."""
+    return lambda first: iter([pixels[first:]])
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(data, zlib.crc32(kind)))
+
+
+def png_head(size: tuple[int, int], info: dict) -> bytes:
+    """All of a PNG file before its pixels; the tEXt chunk `parameters` says in JSON how it was made."""
+    ihdr = struct.pack(">2I5B", size[1], size[0], 8, 2, 0, 0, 0)             # 8 bits, RGB, not interlaced
+    text = b"parameters\0" + json.dumps(info).encode("ascii")
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", ihdr) + png_chunk(b"tEXt", text)
+
+
+def png_filter(band: np.ndarray) -> np.ndarray:
+    """Rows (h, W, 3) as PNG stores them: the first as it is (filter 0), others less the row above (filter 2)."""
+    flat = band.reshape(len(band), -1)
+    raw = np.empty((len(flat), 1 + flat.shape[1]), np.uint8)
+    raw[0, 0], raw[0, 1:], raw[1:, 0] = 0, flat[0], 2
+    np.subtract(flat[1:], flat[:-1], out=raw[1:, 1:])                        # modulo 256, as PNG has it
+    return raw
+
+
+def png_finished(file: typing.BinaryIO, head: bytes, size: tuple[int, int]) -> tuple[int, int, int]:
+    """How far an interrupted file got: its whole rows, the place in it behind them, the Adler-32 checksum so far.
+
+    Counts bands whose checksum and length are right, up to the first that is not; none where `head` differs.
+    """
+    rows, end, adler, stride = 0, len(head), 1, 1 + 3 * size[1]
+    if file.read(len(head)) != head:
+        return 0, 0, 1
+    while len(start := file.read(8)) == 8 and start[4:] == b"IDAT":
+        data = file.read(int.from_bytes(start[:4], "big"))
+        if file.read(4) != struct.pack(">I", zlib.crc32(data, zlib.crc32(b"IDAT"))):
+            break
+        inflater, count, checksum, data = zlib.decompressobj(-15), 0, adler, data if rows else data[2:]
+        try:
+            while raw := inflater.decompress(data, 1 << 20):                 # at most 1 MiB at once
+                count, checksum, data = count + len(raw), zlib.adler32(raw, checksum), inflater.unconsumed_tail
+        except zlib.error:
+            break
+        if inflater.eof or not count or count % stride or rows + count // stride > size[0]:
+            break
+        rows, end, adler = rows + count // stride, file.tell(), checksum
+    return rows, end, adler
+
+
+def write_png(path: Path, size: tuple[int, int], info: dict, bands: Bands) -> None:
+    """Write a PNG of `size` (H, W) that says how it was made; renamed into place when complete.
+
+    bands(first) gives the pixels (h, W, 3) uint8 from row `first` on. What an interrupted call left is not asked again.
+    """
+    head, part = png_head(size, info), path.with_name(path.name + ".part")
+    part.touch()
+    with open(part, "r+b") as file:
+        rows, end, adler = png_finished(file, head, size)
+        file.seek(end)
+        file.truncate()
+        if not end:
+            file.write(head)
+        for band in bands(rows) if rows < size[0] else ():
+            raw = png_filter(band)
+            adler, deflater = zlib.adler32(raw, adler), zlib.compressobj(wbits=-15)
+            start = b"\x78\x9c" if rows == 0 else b""                        # zlib's header: deflate, 32 KiB window
+            file.write(png_chunk(b"IDAT", start + deflater.compress(raw) + deflater.flush(zlib.Z_FULL_FLUSH)))
+            file.flush()
+            rows += len(band)
+        file.write(png_chunk(b"IDAT", b"\x03\0" + struct.pack(">I", adler)) + png_chunk(b"IEND", b""))   # empty block
     part.rename(path)
 
 
-def already_drawn(path: Path, info: dict) -> bool:
+def already_drawn(path: Path, size: tuple[int, int], info: dict) -> bool:
     """Whether `path` holds this very picture. Raises FileExistsError where it holds anything else."""
     if not path.exists():
         return False
+    head = png_head(size, info)
     try:
-        with Image.open(path, formats=("PNG",)) as image:
-            same = json.loads(image.info.get("parameters", "null")) == info
-    except (OSError, ValueError):
+        with open(path, "rb") as file:
+            same = file.read(len(head)) == head
+    except OSError:
         same = False
     if not same:
         raise FileExistsError(f"{path} exists and is another picture; choose another --out")
@@ -772,6 +876,7 @@ def parser() -> argparse.ArgumentParser:
     infd.add_argument("--latent-size", help="side(s) of a larger noise map: convolutional sampling (Section D)")
     infd.add_argument("--norm", help="GroupNorm statistics of the renderer: paper, per tile (default), or global")
     infd.add_argument("--tile", type=int, help="tile side in pixels (default: the training patch)")
+    infd.add_argument("--compile", choices=["auto", "on", "off"], help="the renderer (auto: on a CUDA GPU)")
     cm.add_argument("--func-dtype", choices=["float32", "bfloat16"],
                     help="of the image function's layers after the first (float32); bfloat16 is faster where the "
                          "processor multiplies it")
@@ -792,7 +897,7 @@ def pick_label(model: INFD | OneStep, text: str | None) -> int | None:
     return label
 
 
-Painter = Callable[[list[int], list[int] | None], Iterator[tuple[int, tuple[int, int], np.ndarray]]]
+Painter = Callable[[list[int], list[int] | None], Iterator[tuple[int, tuple[int, int], Bands]]]
 
 
 def refuse(args: argparse.Namespace, model: str, *names: str) -> None:
@@ -803,7 +908,7 @@ def refuse(args: argparse.Namespace, model: str, *names: str) -> None:
 
 
 def infd_painter(model: INFD, args: argparse.Namespace, sizes: list, window) -> tuple[dict, list, Painter]:
-    """(what the PNGs say, the sizes to draw, a function that draws some images at all of them)."""
+    """(what the PNGs say, the sizes to draw, a function that makes some images, to be drawn at all of them)."""
     refuse(args, "an INFD model", "sigmas", "func_dtype")
     if model.unet is None:
         raise ValueError(NEEDS_LDM)
@@ -813,8 +918,14 @@ def infd_painter(model: INFD, args: argparse.Namespace, sizes: list, window) -> 
     if sampler != "ddim" and args.eta is not None:
         raise ValueError(f"--eta is the noise that ddim adds, and {sampler} adds none: leave --eta out")
     tile, norm = args.tile or model.patch, args.norm or "paper"
+    device = next(model.unet.parameters()).device
+    compiler = functools.cache(compile_if_possible) if compiles(args.compile or "auto", device) else None
     if not sizes:                                                            # the pixels that the latent stands for
         sizes = [tuple(side * model.autoencoder.cfg.f for side in latent or model.latent_shape[1:])]
+
+    def bands(phi, size, first):
+        drawn = draw_bands(model.autoencoder.renderer, phi, size, tile, window, norm, compiler, first)
+        return (band[0] for band in drawn)
 
     def paint(part, labels):
         bar = functools.partial(tqdm, total=steps, desc=f"images {part[0]}..{part[-1]}", leave=False, disable=None)
@@ -822,7 +933,7 @@ def infd_painter(model: INFD, args: argparse.Namespace, sizes: list, window) -> 
         for b, i in enumerate(part):
             phi = model.autoencoder.decode(z[b:b + 1])                       # decoded once, drawn at every size
             for size in sizes:
-                yield i, size, draw(model.autoencoder.renderer, phi, size, tile, window, norm)[0]
+                yield i, size, functools.partial(bands, phi, size)
 
     how = {"sampler": sampler, "steps": steps} | ({"eta": eta} if sampler == "ddim" else {})
     return {**how, "norm": norm, "tile": tile, "latent_size": latent}, sizes, paint
@@ -830,7 +941,7 @@ def infd_painter(model: INFD, args: argparse.Namespace, sizes: list, window) -> 
 
 def onestep_painter(model: OneStep, args: argparse.Namespace, sizes: list, window) -> tuple[dict, list, Painter]:
     """As infd_painter. One step of a function generator draws functions; all else makes pixels at the training size."""
-    refuse(args, "a one-step model", "sampler", "compare_samplers", "eta", "latent_size", "norm", "tile")
+    refuse(args, "a one-step model", "sampler", "compare_samplers", "eta", "latent_size", "norm", "tile", "compile")
     steps, own = args.steps or (40 if model.heun else 1), (model.size, model.size)
     sigmas = tuple(float(v) for v in args.sigmas.split(",")) if args.sigmas else ()
     if sigmas and list(sigmas) != sorted(sigmas, reverse=True) or (sigmas and sigmas[0] >= model.f.cfg.sigma_max):
@@ -852,11 +963,11 @@ def onestep_painter(model: OneStep, args: argparse.Namespace, sizes: list, windo
                 many = max(1, 2**20 // (size[0] * size[1]))          # small pictures together, large ones one by one
                 for at in range(0, len(part), many):
                     pixels = draw_functions(functions[at:at + many], size, window, dtype)
-                    yield from ((i, size, image) for i, image in zip(part[at:], pixels))
+                    yield from ((i, size, one_band(image)) for i, image in zip(part[at:], pixels))
             return
         made = model.denoise(part, args.seed, steps, labels) if model.heun else \
             model.sample(part, args.seed, sigmas, labels)
-        yield from ((i, own, to_uint8(image)) for i, image in zip(part, made))
+        yield from ((i, own, one_band(to_uint8(image))) for i, image in zip(part, made))
 
     described = {"steps": steps, "sigmas": sigmas}
     return described | ({} if dtype == torch.float32 else {"func_dtype": args.func_dtype}), sizes, paint
@@ -892,13 +1003,13 @@ def run(args: argparse.Namespace) -> None:
     jobs = {i: {size: out / f"seed{args.seed}-{i:06d}-{size[0]}x{size[1]}.png" for size in sizes}
             for i in range(args.start, args.start + args.n)}
     info = lambda i, size: json.loads(json.dumps({**common, "index": i, "res": size}))
-    todo = [i for i, files in jobs.items() if not all([already_drawn(p, info(i, s)) for s, p in files.items()])]
+    todo = [i for i, files in jobs.items() if not all([already_drawn(p, s, info(i, s)) for s, p in files.items()])]
     todo = [i for i in todo if i % world == rank]                            # each process draws its share
     out.mkdir(parents=True, exist_ok=True)
     for at in range(0, len(todo), args.batch):
         part = todo[at:at + args.batch]
-        for i, size, pixels in paint(part, None if label is None else [label] * len(part)):
-            write_png(jobs[i][size], pixels, info(i, size))
+        for i, size, bands in paint(part, None if label is None else [label] * len(part)):
+            write_png(jobs[i][size], size, info(i, size), bands)
     if rank == 0:
         print(f"{len(jobs) * len(sizes)} pictures ({model.weights}, step {model.step}) in {out}")
     if args.fid:

@@ -36,17 +36,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, PngImagePlugin
 from torch import nn
 
+import clif
 import data
 import metrics
 import sample
 import train
 from autoencoder import (AutoencoderConfig, Decoder, DiscriminatorConfig, Encoder, FieldAutoencoder,
                          PatchDiscriminator, VectorQuantizer, adaptive_weight, hinge_loss, kl_loss, split_moments)
-from clif import CLIF, LIIF, CLIFConfig, LIIFConfig, coord_grid, query, render, render_tiles
+from clif import CLIF, LIIF, CLIFConfig, LIIFConfig, Means, coord_grid, query, render, render_tiles
 from consistency import (ECT, ICT, ConsistencyConfig, ConsistencyModel, consistency_loss, denoising_distance, l2,
                          lpips_resized, noise_condition, per_image, pseudo_huber, sample_function, sample_multistep,
                          sample_onestep)
@@ -273,17 +275,117 @@ def test_paper_tiles_are_the_published_procedure():
             up, left = min(y, 8), min(x, 8)
             part = model(phi, grid[:, y - up:y + tile + 8, x - left:x + tile + 8], cell)[..., up:, left:]
             want[..., y:y + tile, x:x + tile] = part[..., :min(tile, H - y), :min(tile, W - x)]
-    assert torch.equal(render(model, phi, (H, W), tile=tile), want)
+    torch.testing.assert_close(render(model, phi, (H, W), tile=tile), want, rtol=0, atol=1e-5)
     assert not torch.allclose(render(model, phi, (H, W)), want, atol=0.01)        # statistics per tile do show
 
 
 @pytest.mark.parametrize("spread", [1.0, 2e-3])
 def test_global_tiles_equal_the_whole(spread):
-    """Also for a nearly constant field, where the statistics' rounding is amplified."""
-    model, phi, res = field_clif(), 1 + spread * field_phi(), (257, 391)
+    """F23. Also for a nearly constant field, where the statistics' rounding is amplified, and with nothing kept."""
+    model, phi, res = field_clif(hidden=32), 1 + spread * field_phi(), (257, 391)
     whole = model(phi, coord_grid(res)[None], torch.tensor([[2 / res[0], 2 / res[1]]]))
-    for tile in (64, 100, 256):
-        assert (render(model, phi, res, tile=tile, norm="global") - whole).abs().max() < 5e-4
+    for tile, keep in ((64, 2**30), (100, 0), (100, 2**30), (256, 2**30)):
+        assert (render(model, phi, res, tile=tile, norm="global", means=Means(keep=keep)) - whole).abs().max() < 5e-4
+
+
+def test_tiles_of_a_renderer_without_norms_equal_the_whole():
+    class NoNorm(nn.Module):
+        halo = 8
+
+        def __init__(self):
+            super().__init__()
+            self.clif = field_clif(hidden=32)
+
+        def forward(self, phi, coord, cell):
+            return self.clif(phi, coord, cell, lambda layer, x: x)
+    model, phi, res = NoNorm(), field_phi(), (257, 391)
+    whole = model(phi, coord_grid(res)[None], torch.tensor([[2 / res[0], 2 / res[1]]]))
+    for tile in (100, 256):
+        assert (render(model, phi, res, tile=tile) - whole).abs().max() < 1e-5 * whole.std()
+
+
+@pytest.mark.parametrize("keep", [0, 2**30])
+def test_paper_tiles_in_pieces_keep_their_statistics(keep):
+    model, phi, window = field_clif(), field_phi(b=2), (-0.5, -0.9, 0.7, 0.95)
+    for where in (None, window):
+        whole = render(model, phi, (130, 150), where, tile=64)
+        parts = render(model, phi, (130, 150), where, tile=64, means=Means(piece=24, keep=keep))
+        assert (parts - whole).abs().max() < 1e-4
+
+
+def test_first_row_leaves_out_what_is_above():
+    model, phi = field_clif(hidden=32), field_phi()
+    for norm in ("paper", "global"):
+        whole = render(model, phi, (70, 60), (-1, -1, 0.3, 1), tile=32, norm=norm)
+        for y, x, rgb in render_tiles(model, phi, (70, 60), (-1, -1, 0.3, 1), 32, norm, first=37):
+            assert torch.equal(rgb, whole[..., 37 + y:37 + y + rgb.shape[2], x:x + rgb.shape[3]])
+
+
+def test_activations_are_kept_within_the_budget():
+    """Two maps of `hidden` channels in float32: the default reaches 1024 px with 256 channels, 2896 px with 32."""
+    model, phi = field_clif(hidden=32), field_phi()
+
+    def keeps(size, means):
+        axis = clif._Axis.of(size, -1, 1)
+        return clif._Frame(model, phi, axis, axis, 64, means).kept is not None
+    assert keeps(100, Means(keep=2 * 4 * 32 * 100**2)) and not keeps(101, Means(keep=2 * 4 * 32 * 100**2))
+    for hidden, reach in ((256, 1024), (32, 2896)):
+        assert 2 * 4 * hidden * reach**2 <= Means().keep < 2 * 4 * hidden * (reach + 1)**2
+
+
+# ---- a tile is a grid ----
+
+def test_axis_query_equals_the_plain_query_bit_for_bit():
+    """Nearest features, ties included, offsets and sizes: along both axes, at any size, in windows."""
+    sizes = [96, 97, 128, 255, 256, 257, 320, 384, 391, 448, 500, 512, 640, 768, 777, 896, 1000, 1001, 1024, 1280, 1536,
+             2048]
+    for n in (256, 64, 37):
+        phi = torch.arange(1.0, n * n + 1).view(1, 1, n, n)
+        for window in ((-1.0, 1.0), (-0.5, 0.25), (-0.31, 0.333)):
+            for axis in (clif._Axis.of(size, *window) for size in sizes):
+                span, = axis.tiles(2 * axis.size, 0, fixed=False)
+                index, (inside, offset, size) = clif._axis_query(span, n)
+                here, cell = torch.tensor([0.123]), torch.tensor([[span.cell, span.cell]])
+                line, = phi[0, :, :, int(0.5 * 1.123 * n)]
+                for coord, rows in (((span.centres, here), 1), ((here, span.centres), 0)):
+                    want = query(phi if rows else phi.mT, clif._pairs(*coord)[None], cell)[0].flatten(1)
+                    assert torch.equal(line[index], want[0])
+                    assert torch.equal(offset, want[2 - rows]) and torch.equal(size, want[4 - rows])
+                assert inside.all() and len(index) == axis.stop - axis.start
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_tile_drawn_as_a_grid_equals_forward(fixed):
+    """Also the first convolution alone, whose channels beside the feature are folded; at every border of the frame."""
+    model, phi, tile = field_clif(), field_phi(b=2), 24
+    model.halo = 4
+    rows, cols = clif._Axis.of(61, -1, 1), clif._Axis.of(20, -1, 1)
+    for row, col in itertools.product(rows.tiles(tile, 4, fixed), cols.tiles(tile, 4, fixed)):
+        parts = clif._tile_query(phi, row, col)
+        assert not fixed or parts[0].shape[2:] == (tile + 8, tile + 8)
+        h, w = (s.reach.stop - s.reach.start for s in (row, col))
+        coord, cell = clif._queries(phi, row, col)
+        coord = coord[:, :h, :w]
+        mask = row.inside[:, None] * col.inside
+        conv = model.model[0]
+        first = clif._first_conv(conv.weight, conv.bias, parts[0] * mask, *parts[1:])[..., :h, :w]
+        torch.testing.assert_close(first, conv(query(phi, coord, cell)), rtol=0, atol=1e-5)
+        rgb = clif._whole_tile(model, *parts, fixed)[..., :h, :w]
+        torch.testing.assert_close(rgb, model(phi, coord, cell), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm, graphs", [("paper", 1), ("global", 3)])
+def test_ten_resolutions_compile_once(norm, graphs):
+    """One graph with norm=paper; with global the first, the inner and the last layers. None is added by any size."""
+    torch._dynamo.reset()
+    backend = torch._dynamo.testing.CompileCounter()
+    means = Means(compile=functools.partial(torch.compile, backend=backend, dynamic=False))
+    model, phi = field_clif(hidden=32), field_phi()
+    sizes = [(40, 40), 7, 33, (64, 20), 50, (65, 31), 96, 97, (20, 90), 128]
+    for res, window in zip(sizes, [None] * 8 + [(-0.5, -0.3, 0.9, 0.35), (0, 0, 1, 1)]):
+        got = render(model, phi, res, window, tile=32, norm=norm, means=means)
+        assert backend.frame_count == graphs
+        torch.testing.assert_close(got, render(model, phi, res, window, tile=32, norm=norm), rtol=0, atol=2e-5)
 
 
 def test_global_statistics_are_per_image():
@@ -308,7 +410,7 @@ def test_window_equals_slice(norm):
 def test_any_window_is_where_it_says():
     """A window off the pixel lattice: a field that shows its coordinates gives back the window's own grid."""
     class Echo(nn.Module):
-        halo, norms = 3, ()
+        halo = 3
 
         def forward(self, phi, coord, cell):
             return torch.cat([coord.movedim(-1, 1), cell[:, :1, None, None].expand(-1, -1, *coord.shape[1:3])], dim=1)
@@ -338,25 +440,27 @@ def test_render_names_bad_input(bad):
     assert "\n" not in str(error.value) and str(error.value).split()[0] in ("resolution", "window", "tile", "norm")
 
 
-def test_memory_does_not_grow_with_resolution():
-    """A frame of 4096 px holds 16 times the pixels of 1024; nothing of its size may exist (one channel: 64 MiB)."""
+def test_memory_does_not_grow_with_resolution(tmp_path):
+    """Rows 8192 px wide go to a PNG in bands: neither the picture (24 MiB of bytes in 1024 rows) nor a map exists."""
     pytest.importorskip("resource", reason="peak memory is read with a Unix module")
     script = """
         import resource, sys
-        from itertools import islice
+        from pathlib import Path
         import torch
-        from clif import CLIF, CLIFConfig, render_tiles
-        model, phi = CLIF(CLIFConfig(8, 32, 1)), torch.randn(1, 8, 16, 16)
-        for res in (1024, 4096):
-            for y, x, rgb in islice(render_tiles(model, phi, res, tile=128), 64):    # 64 tiles are all of 1024 px
-                pass
+        from clif import CLIF, CLIFConfig
+        from sample import draw_bands, write_png
+        model, phi = CLIF(CLIFConfig(8, 8, 1, 8)), torch.randn(1, 8, 16, 16)
+        for res in ((256, 1024), (1024, 8192)):
+            bands = lambda first: (band[0] for band in draw_bands(model, phi, res, 128))
+            write_png(Path(sys.argv[1]) / f"{res[0]}.png", res, {}, bands)
             print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10))
     """
     code = Path(render_tiles.__code__.co_filename).parent
-    run = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=code, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(script), tmp_path], cwd=code, capture_output=True,
+                         text=True)
     assert run.returncode == 0, run.stderr
     small, large = map(int, run.stdout.split())                      # MiB
-    assert large - small < 32
+    assert large - small < 20
 
 
 # ---- encoder, decoder ----
@@ -2445,6 +2549,102 @@ def test_nothing_is_overwritten(main_runs, tmp_path, capsys):
 def test_a_larger_noise_map_gives_a_larger_picture(main_runs, tmp_path):
     assert main_sample("--ckpt", main_runs / "ldm", "--steps", 2, "--latent-size", "16x24", "--out", tmp_path) == 0
     assert main_png(tmp_path / "seed0-000000-32x48.png")[0].shape == (32, 48, 3)
+
+
+def main_bands(picture, band):
+    """What sample.write_png asks for, and the list of rows it asked from."""
+    asked = []
+
+    def bands(first):
+        asked.append(first)
+        return (picture[at:at + band] for at in range(first, len(picture), band))
+    return bands, asked
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 7), (64, 33)])
+def test_png_written_in_bands_holds_the_pixels_and_the_parameters(tmp_path, size):
+    picture = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    info = {"res": list(size), "window": None, "label": "d\u00e4mmerung"}
+    for band in (1, 20, 64):
+        sample.write_png(tmp_path / "a.png", size, info, main_bands(picture, band)[0])
+        pixels, read = main_png(tmp_path / "a.png")
+        assert np.array_equal(pixels, picture) and read == info and sample.already_drawn(tmp_path / "a.png", size, info)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+    with pytest.raises(FileExistsError):
+        sample.already_drawn(tmp_path / "a.png", size, {**info, "seed": 1})
+    text = PngImagePlugin.PngInfo()                                          # pictures of earlier versions are known
+    text.add_text("parameters", json.dumps(info))
+    Image.fromarray(picture).save(tmp_path / "a.png", pnginfo=text)
+    assert sample.already_drawn(tmp_path / "a.png", size, info)
+
+
+def test_fault_f22_an_interrupted_png_continues_and_ends_the_same(tmp_path):
+    """Cut anywhere, or with a bit flipped anywhere: whole bands before the damage are kept, the file is the same."""
+    picture = np.random.default_rng(0).integers(0, 256, (50, 9, 3), dtype=np.uint8)
+    file, part, info, (bands, asked) = tmp_path / "a.png", tmp_path / "a.png.part", {"seed": 0}, main_bands(picture, 16)
+    sample.write_png(file, (50, 9), info, bands)
+    whole, head = file.read_bytes(), len(sample.png_head((50, 9), info))
+    ends = [head]                                                            # where 0, 16, 32, 48 and 50 rows end
+    while len(ends) < 5:
+        ends.append(ends[-1] + 12 + int.from_bytes(whole[ends[-1]:ends[-1] + 4], "big"))
+    gen = np.random.default_rng(1)
+    for cut in [0, *ends, len(whole), *gen.integers(0, len(whole), 40).tolist()]:
+        flipped = bytearray(whole)
+        flipped[min(cut, len(whole) - 1)] ^= 1 << int(gen.integers(8))
+        for left in (whole[:cut], bytes(flipped)):
+            part.write_bytes(left)
+            asked.clear()
+            sample.write_png(file, (50, 9), info, bands)
+            assert file.read_bytes() == whole
+            rows = (0, 16, 32, 48, 50)[max(sum(end <= cut for end in ends) - 1, 0)]
+            assert asked == ([rows] if rows < 50 else [])
+    part.write_bytes(whole[:ends[2]])
+    asked.clear()
+    sample.write_png(file, (50, 9), {"seed": 1}, bands)                      # the parts of another picture
+    assert asked == [0] and main_png(file)[1] == {"seed": 1}
+    text = PngImagePlugin.PngInfo()                                          # one stream of Pillow's: it has an end
+    text.add_text("parameters", json.dumps(info))
+    Image.fromarray(picture).save(part, format="PNG", pnginfo=text)
+    sample.write_png(file, (50, 9), info, bands)
+    assert asked == [0, 0] and file.read_bytes() == whole
+
+
+@pytest.mark.parametrize("norm", ["paper", "global"])
+def test_fault_f22_a_killed_rendering_continues_at_its_band(main_runs, tmp_path, monkeypatch, norm):
+    args = ["--ckpt", main_runs / "ldm", "--steps", 2, "--res", "75x40", "--tile", 16, "--norm", norm]
+    assert main_sample(*args, "--out", tmp_path / "whole") == 0
+    drawn, png_filter = [], sample.png_filter
+
+    def killed(band):
+        drawn.append(len(band))
+        if len(drawn) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return png_filter(band)
+
+    monkeypatch.setattr(sample, "png_filter", killed)
+    assert main_sample(*args, "--out", tmp_path / "parts") == 143
+    assert [p.name for p in (tmp_path / "parts").iterdir()] == ["seed0-000000-75x40.png.part"]
+    assert main_sample(*args, "--out", tmp_path / "parts") == 0
+    assert drawn == [16, 16, 16, 16, 16, 11]                                 # three were kept
+    name = "seed0-000000-75x40.png"
+    assert [p.name for p in (tmp_path / "parts").iterdir()] == [name]
+    assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_failed_compilation_is_told_once_and_drawn_without(monkeypatch):
+    def broken(function, **options):
+        def call(*args):
+            raise RuntimeError("no C++ compiler\nlong story")
+        return call
+    monkeypatch.setattr(torch, "compile", broken)
+    model, phi, compiler = field_clif(hidden=32), field_phi(), functools.cache(sample.compile_if_possible)
+    with pytest.warns(UserWarning, match="without it: no C..compiler$") as told:
+        for _ in range(2):
+            pixels = np.concatenate(list(sample.draw_bands(model, phi, (40, 40), 32, compile=compiler)), axis=1)
+    assert len(told) == 1 and np.abs(pixels.astype(int) - sample.draw(model, phi, (40, 40), 32)).max() <= 1
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert [sample.compiles(o, d) for o in ("auto", "on", "off") for d in (cpu, cuda)][2:] == [True, True, False, False]
+    assert not sample.compiles("auto", cpu) and sample.compiles("auto", cuda) == (sys.platform == "linux")
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
@@ -4798,23 +4998,28 @@ def test_stage_cm_paper_presets(data_name, size, patch, steps, mu0, classes):
         train.configure("pretrain", "ict", data_name, [])
 
 
+@pytest.mark.parametrize("norm", ["paper", "global"])
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
                                    RuntimeError("DefaultCPUAllocator: can't allocate memory")])
-def test_stage_out_of_memory_halves_the_tile(monkeypatch, error):
-    torch.manual_seed(0)
-    renderer, phi = CLIF(CLIFConfig(8, 32, 1)).eval(), cm_randn(1, 8, 32, 32)
-    reference, tiles, real = sample.draw(renderer, phi, (300, 200), 256, norm="global"), [], sample.render_tiles
+def test_fault_f21_out_of_memory_halves_what_is_drawn_at_once(monkeypatch, norm, error):
+    """Below the finished rows, with both norms, and the picture stays."""
+    renderer, phi = field_clif(8, 32, 1), field_phi(8)
+    reference, calls, real = render(renderer, phi, (300, 140), norm=norm), [], sample.render_tiles
 
-    def limited(renderer, phi, res, window, tile, norm):
-        tiles.append(tile)
-        if tile > 64:
-            raise error
-        yield from real(renderer, phi, res, window, tile, norm)
+    def limited(*args):
+        means, first = args[-2:]
+        calls.append((means.piece, first))
+        tiles = real(*args)
+        yield from itertools.islice(tiles, 1 if means.piece > 64 else None)      # one tile is one band of this picture
+        raise error
 
     monkeypatch.setattr(sample, "render_tiles", limited)
+    monkeypatch.setattr(sample, "to_uint8", lambda rgb: rgb.movedim(-3, -1).numpy())
+    monkeypatch.setattr(np, "uint8", np.float32)
     with pytest.warns(UserWarning, match="out of memory"):
-        drawn = sample.draw(renderer, phi, (300, 200), 256, norm="global")
-    assert tiles == [256, 128, 64] and np.abs(drawn.astype(int) - reference).max() <= 1
+        drawn = sample.draw(renderer, phi, (300, 140), 256, norm=norm)
+    assert calls[0] == (256, 0) and calls[1] == (128, 256)
+    assert np.abs(drawn - reference.movedim(1, -1).numpy()).max() <= 1e-4
     monkeypatch.setattr(sample, "render_tiles", lambda *args: (_ for _ in ()).throw(error))
     with pytest.warns(UserWarning), pytest.raises(type(error)):
         sample.draw(renderer, phi, (8, 8), 128)
@@ -5396,16 +5601,16 @@ def test_fault_f11_a_signal_in_the_evaluation(tmp_path, monkeypatch, number, cod
 def test_fault_f11_a_signal_in_sampling_leaves_whole_pictures(stage_runs, tmp_path, monkeypatch, number, code):
     args = ["--ckpt", stage_runs / "cm", "--n", 5, "--batch", 2]
     assert main_sample(*args, "--out", tmp_path / "whole") == 0
-    drawn, save = [], Image.Image.save
+    drawn, png_filter = [], sample.png_filter
 
-    def in_the_middle(image, *inputs, **options):
+    def in_the_middle(band):
         drawn.append(0)
         if len(drawn) == 4:
             os.kill(os.getpid(), number)
-        return save(image, *inputs, **options)
+        return png_filter(band)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Image.Image, "save", in_the_middle)
+        patch.setattr(sample, "png_filter", in_the_middle)
         assert main_sample(*args, "--out", tmp_path / "parts") == code
     assert len(list((tmp_path / "parts").glob("*.png"))) == 3
     assert main_sample(*args, "--out", tmp_path / "parts") == 0
