@@ -600,7 +600,7 @@ def bench_infd(model: INFD, samplers: dict[str, int], sizes: list[tuple[int, int
     times, peaks = {}, {}
     for part in parts:
         peak_memory(device, reset=True)
-        times |= seconds(part, device, limit=20)
+        times |= seconds(part, device, limit=5)
         peaks |= dict.fromkeys(part, peak_memory(device))
     for name, steps in samplers.items():
         latent = f"latent, {name}, {steps} steps"
