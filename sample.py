@@ -179,9 +179,8 @@ class INFD:
 
         sampler is one of SAMPLERS, which has the steps taken by default; all begin at the same noise, and only ddim
         adds more (eta). latent_size draws a larger noise map with the same network: convolutional sampling (INFD,
-        Section D).
-        labels are one class per image (default: drawn from seed and index); progress wraps the iterable of denoising
-        steps (tqdm, say). Raises ValueError for an autoencoder checkpoint.
+        Section D). labels are one class per image (default: drawn from seed and index); progress wraps the iterable of
+        denoising steps (tqdm, say). Raises ValueError for an autoencoder checkpoint.
         """
         if self.unet is None:
             raise ValueError(NEEDS_LDM)
@@ -731,7 +730,7 @@ def bench_infd(model: INFD, samplers: dict[str, int], sizes: list[tuple[int, int
     times, peaks = {}, {}
     for part in parts:
         peak_memory(device, reset=True)
-        times |= seconds(part, device, limit=20)
+        times |= seconds(part, device, limit=5)
         peaks |= dict.fromkeys(part, peak_memory(device))
     for name, steps in samplers.items():
         latent = f"latent, {name}, {steps} steps"
@@ -763,8 +762,7 @@ def compare_samplers(model: INFD, jobs: list[list[int]], seed: int, label: int |
              "path", f"200 steps of ddim with the end of the path: {goal:.1f} dB",
              "steps" + "".join(f"{n:15}" for n in counts) + "   40 dB with ddim   as good as ddim"]
     for sampler in SAMPLERS:
-        made = [(n, pictures(sampler, n)) for n in counts]
-        pairs = {n: (db(p, ddim), db(p, end)) for n, p in made}
+        pairs = {n: (db(p, ddim), db(p, end)) for n in counts for p in [pictures(sampler, n)]}
         near = next((n for n in counts if pairs[n][0] >= 40), "-")
         reached = next((n for n in counts if pairs[n][1] >= goal), "-")
         lines.append(f"{sampler:5}" + "".join(f"{a:8.1f} /{b:5.1f}" for a, b in pairs.values()) +
