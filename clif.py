@@ -289,9 +289,9 @@ def _axis_query(span: _Span, n: int) -> tuple[Tensor, Tensor]:
 def _tile_query(phi: Tensor, row: _Span, col: _Span) -> tuple[Tensor, Tensor, Tensor]:
     """What `query` tells of a tile, in parts: features (B, C, H, W), down (3, H) and across (3, W)."""
     (iy, down), (ix, across) = _axis_query(row, phi.shape[2]), _axis_query(col, phi.shape[3])
-    top, bottom = int(iy[0]), int(iy[-1]) + 1                        # the second lookup copies whole rows, so it is
-    features = phi[:, :, top:bottom].index_select(3, ix.to(phi.device))                   # that which repeats them
-    features = features.index_select(2, (iy - top).to(phi.device))
+    top, bottom = int(iy[0]), int(iy[-1]) + 1
+    features = phi[:, :, top:bottom].index_select(3, ix.to(phi.device))                   # (B, C, few, W)
+    features = features.index_select(2, (iy - top).to(phi.device))                        # last: it copies whole rows
     return features, down.to(phi), across.to(phi)
 
 
@@ -306,8 +306,8 @@ def _first_conv(weight: Tensor, bias: Tensor, features: Tensor, down: Tensor, ac
     down, across = (F.pad(v, (1, 1)).unfold(1, 3, 1) for v in (down, across))             # (3, H, 3), (3, W, 3): taps
     vary_down = torch.einsum("ocij,chi->ohj", weight[:, C::2], down[1:])                  # (hidden, H, 3)
     vary_across = torch.einsum("ocij,cwj->oiw", weight[:, C + 1::2], across[1:])          # (hidden, 3, W)
-    columns = torch.cat([vary_down, down[0].expand_as(vary_down)], dim=2).repeat(B, 1, 1)
-    rows = torch.cat([across[0].mT.expand_as(vary_across), vary_across], dim=1).repeat(B, 1, 1)
+    columns = torch.cat([vary_down, down[0].expand_as(vary_down)], dim=2).repeat(B, 1, 1).to(x.dtype)
+    rows = torch.cat([across[0].mT.expand_as(vary_across), vary_across], dim=1).repeat(B, 1, 1).to(x.dtype)
     return x.flatten(0, 1).baddbmm_(columns, rows).view(x.shape)     # in place: a pass over x costs as much as this
 
 
@@ -493,7 +493,8 @@ def render_tiles(renderer: CLIF | LIIF, phi: Tensor, res: int | tuple[int, int],
     """Draw the field phi (B, C, h, w) tile by tile, row by row: yields (y, x, rgb (B, 3, h, w)), y and x in pixels.
 
     `res` is the size in pixels, int or (H, W), of `window` = (y0, x0, y1, x1), a rectangle of the plane [-1, 1]^2
-    (default: all of it). Tiles are drawn with a halo that is cropped off; memory does not grow with `res`.
+    (default: all of it). Tiles are drawn with a halo that is cropped off; beyond `means.keep` bytes memory does not
+    grow with `res`.
     CLIF's GroupNorms make every pixel depend on all others, so tiles need a rule for the statistics:
 
     paper    those of each tile with its halo. The published sampler does so (256 px tiles, 8 px halo), and training

@@ -921,6 +921,9 @@ def infd_painter(model: INFD, args: argparse.Namespace, sizes: list, window) -> 
     if not sizes:                                                            # the pixels that the latent stands for
         sizes = [tuple(side * model.autoencoder.cfg.f for side in latent or model.latent_shape[1:])]
 
+    for size in sizes:                                                       # names bad options now; draws nothing
+        render_tiles(model.autoencoder.renderer, torch.empty(0), size, window, tile, norm)
+
     def bands(phi, size, first):
         drawn = draw_bands(model.autoencoder.renderer, phi, size, tile, window, norm, compiler, first)
         return (band[0] for band in drawn)
@@ -1007,7 +1010,8 @@ def run(args: argparse.Namespace) -> None:
     for at in range(0, len(todo), args.batch):
         part = todo[at:at + args.batch]
         for i, size, bands in paint(part, None if label is None else [label] * len(part)):
-            write_png(jobs[i][size], size, info(i, size), bands)
+            if not jobs[i][size].exists():                                   # one that is there is the same picture
+                write_png(jobs[i][size], size, info(i, size), bands)
     if rank == 0:
         print(f"{len(jobs) * len(sizes)} pictures ({model.weights}, step {model.step}) in {out}")
     if args.fid:

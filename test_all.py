@@ -306,10 +306,10 @@ def test_tiles_of_a_renderer_without_norms_equal_the_whole():
 
 @pytest.mark.parametrize("keep", [0, 2**30])
 def test_paper_tiles_in_pieces_keep_their_statistics(keep):
-    model, phi, window = field_clif(), field_phi(b=2), (-0.5, -0.9, 0.7, 0.95)
-    for where in (None, window):
-        whole = render(model, phi, (130, 150), where, tile=64)
-        parts = render(model, phi, (130, 150), where, tile=64, means=Means(piece=24, keep=keep))
+    model, phi = field_clif(hidden=32), field_phi(b=2)
+    for window in (None, (-0.5, -0.9, 0.7, 0.95)):
+        whole = render(model, phi, (60, 70), window, tile=40)
+        parts = render(model, phi, (60, 70), window, tile=40, means=Means(piece=24, keep=keep))
         assert (parts - whole).abs().max() < 1e-4
 
 
@@ -351,7 +351,7 @@ def test_axis_query_equals_the_plain_query_bit_for_bit():
                     want = query(phi if rows else phi.mT, clif._pairs(*coord)[None], cell)[0].flatten(1)
                     assert torch.equal(line[index], want[0])
                     assert torch.equal(offset, want[2 - rows]) and torch.equal(size, want[4 - rows])
-                assert inside.all() and len(index) == axis.stop - axis.start
+                assert inside.all()
 
 
 @pytest.mark.parametrize("fixed", [False, True])
@@ -2638,7 +2638,7 @@ def test_a_failed_compilation_is_told_once_and_drawn_without(monkeypatch):
         return call
     monkeypatch.setattr(torch, "compile", broken)
     model, phi, compiler = field_clif(hidden=32), field_phi(), functools.cache(sample.compile_if_possible)
-    with pytest.warns(UserWarning, match="without it: no C..compiler$") as told:
+    with pytest.warns(UserWarning, match="without it: no C.. compiler$") as told:
         for _ in range(2):
             pixels = np.concatenate(list(sample.draw_bands(model, phi, (40, 40), 32, compile=compiler)), axis=1)
     assert len(told) == 1 and np.abs(pixels.astype(int) - sample.draw(model, phi, (40, 40), 32)).max() <= 1
@@ -5004,22 +5004,22 @@ def test_stage_cm_paper_presets(data_name, size, patch, steps, mu0, classes):
 def test_fault_f21_out_of_memory_halves_what_is_drawn_at_once(monkeypatch, norm, error):
     """Below the finished rows, with both norms, and the picture stays."""
     renderer, phi = field_clif(8, 32, 1), field_phi(8)
-    reference, calls, real = render(renderer, phi, (300, 140), norm=norm), [], sample.render_tiles
+    reference, calls, real = sample.draw(renderer, phi, (300, 140), 256, norm=norm), [], sample.render_tiles
 
     def limited(*args):
         means, first = args[-2:]
         calls.append((means.piece, first))
         tiles = real(*args)
-        yield from itertools.islice(tiles, 1 if means.piece > 64 else None)      # one tile is one band of this picture
-        raise error
+        yield from itertools.islice(tiles, 1)                                # in pieces of 256 px: the first band
+        if means.piece > 64:
+            raise error
+        yield from tiles
 
     monkeypatch.setattr(sample, "render_tiles", limited)
-    monkeypatch.setattr(sample, "to_uint8", lambda rgb: rgb.movedim(-3, -1).numpy())
-    monkeypatch.setattr(np, "uint8", np.float32)
     with pytest.warns(UserWarning, match="out of memory"):
         drawn = sample.draw(renderer, phi, (300, 140), 256, norm=norm)
-    assert calls[0] == (256, 0) and calls[1] == (128, 256)
-    assert np.abs(drawn - reference.movedim(1, -1).numpy()).max() <= 1e-4
+    assert calls == [(256, 0), (128, 256)] + [(64, 256)] * (norm == "global")    # finished rows are not drawn again
+    assert np.abs(drawn.astype(int) - reference).max() <= 1
     monkeypatch.setattr(sample, "render_tiles", lambda *args: (_ for _ in ()).throw(error))
     with pytest.warns(UserWarning), pytest.raises(type(error)):
         sample.draw(renderer, phi, (8, 8), 128)
