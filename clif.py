@@ -136,13 +136,14 @@ class CLIF(nn.Module):
         phi (B, C, h, w); coord (B, H, W, 2), pixel centres as (y, x) in [-1, 1]; cell (B, 2), pixel size; `norm`
         applies a GroupNorm layer to a tensor.
         """
-        return self.body(self.model[0](query(phi, coord, cell)), norm)        # (B, C + 4, H, W) -> (B, hidden, H, W)
+        x = self.model[0](query(phi, coord, cell))                            # (B, C + 4, H, W) -> (B, hidden, H, W)
+        return self.conv_out(self.trunk(x, norm))
 
-    def body(self, x: Tensor, norm: Norm = own_statistics) -> Tensor:
-        """All after the first convolution: x (B, hidden, H, W) -> colours (B, 3, H, W)."""
+    def trunk(self, x: Tensor, norm: Norm = own_statistics) -> Tensor:
+        """All between the first and the last convolution: (B, hidden, H, W) -> (B, hidden, H, W)."""
         for block in self.model[1:]:
             x = block(x, norm)
-        return self.conv_out(F.silu(norm(self.norm_out, x)))
+        return F.silu(norm(self.norm_out, x))
 
 
 @dataclass(frozen=True)
@@ -328,7 +329,8 @@ def _whole_tile(renderer: CLIF, features: Tensor, down: Tensor, across: Tensor, 
         mask = down[0, :, None] * across[0]                          # (H, W)
         features, norm = features * mask, partial(_inside_statistics, mask)
     first = renderer.model[0]
-    return renderer.body(_first_conv(first.weight, first.bias, features, down, across), norm)
+    x = _first_conv(first.weight, first.bias, features, down, across)
+    return renderer.conv_out(renderer.trunk(x, norm))
 
 
 # ---- A frame in pieces, with the statistics of the whole ----
