@@ -5993,6 +5993,41 @@ def test_fault_f26_every_preset_trains_saves_loads_and_draws(tmp_path, monkeypat
 
 
 # ======================================================================================================================
+# Stage demo
+# ======================================================================================================================
+
+
+def test_colour_moments_have_a_closed_form():
+    """Two pictures of one colour each: the mean is between them, the covariance that of two points."""
+    mean, cov = train.colour_moments(torch.tensor([0.5, -0.5])[:, None, None, None].expand(2, 3, 8, 8))
+    assert torch.equal(mean, torch.zeros(48, dtype=mean.dtype))
+    assert torch.allclose(cov, torch.full((48, 48), 0.5, dtype=cov.dtype))
+
+
+def test_demo_trains_every_stage_once_and_says_what_came_of_it(tmp_path, capsys):
+    table = {stage: {k: train.convert(k, train.options(train.STAGES[stage][0])[k], v)
+                     for k, v in (text.split("=", 1) for text in options)}
+             for stage, options in {"ae": TINY_AE, "ldm": TINY_LDM, "pretrain": TINY_PRETRAIN, "cm": TINY_CM}.items()}
+    report = train.demo("synthetic", tmp_path / "demo", torch.device("cpu"), table, n=8)
+    distance = report["distance"]
+    assert distance["held out"] < min(distance[name] for name in ("INFD", "CM-Func", "noise"))
+    assert set(report["psnr"]) == {"1x", "2x", "4x"} and 8 < report["psnr"]["1x"] < 30
+    assert json.loads((tmp_path / "demo/demo.json").read_text()) == report
+    with Image.open(tmp_path / "demo/demo.png") as sheet:                     # 8 columns, 5 rows of 64 px and gaps of 4
+        assert sheet.size == (8 * 68 - 4, 5 * 68 - 4)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("step-*.pt")}
+    again = train.demo("synthetic", tmp_path / "demo", torch.device("cpu"), table, n=8)      # nothing left to train
+    assert again["distance"] == distance and before == {file: file.read_bytes() for file in before}
+
+
+def test_demo_refuses_what_it_would_ignore(tmp_path, capsys):
+    for extra in (["steps=3"], ["--bench"]):
+        assert main_train("--stage", "demo", "--out", tmp_path / "d", *extra) == 2
+        assert "stage demo takes" in capsys.readouterr().err
+    assert not (tmp_path / "d").exists()
+
+
+# ======================================================================================================================
 # The README
 # ======================================================================================================================
 

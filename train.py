@@ -1382,6 +1382,73 @@ def cm_sheet(model: OneStep, seed: int, x: Tensor, z: Tensor, y: Tensor | None, 
     return contact_sheet(rows, 2 * size)
 
 
+# ---- stage demo ------------------------------------------------------------------------------------------------------
+
+
+# Both systems from nothing, one after the other: changes to preset tiny, for 20 minutes on two CPU cores in all.
+DEMO = {"ae": {"steps": 1500, "grid_every": 500},
+        "ldm": {"steps": 1000, "pictures": 2048, "grid_every": 500},
+        "pretrain": {"steps": 1000, "batch": 16, "func.patch": 16, "func.hidden": 64, "func.groups": 32,
+                     "func.encoder_depth": 4, "grid_every": 500},
+        "cm": {"steps": 1000, "func.patch": 16, "func.hidden": 64, "func.groups": 32, "func.encoder_depth": 4}}
+
+
+def demo(data_name: str, out: Path, device: torch.device, table: dict = DEMO, n: int = 256) -> dict:
+    """Every stage of `table` into its folder of `out`, then demo.png and demo.json; returns the numbers.
+
+    The distances of n samples to n held-out pictures are Frechet distances of their 4 x 4 mean colours, which needs no
+    network: held-out pictures against others say what is reached at best, noise what is to be left behind.
+    """
+    began = time.perf_counter()
+    for stage, changes in table.items():
+        train(stage, apply(configure(stage, "tiny", data_name, []), changes), out / stage, device)
+    infd, cm = load(out / "ldm", device), load(out / "cm", device)
+    held_out = data.open_data(data_name, "val")
+    index = list(range(min(n, len(held_out) // 2)))
+    samples = {"held out": torch.stack([data.to_tensor(held_out[len(index) + i].draw(cm.size)) for i in index]),
+               "INFD": draw_some(lambda part: infd.render(infd.sample(part, sampler="dpm++"), infd.size), index),
+               "CM-Func": draw_some(lambda part: cm.functions(part).draw(cm.size), index)}
+    samples["noise"] = torch.stack([torch_noise((3, cm.size, cm.size), 0, "demo", i) for i in index])
+    truth = colour_moments(torch.stack([data.to_tensor(held_out[i].draw(cm.size)) for i in index]))
+    scores = json.loads((out / "ae" / "eval.json").read_text())
+    report = {"minutes": round((time.perf_counter() - began) / 60, 1),
+              "psnr": {scale: score["psnr_render"] for scale, score in scores.items() if score["n"]},
+              "distance": {name: round(metrics.frechet_distance(*colour_moments(x), *truth), 4)
+                           for name, x in samples.items()}}
+    Image.fromarray(demo_sheet(infd, cm, held_out)).save(out / "demo.png")
+    (out / "demo.json").write_text(json.dumps(report, indent=1) + "\n")
+    say(f"{report['minutes']} minutes; {out / 'demo.png'}: held-out pictures, then INFD at {infd.size} and "
+        f"{4 * infd.size} px, then CM-Func at {cm.size} and {2 * cm.size} px\n"
+        f"PSNR of INFD's reconstructions: " + ", ".join(f"{k} {v:.2f} dB" for k, v in report["psnr"].items())
+        + "\ndistance to held-out pictures: " + ", ".join(f"{k} {v:.3f}" for k, v in report["distance"].items()))
+    return report
+
+
+def draw_some(make: Callable[[list[int]], Tensor], index: list[int], batch: int = 16) -> Tensor:
+    """Pictures made a batch at a time, (n, 3, S, S) in [-1, 1], on the CPU."""
+    return torch.cat([make(index[at:at + batch]).clamp(-1, 1).cpu() for at in range(0, len(index), batch)])
+
+
+def colour_moments(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (48,) and covariance (48, 48) of the pictures' 4 x 4 mean colours, clamped to [-1, 1]."""
+    moments = metrics.Moments(48)
+    moments.add(F.adaptive_avg_pool2d(images.clamp(-1, 1), 4).flatten(1))
+    return moments.mean, moments.covariance()
+
+
+@torch.no_grad()
+def demo_sheet(infd: INFD, cm: OneStep, held_out, n: int = 8) -> np.ndarray:
+    """A row of held-out pictures; n latents of INFD at 1x and 4x; n image functions at 1x and 2x."""
+    z, functions, side = infd.sample(list(range(n)), sampler="dpm++"), cm.functions(list(range(n))), 4 * infd.size
+    rows = [[held_out[i].draw(side) for i in range(n)]]
+    fields = [infd.autoencoder.decode(z[i:i + 1]) for i in range(n)]
+    for res in (infd.size, side):
+        rows.append([draw(infd.autoencoder.renderer, phi, (res, res), infd.patch, norm="global")[0] for phi in fields])
+    for res in (cm.size, 2 * cm.size):
+        rows.append([to_uint8(image) for image in functions.draw(res)])
+    return contact_sheet(rows, side)
+
+
 # ---- how fast is it? -------------------------------------------------------------------------------------------------
 
 
@@ -1606,7 +1673,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(description="Train. The same command again continues the run.",
                                 epilog="key=value sets any option of the stage; a wrong name lists them all")
-    p.add_argument("--stage", choices=list(STAGES), default="ae")
+    p.add_argument("--stage", choices=[*STAGES, "demo"], default="ae",
+                   help="demo: every stage, small, one after the other: 20 minutes on two CPU cores")
     p.add_argument("--preset", choices=["paper", "small", "tiny", "ict", "ect"], default="paper",
                    help="ict and ect: stage cm by improved consistency training, or easy consistency tuning")
     p.add_argument("--data", default="synthetic", help="a name, or the path of a folder or .zip of images")
@@ -1623,6 +1691,11 @@ def run(args: argparse.Namespace) -> int:
     """Check the data, or train; returns the exit code."""
     if args.check_data:
         return check_data(args.data)
+    if args.stage == "demo":
+        if args.options or args.bench or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError("stage demo takes --data, --out and --device alone, and one process")
+        demo(args.data, Path(args.out or "runs/demo"), pick_device(args.device))
+        return 0
     number = args.options[:1] if args.bench and args.options and args.options[0].isdigit() else []
     cfg = configure(args.stage, args.preset, args.data, args.options[len(number):])
     device = pick_device(args.device)
