@@ -1489,7 +1489,7 @@ def bench_step(setup: Setup, device: torch.device, n: int, ceiling: dict[str, fl
     rate = work / 1000 / compute
     row = {"images_per_s": cfg.batch / each, "steps_per_s": 1 / each, "gflop": work, "tflop_per_s": rate,
            "of_ceiling": rate / ceiling[dtype], "peak_gb": peak_memory(device) / 1e9,
-           "data_wait": waited.sum() / (waited.sum() + step.sum()), "compile_s": times[0][1] - compute}
+           "data_wait": waited.sum() / (waited.sum() + step.sum()), "compile_s": max(0.0, times[0][1] - compute)}
     return {"parameters": parameters(setup), "dtype": dtype, **{k: float(f"{v:.5g}") for k, v in row.items()}}
 
 
