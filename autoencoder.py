@@ -29,6 +29,8 @@ class AutoencoderConfig:
     kl: bool = False                  # Gaussian latent with a KL loss in place of vector quantisation
     kl_logvar: float = 0.0            # added to its log-variance at the start; 0, as published, is noise of about 1,
                                       # in which most channels of a short training drown: see the presets
+    lowres: bool = False              # z is the picture itself at size/f, not learned: the baseline of supplementary C,
+                                      # Table 1 ("LR-DM + SR"), where decoder and renderer are left a super-resolution
     n_embed: int = 8192               # codes in the codebook (LDM VQ-f4)
     vq_beta: float = 0.25             # weight inside the quantisation loss (published code)
     renderer: str = "clif"            # clif, or liif, the baseline of supplementary A
@@ -40,6 +42,8 @@ class AutoencoderConfig:
         object.__setattr__(self, "ch_mult", tuple(self.ch_mult))     # a checkpoint may hold a list
         if self.renderer not in ("clif", "liif"):
             raise ValueError(f"renderer {self.renderer!r}: choose clif or liif")
+        if self.lowres and (self.kl or self.z_channels != 3):
+            raise ValueError("lowres=true: z is a picture, which goes with z_channels=3 and kl=false")
         widths = {"ch": [self.ch * m for m in self.ch_mult], "hidden": [self.hidden] * (self.renderer == "clif")}
         for name, values in widths.items():
             if any(v < 1 or v % self.groups for v in values):
@@ -220,13 +224,16 @@ def kl_loss(mean: Tensor, logvar: Tensor) -> Tensor:
 # ---- The autoencoder ----
 
 class FieldAutoencoder(nn.Module):
-    """E, VQ (or KL), D and R: an image becomes a latent z, and z a function from coordinates to colours."""
+    """E, VQ (or KL), D and R: an image becomes a latent z, and z a function from coordinates to colours.
+
+    With lowres, E is the mean of f x f pixels, and nothing regularises z.
+    """
 
     def __init__(self, cfg: AutoencoderConfig):
         super().__init__()
         self.cfg = cfg
-        self.encoder = Encoder(cfg)
-        self.quantizer = None if cfg.kl else VectorQuantizer(cfg.n_embed, cfg.z_channels, cfg.vq_beta)
+        self.encoder = nn.AvgPool2d(cfg.f) if cfg.lowres else Encoder(cfg)
+        self.quantizer = None if cfg.kl or cfg.lowres else VectorQuantizer(cfg.n_embed, cfg.z_channels, cfg.vq_beta)
         self.decoder = Decoder(cfg)
         c_phi = cfg.ch * cfg.ch_mult[0]
         self.renderer = (CLIF(CLIFConfig(c_phi, cfg.hidden, cfg.num_blocks, cfg.groups)) if cfg.renderer == "clif"
@@ -241,19 +248,19 @@ class FieldAutoencoder(nn.Module):
         return self._encode(image, noise)[0]
 
     def _encode(self, image: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """z, and for the KL variant its loss."""
+        """z, and the KL variant's loss, 0 where nothing is to be regularised, None where the quantiser knows it."""
         H, W = image.shape[-2:]
         if H % self.cfg.f or W % self.cfg.f:
             raise ValueError(f"image of {H}x{W} pixels: both sides must be multiples of {self.cfg.f}")
         z = self.encoder(image)                                      # (B, C, H/f, W/f), or 2C channels
         if not self.cfg.kl:
-            return z, None
+            return z, z.new_zeros(()) if self.cfg.lowres else None
         mean, logvar = split_moments(z)
         z = mean if noise is None else mean + (0.5 * logvar).exp() * noise
         return z, kl_loss(mean, logvar).mean()
 
     def quantize(self, z: Tensor) -> Tensor:
-        """The latent the decoder gets: the nearest codes, with the gradient of z; the KL variant leaves z as it is."""
+        """The latent the decoder gets: the nearest codes, with the gradient of z; without VQ, z as it is."""
         return z if self.quantizer is None else self.quantizer(z)[0]
 
     def decode(self, z: Tensor) -> Tensor:

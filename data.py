@@ -41,6 +41,7 @@ Box = tuple[int, int, int, int]                                      # top, left
 
 NAMES = {                                                            # --data NAME, and what belongs in data/NAME
     "synthetic": "nothing, it is built in",
+    "synthetic-6k-mix": "nothing, it is built in",
     "ffhq": "the 70,000 aligned 1024 px files of FFHQ",
     "ffhq-6k-mix": "the 70,000 aligned 1024 px files of FFHQ",
     "mountains": "photographs of mountains, 1024 px or more",
@@ -238,17 +239,18 @@ class Photos:
 
 
 class SixKMix:
-    """FFHQ 6K-mix: every file at 256 px, then the first 6000 files again at 512 to 1024 px.
+    """FFHQ 6K-mix: every file at 256 px, then the first 6000 files again at 512 to 1024 px; or so with scenes and with
+    sizes in these proportions.
 
     The data has few large pictures; half of the draws go to them (`pick`), as in the published code.
     """
 
     classes = ()
 
-    def __init__(self, photos: Photos):
+    def __init__(self, photos: Photos | Landscapes, size: int = 256):
         if len(photos) < 6000:
             raise DataError(f"ffhq-6k-mix needs at least 6000 pictures, {photos.store.root} has {len(photos)}")
-        self.photos = photos
+        self.photos, self.size = photos, size
 
     def __len__(self) -> int:
         return len(self.photos) + 6000
@@ -263,13 +265,14 @@ class SixKMix:
     def __getitem__(self, i: int) -> Photo:
         small = i < len(self.photos)
         photo = self.photos[i if small else i - len(self.photos)]
-        size = 256 if small else mix_size(i - len(self.photos))
-        return Photo(photo.name, lambda: photo.image.resize((size, size), Image.Resampling.LANCZOS))
+        size = self.size if small else mix_size(i - len(self.photos), self.size)
+        return Photo(photo.name, lambda: Image.fromarray(photo.draw(size)))
 
 
-def mix_size(i: int) -> int:
-    """Side of the i-th large picture of the 6K-mix: 512 to 1024 over the first 5000, 1024 for the last 1000."""
-    return 512 + round(512 * (i / 4999)) if i < 5000 else 1024
+def mix_size(i: int, size: int = 256) -> int:
+    """Side of the i-th large picture of the 6K-mix: 512 to 1024 (2 to 4 times the small ones' size) over the first
+    5000, 1024 for the last 1000."""
+    return 2 * size + round(2 * size * (i / 4999)) if i < 5000 else 4 * size
 
 
 class Cifar10:
@@ -467,6 +470,8 @@ def open_data(name: str, split: str = "train") -> Landscapes | Photos | SixKMix 
         raise ValueError(f"unknown split {split!r}: train, val or all")
     if name == "synthetic":
         return Landscapes(split)
+    if name == "synthetic-6k-mix":                                   # for preset tiny: 64 px, and up to 256 px
+        return Landscapes(split) if split == "val" else SixKMix(Landscapes(split), 64)
     store = _find(name)
     if {PIXELS, META} <= set(store.names) and isinstance(store, Folder):
         return Prepared(store.root, split)

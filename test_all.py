@@ -6004,10 +6004,16 @@ def test_colour_moments_have_a_closed_form():
     assert torch.allclose(cov, torch.full((48, 48), 0.5, dtype=cov.dtype))
 
 
+def tiny_changes() -> dict:
+    """What TINY_AE and the others change, as stages demo and compare take it."""
+    table = {"ae": TINY_AE, "ldm": TINY_LDM, "pretrain": TINY_PRETRAIN, "cm": [*TINY_CM, *TINY_NETS]}
+    known = {stage: train.options(train.STAGES[stage][0]) for stage in table}
+    return {stage: {k: train.convert(k, known[stage][k], v) for k, v in (text.split("=", 1) for text in texts)}
+            for stage, texts in table.items()}
+
+
 def test_demo_trains_every_stage_once_and_says_what_came_of_it(tmp_path, capsys):
-    table = {stage: {k: train.convert(k, train.options(train.STAGES[stage][0])[k], v)
-                     for k, v in (text.split("=", 1) for text in options)}
-             for stage, options in {"ae": TINY_AE, "ldm": TINY_LDM, "pretrain": TINY_PRETRAIN, "cm": TINY_CM}.items()}
+    table = tiny_changes()
     report = train.demo("synthetic", tmp_path / "demo", torch.device("cpu"), table, n=8)
     distance = report["distance"]
     assert distance["held out"] < min(distance[name] for name in ("INFD", "CM-Func", "noise"))
@@ -6025,6 +6031,156 @@ def test_demo_refuses_what_it_would_ignore(tmp_path, capsys):
         assert main_train("--stage", "demo", "--out", tmp_path / "d", *extra) == 2
         assert "stage demo takes" in capsys.readouterr().err
     assert not (tmp_path / "d").exists()
+
+
+# ======================================================================================================================
+# Stage compare
+# ======================================================================================================================
+
+
+def compare_twice(name, table, out, **options):
+    """The report of a comparison; the same again trains nothing and reports the same."""
+    report = train.compare(name, "synthetic", out, torch.device("cpu"), table=table, n=8, **options)
+    files = {file: file.read_bytes() for file in out.rglob("step-*.pt")}
+    text = (out / name / "compare.json").read_text()
+    assert json.loads(text) == report and files
+    train.compare(name, "synthetic", out, torch.device("cpu"), table=table, n=8, **options)
+    assert (out / name / "compare.json").read_text() == text
+    assert {file: file.read_bytes() for file in out.rglob("step-*.pt")} == files
+    return report
+
+
+def test_every_comparison_is_of_equal_steps_and_pictures():
+    for name, sides in train.COMPARISONS.items():
+        for steps in (0, 70):
+            last = []
+            for side, stages in sides.items():
+                assert re.fullmatch(r"[\w-]+", side)                          # it names a folder
+                configs = train.side_configs(stages, "synthetic", seed=3, steps=steps)
+                assert list(configs) == list(stages) and all(cfg.seed == 3 for cfg in configs.values())
+                assert all(cfg.steps == train.DEMO[stage]["steps"] for stage, cfg in [*configs.items()][:-1])
+                last.append((stage := list(configs)[-1], configs[stage]))
+                if stage == "cm":
+                    cfg = train.cm_config(configs["cm"], 4)
+                    net = train.build_generator(cfg.generator, lambda part: getattr(cfg, part))
+                    assert sum(p.numel() for p in net.parameters()) > 1e5 and cfg.K == (steps or 1000)
+                    assert ("pretrain" in stages) == (cfg.init == "")
+                else:
+                    assert FieldAutoencoder(configs["ae"].ae).cfg.f == 4
+            assert len(sides) > 1 and len({(stage, cfg.steps, cfg.batch, cfg.lr) for stage, cfg in last}) == 1
+            assert len({repr(cfg) for _, cfg in last}) == len(sides) - (name in ("latent",))
+            assert steps in (0, last[0][1].steps)
+
+
+def test_comparison_of_renderers(tmp_path, capsys):
+    ae = tiny_changes()["ae"]
+    table = {"renderer": {"clif": {"ae": ae}, "liif": {"ae": ae | {"ae.renderer": "liif"}}}}
+    report = compare_twice("renderer", table, tmp_path, steps=3, seeds=2)
+    assert (report["steps"], report["batch"], report["seeds"]) == (3, 2, 2) and list(report["rows"]) == ["clif", "liif"]
+    for side, row in report["rows"].items():
+        assert {"minutes", "parameters", "PSNR 1x", "PSNR 2x", "bicubic 2x", "PSNR 4x"} <= set(row)
+        assert all(len(values) == 2 for values in row.values()) and "colour distance" not in row
+        scores = json.loads((tmp_path / f"renderer/{side}-seed1/ae/eval.json").read_text())
+        assert row["PSNR 2x"][1] == scores["2x"]["psnr_render"] != row["PSNR 2x"][0] and 8 < row["PSNR 1x"][0] < 30
+        assert row["LPIPS 1x"][1] == scores["1x"]["lpips_render"]
+        assert row["parameters"][0] == sum(p.numel() for p in sample.load(
+            tmp_path / f"renderer/{side}-seed0/ae").autoencoder.parameters())
+    with Image.open(tmp_path / "renderer/compare.png") as sheet:              # the scenes, then each side at 1x and 4x
+        assert sheet.size == (8 * 68 - 4, 5 * 68 - 4)
+    table["renderer"]["liif"]["ae"]["steps"] = table["renderer"]["clif"]["ae"]["steps"] = 2
+    with pytest.raises(ValueError, match="3 steps, not 2"):
+        train.compare("renderer", "synthetic", tmp_path, torch.device("cpu"), table=table)
+    assert "renderer: 3 steps of batch 2, 2 seed(s)" in capsys.readouterr().out
+
+
+def test_comparison_of_generators_and_of_resolutions(tmp_path, capsys, monkeypatch):
+    """One table of both: functions after pre-training at 16 and at 8 px, and pixels from nothing, all scored at 16."""
+    monkeypatch.setattr(metrics, "load_features", lambda name: (_ for _ in ()).throw(ValueError("no weights")))
+    tiny = tiny_changes()
+    half = {stage: tiny[stage] | {"size": 8, "func.patch": 2} for stage in ("pretrain", "cm")}
+    table = {"all": {"func": {stage: tiny[stage] for stage in ("pretrain", "cm")}, "half": half,
+                     "dit": {"cm": tiny["cm"] | {"generator": "dit", "init": "none"}}}}
+    rows = compare_twice("all", table, tmp_path)["rows"]
+    assert list(rows) == ["func", "half", "dit", "held out", "noise"]
+    distance = {side: row["colour distance"][0] for side, row in rows.items()}
+    assert distance["held out"] < min(distance[side] for side in rows if side != "held out") and len(rows["noise"]) == 1
+    assert "FD-squeeze" not in rows["func"] and "without FD-squeeze: no weights" in capsys.readouterr().out
+    assert {"PSNR 2x", "bicubic 2x"} <= set(rows["half"]) and "PSNR 1x" not in rows["dit"]
+    log = [json.loads(line) for line in (tmp_path / "all/dit-seed0/cm/log.jsonl").read_text().splitlines()]
+    assert rows["dit"]["denoising distance"] == [log[-1]["denoising_distance"]]
+    assert "denoising distance" in rows["func"] and "denoising distance" not in rows["half"]
+    minutes = sum(2 * 4 / line["images_per_s"] for line in log) / 60          # six steps, a line for every other one
+    assert rows["dit"]["minutes"] == [round(minutes, 3)]
+    assert sample.load(tmp_path / "all/half-seed0/cm").size == 8
+    with Image.open(tmp_path / "all/compare.png") as sheet:                   # scenes; functions at 1x and 2x; pixels
+        assert sheet.size == (8 * 68 - 4, (1 + 2 + 2 + 1) * 68 - 4)
+
+
+def test_comparison_of_latents(tmp_path, capsys):
+    tiny = tiny_changes()
+    ae = tiny["ae"] | {"lpips": "none"}
+    table = {"latent": {"learned": {"ae": ae, "ldm": tiny["ldm"]},
+                        "lowres": {"ae": ae | {"ae.lowres": True, "ae.kl": False}, "ldm": tiny["ldm"]}}}
+    rows = compare_twice("latent", table, tmp_path)["rows"]
+    assert list(rows) == ["learned", "lowres", "held out", "noise"]
+    assert all(np.isfinite(rows[side][column]).all() for side in ("learned", "lowres") for column in rows[side])
+    assert rows["held out"]["colour distance"] < rows["noise"]["colour distance"]
+    assert rows["learned"]["parameters"] == rows["lowres"]["parameters"]      # the same UNet
+    infd = sample.load(tmp_path / "latent/lowres-seed0/ldm")
+    assert infd.autoencoder.quantizer is None and not list(infd.autoencoder.encoder.parameters())
+
+
+def test_lowres_latent_is_the_mean_of_f_times_f_pixels():
+    cfg = AutoencoderConfig(ch=32, hidden=32, num_res_blocks=1, lowres=True)
+    model = FieldAutoencoder(cfg)
+    image = torch.rand(2, 3, 32, 48) * 2 - 1
+    z = model.encode(image)
+    torch.testing.assert_close(z, F.adaptive_avg_pool2d(image, (8, 12)))
+    assert torch.equal(model.quantize(z), z) and cfg.f == 4
+    rgb, reg = model(image, coord_grid((8, 8)).expand(2, 8, 8, 2), torch.full((2, 2), 2 / 32))
+    assert rgb.shape == (2, 3, 8, 8) and reg.shape == () and reg == 0
+    for wrong in ({"kl": True}, {"z_channels": 4}):
+        with pytest.raises(ValueError, match="lowres"):
+            AutoencoderConfig(lowres=True, **wrong)
+
+
+def test_synthetic_6k_mix_has_few_large_scenes_and_shows_them_half_of_the_time():
+    mix, scenes = data.open_data("synthetic-6k-mix"), data.open_data("synthetic")
+    assert len(mix) == 56_000 and isinstance(data.open_data("synthetic-6k-mix", "val"), data.Landscapes)
+    drawn = np.array([mix.pick(data.rng(n)) for n in range(4000)])
+    assert 1850 < (drawn < 50_000).sum() < 2150
+    assert [mix[i].size for i in (5, 50_000, 54_999, 55_999)] == [64, 128, 256, 256]
+    assert (mix[5].draw(64) == scenes[5].draw(64)).all() and (mix[50_007].draw(128) == scenes[7].draw(128)).mean() > 0.9
+    item = data.random_patch(mix[5], data.rng(0), data.DataConfig(64, 64, 256))
+    assert torch.equal(item["image"], item["patch"])
+    with pytest.raises(data.DataError, match="cannot be prepared"):
+        data.prepare("synthetic-6k-mix", Path("nowhere"), 64)
+
+
+def test_compare_refuses_what_it_would_ignore(tmp_path, capsys):
+    for preset, extra, text in (("paper", [], "there are: renderer, downsampling, mix, latent, generators"),
+                                ("latent", ["lr=1"], "unknown option lr; stage compare has: steps, seeds"),
+                                ("latent", ["steps=0"], "at least 1"), ("latent", ["steps=x"], "expected int"),
+                                ("latent", ["--bench"], "takes no --bench"),
+                                ("mix", ["--data", "cifar10"], "leave --data out")):
+        assert main_train("--stage", "compare", "--preset", preset, "--out", tmp_path / "c", *extra) == 2
+        line, = capsys.readouterr().err.splitlines()
+        assert text in line
+    assert not (tmp_path / "c").exists()
+
+
+def test_an_option_that_an_older_run_lacks_has_its_default(tmp_path, capsys):
+    run = tmp_path / "run"
+    args = [*TINY_AE, "lpips=none", "steps=2"]
+    assert main_train("--stage", "ae", "--preset", "tiny", "--out", run, *args) == 0
+    file = sample.checkpoints(run)[0]
+    content = sample.read_checkpoint(file)
+    del content["config"]["ae"]["lowres"]
+    torch.save(content, file)
+    assert main_train("--stage", "ae", "--preset", "tiny", "--out", run, *args, "steps=3") == 0
+    assert sample.checkpoints(run)[0].name == "step-00000003.pt"
+    assert main_train("--stage", "ae", "--preset", "tiny", "--out", run, *args, "ae.lowres=true", "ae.kl=false") == 2
+    assert "ae.lowres: False -> True" in capsys.readouterr().err
 
 
 # ======================================================================================================================
@@ -6049,7 +6205,10 @@ def test_readme_commands_parse():
             _, name, *words = part.split()
             if name == "train.py":
                 parsed = train.parser().parse_args(words)
-                train.configure(parsed.stage, parsed.preset, parsed.data, parsed.options)
+                if parsed.stage == "compare":
+                    assert parsed.preset in train.COMPARISONS and train.compare_options(parsed.options) is not None
+                elif parsed.stage != "demo":
+                    train.configure(parsed.stage, parsed.preset, parsed.data, parsed.options)
             else:
                 words = " ".join(words).replace("--window ", "--window=").split()
                 parsed = sample.parser().parse_args(words)

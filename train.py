@@ -4,6 +4,7 @@
     python train.py --stage ldm --preset tiny          diffusion in the latent space of that autoencoder
     python train.py --stage pretrain --preset tiny     image functions that reconstruct pictures (CM-Func, 3.4)
     python train.py --stage cm --preset tiny           consistency training of the function generator (CM-Func, 3.1)
+    python train.py --stage compare --preset latent    one of the papers' comparisons, small (COMPARISONS has them all)
 
 The same command again continues the run. Losses and perceptual networks live here, outside the models.
 """
@@ -52,9 +53,9 @@ from inr_generator import (AdaLNBlock, Block, FunctionGenerator, GeneratorConfig
                            variational_coord)
 from ldm import DiffusionConfig, GaussianDiffusion, SelfAttention, TimeResBlock, UNet, UNetConfig
 from metrics import Stopped, ranks, stop_at_once
-from sample import (FORMAT, INFD, LatentScale, OneStep, build_generator, checkpoints, draw, fill, generator_parts,
-                    gflop, load, newest_checkpoint, onestep_calls, out_of_memory, peak_memory, pick_device,
-                    read_checkpoint, seconds, to_uint8)
+from sample import (FORMAT, INFD, LatentScale, OneStep, build, build_generator, checkpoints, draw, fill,
+                    generator_parts, gflop, load, newest_checkpoint, onestep_calls, out_of_memory, peak_memory,
+                    pick_device, read_checkpoint, seconds, to_uint8)
 
 fcntl = importlib.import_module("fcntl") if os.name == "posix" else None             # Windows has no such locks
 
@@ -605,7 +606,7 @@ def resume(run_dir: Path, stage: str, cfg: Run, state: dict, meter: Meter) -> in
         return 0
     path, ckpt = newest_checkpoint(run_dir)
     changed = [f"stage: {ckpt['stage']} -> {stage}"] if ckpt["stage"] != stage else \
-        difference(ckpt["config"], plain(asdict(cfg)))
+        difference(plain(asdict(build(type(cfg), ckpt["config"]))), plain(asdict(cfg)))  # newer options: their default
     if changed:
         raise ValueError(f"{run_dir} holds another run ({'; '.join(changed)}); choose another --out, or those options")
     for name, part in state.items():
@@ -1386,11 +1387,11 @@ def cm_sheet(model: OneStep, seed: int, x: Tensor, z: Tensor, y: Tensor | None, 
 
 
 # Both systems from nothing, one after the other: changes to preset tiny, for 20 minutes on two CPU cores in all.
+DEMO_FUNC = {"func.patch": 16, "func.hidden": 64, "func.groups": 32, "func.encoder_depth": 4}
 DEMO = {"ae": {"steps": 1500, "grid_every": 500},
         "ldm": {"steps": 1000, "pictures": 2048, "grid_every": 500},
-        "pretrain": {"steps": 1000, "batch": 16, "func.patch": 16, "func.hidden": 64, "func.groups": 32,
-                     "func.encoder_depth": 4, "grid_every": 500},
-        "cm": {"steps": 1000, "func.patch": 16, "func.hidden": 64, "func.groups": 32, "func.encoder_depth": 4}}
+        "pretrain": DEMO_FUNC | {"steps": 1000, "batch": 16, "grid_every": 500},
+        "cm": DEMO_FUNC | {"steps": 1000}}
 
 
 def demo(data_name: str, out: Path, device: torch.device, table: dict = DEMO, n: int = 256) -> dict:
@@ -1401,31 +1402,43 @@ def demo(data_name: str, out: Path, device: torch.device, table: dict = DEMO, n:
     """
     began = time.perf_counter()
     for stage, changes in table.items():
-        train(stage, apply(configure(stage, "tiny", data_name, []), changes), out / stage, device)
+        train(stage, small_config(stage, data_name, changes), out / stage, device)
     infd, cm = load(out / "ldm", device), load(out / "cm", device)
     held_out = data.open_data(data_name, "val")
     index = list(range(min(n, len(held_out) // 2)))
-    samples = {"held out": torch.stack([data.to_tensor(held_out[len(index) + i].draw(cm.size)) for i in index]),
-               "INFD": draw_some(lambda part: infd.render(infd.sample(part, sampler="dpm++"), infd.size), index),
-               "CM-Func": draw_some(lambda part: cm.functions(part).draw(cm.size), index)}
-    samples["noise"] = torch.stack([torch_noise((3, cm.size, cm.size), 0, "demo", i) for i in index])
-    truth = colour_moments(torch.stack([data.to_tensor(held_out[i].draw(cm.size)) for i in index]))
+    samples = {"INFD": draw_some(infd, infd.size, index), "CM-Func": draw_some(cm, cm.size, index)}
     scores = json.loads((out / "ae" / "eval.json").read_text())
     report = {"minutes": round((time.perf_counter() - began) / 60, 1),
               "psnr": {scale: score["psnr_render"] for scale, score in scores.items() if score["n"]},
-              "distance": {name: round(metrics.frechet_distance(*colour_moments(x), *truth), 4)
-                           for name, x in samples.items()}}
-    Image.fromarray(demo_sheet(infd, cm, held_out)).save(out / "demo.png")
+              "distance": distances(samples, held_out, cm.size)}
+    side = 4 * infd.size
+    rows = [[held_out[i].draw(side) for i in range(8)], *sample_rows(infd, infd.size), *sample_rows(cm, cm.size)]
+    Image.fromarray(contact_sheet(rows, side)).save(out / "demo.png")
     (out / "demo.json").write_text(json.dumps(report, indent=1) + "\n")
     say(f"{report['minutes']} minutes; {out / 'demo.png'}: held-out pictures, then INFD at {infd.size} and "
-        f"{4 * infd.size} px, then CM-Func at {cm.size} and {2 * cm.size} px\n"
+        f"{side} px, then CM-Func at {cm.size} and {2 * cm.size} px\n"
         f"PSNR of INFD's reconstructions: " + ", ".join(f"{k} {v:.2f} dB" for k, v in report["psnr"].items())
         + "\ndistance to held-out pictures: " + ", ".join(f"{k} {v:.3f}" for k, v in report["distance"].items()))
     return report
 
 
-def draw_some(make: Callable[[list[int]], Tensor], index: list[int], batch: int = 16) -> Tensor:
-    """Pictures made a batch at a time, (n, 3, S, S) in [-1, 1], on the CPU."""
+def small_config(stage: str, data_name: str, changes: dict) -> Run:
+    """Preset tiny with changes, and without labels where the data has no classes."""
+    cfg = apply(configure(stage, "tiny", data_name, []), changes)
+    return apply(cfg, {"labels": False}) if stage == "cm" and not data.open_data(cfg.data).classes else cfg
+
+
+def draw_some(model: INFD | OneStep, size: int, index: list[int], batch: int = 16) -> Tensor:
+    """The samples numbered `index`, a batch at a time: (n, 3, size, size) in [-1, 1], on the CPU.
+
+    Only a model that makes functions can be drawn at another size than its own.
+    """
+    if isinstance(model, INFD):
+        make = lambda part: model.render(model.sample(part, sampler="dpm++"), size)
+    elif hasattr(model.f.net, "function"):
+        make = lambda part: model.functions(part).draw(size)
+    else:
+        make = model.sample
     return torch.cat([make(index[at:at + batch]).clamp(-1, 1).cpu() for at in range(0, len(index), batch)])
 
 
@@ -1436,17 +1449,150 @@ def colour_moments(images: Tensor) -> tuple[Tensor, Tensor]:
     return moments.mean, moments.covariance()
 
 
+def distances(samples: dict[str, Tensor], held_out, size: int, moments: Callable = colour_moments) -> dict[str, float]:
+    """Frechet distances to n held-out pictures of: n others, the samples (n, 3, S, S) by name, and as much noise."""
+    n = len(next(iter(samples.values())))
+    truth, others = torch.stack([data.to_tensor(held_out[i].draw(size)) for i in range(2 * n)]).split(n)
+    noise, goal = torch.stack([torch_noise((3, size, size), 0, "demo", i) for i in range(n)]), moments(truth)
+    return {name: round(metrics.frechet_distance(*moments(images), *goal), 4)
+            for name, images in {"held out": others, **samples, "noise": noise.clamp(-1, 1)}.items()}
+
+
 @torch.no_grad()
-def demo_sheet(infd: INFD, cm: OneStep, held_out, n: int = 8) -> np.ndarray:
-    """A row of held-out pictures; n latents of INFD at 1x and 4x; n image functions at 1x and 2x."""
-    z, functions, side = infd.sample(list(range(n)), sampler="dpm++"), cm.functions(list(range(n))), 4 * infd.size
-    rows = [[held_out[i].draw(side) for i in range(n)]]
-    fields = [infd.autoencoder.decode(z[i:i + 1]) for i in range(n)]
-    for res in (infd.size, side):
-        rows.append([draw(infd.autoencoder.renderer, phi, (res, res), infd.patch, norm="global")[0] for phi in fields])
-    for res in (cm.size, 2 * cm.size):
-        rows.append([to_uint8(image) for image in functions.draw(res)])
-    return contact_sheet(rows, side)
+def sample_rows(model: INFD | OneStep, size: int, held_out=None, n: int = 8) -> list[list[np.ndarray]]:
+    """n samples at `size`, and a row of the same at 4x (INFD) or at 2x (functions); of an autoencoder alone, n held-out
+    pictures."""
+    index = list(range(n))
+    if isinstance(model, INFD):
+        device = next(model.autoencoder.parameters()).device
+        z = model.sample(index, sampler="dpm++") if model.unet is not None else model.autoencoder.encode(
+            torch.stack([data.to_tensor(held_out[i].draw(model.size)) for i in index]).to(device))
+        fields, renderer = [model.autoencoder.decode(z[i:i + 1]) for i in index], model.autoencoder.renderer
+        return [[draw(renderer, phi, (res, res), model.patch, norm="global")[0] for phi in fields]
+                for res in (size, 4 * size)]
+    if not hasattr(model.f.net, "function"):
+        return [[to_uint8(image) for image in model.sample(index)]]
+    functions = model.functions(index)
+    return [[to_uint8(image) for image in functions.draw(res)] for res in (size, 2 * size)]
+
+
+# ---- stage compare ---------------------------------------------------------------------------------------------------
+
+
+# What the papers compare: name -> side -> its stages in order, with changes to preset tiny. The last stage is the one
+# compared: in it all sides take as many steps of as many pictures.
+FROM_NOTHING = DEMO["cm"] | {"init": "none"}
+COMPARISONS = {
+    "renderer": {"clif": {"ae": DEMO["ae"]}, "liif": {"ae": DEMO["ae"] | {"ae.renderer": "liif"}}},        # INFD, A
+    # INFD, Section E and Figure 5. A whole picture at the encoder's size would be a downsampled one.
+    "downsampling": {"with": {"ae": DEMO["ae"] | {"p_whole": 0.0}},
+                     "without": {"ae": DEMO["ae"] | {"p_whole": 0.0, "downsample": False}}},
+    "mix": {"all-high": {"ae": DEMO["ae"]}, "6k-mix": {"ae": DEMO["ae"] | {"data": "synthetic-6k-mix"}}},  # Table 1
+    "latent": {"learned": {"ae": DEMO["ae"], "ldm": DEMO["ldm"]},                                # Section C, Table 1
+               "lowres": {"ae": DEMO["ae"] | {"ae.lowres": True, "ae.kl": False}, "ldm": DEMO["ldm"]}},
+    "generators": {name: {"cm": FROM_NOTHING | {"generator": name}} for name in ("func", "unet", "uvit", "dit")},
+    "pretraining": {"with": {"pretrain": DEMO["pretrain"], "cm": DEMO["cm"]}, "without": {"cm": FROM_NOTHING}},
+    # CM-Func, Table 7: as many tokens at either resolution, as in the paper; both are drawn at 64 px.
+    "resolution": {"64px": {"pretrain": DEMO["pretrain"], "cm": DEMO["cm"]},
+                   "32px": {stage: DEMO[stage] | {"size": 32, "func.patch": 8} for stage in ("pretrain", "cm")}},
+}
+
+
+def side_configs(stages: dict[str, dict], data_name: str, seed: int = 0, steps: int = 0) -> dict[str, Run]:
+    """The configuration of each stage of a side; steps, unless 0, are those of the last."""
+    more = {stage: {"seed": seed} for stage in stages}
+    more[list(stages)[-1]] |= {"steps": steps} if steps else {}
+    return {stage: small_config(stage, data_name, changes | more[stage]) for stage, changes in stages.items()}
+
+
+def compare(name: str, data_name: str, out: Path, device: torch.device, steps: int = 0, seeds: int = 1,
+            table: dict = COMPARISONS, n: int = 256) -> dict:
+    """Train every side of a comparison for every seed, then compare.png and compare.json; returns the numbers.
+
+    rows: side -> column -> a number per seed. Sides that generate are drawn from the same noise; the distances of n
+    samples are those of stage demo, and the same with features of SqueezeNet where its weights are.
+    """
+    if name not in table:
+        raise ValueError(f"there is no comparison {name}; there are: {', '.join(table)}")
+    sides, out = table[name], out / name
+    if data_name != "synthetic" and any("data" in changes for stages in sides.values() for changes in stages.values()):
+        raise ValueError(f"comparison {name} draws its pictures itself; leave --data out")
+    held_out, models, rows = data.open_data(data_name, "val"), {}, {side: {} for side in sides}
+    for seed, (side, stages) in itertools.product(range(seeds), sides.items()):
+        here, configs = out / f"{side}-seed{seed}", side_configs(stages, data_name, seed, steps)
+        for stage, cfg in configs.items():
+            train(stage, cfg, here / stage, device)
+        models[side, seed] = model = load(here / stage, device)
+        if model.step != cfg.steps:
+            raise ValueError(f"{here / stage} holds a run of {model.step} steps, not {cfg.steps}; choose another --out")
+        for column, value in side_scores(model, configs, here).items():
+            rows[side].setdefault(column, []).append(value)
+    size = max(model.size for model in models.values())
+    if stage != "ae":
+        index = list(range(min(n, len(held_out) // 2)))
+        samples = {key: draw_some(model, size, index) for key, model in models.items()}
+        for column, moments in {"colour distance": colour_moments, **squeeze_moments(device)}.items():
+            for key, value in distances(samples, held_out, size, moments).items():
+                rows.setdefault(key[0] if key in models else key, {}).setdefault(column, []).append(value)
+    for side, row in rows.items():                                           # norms, of images of one size alone
+        if side in sides and models[side, 0].size != size:
+            row.pop("denoising distance", None)
+    report = {"comparison": name, "data": data_name, "steps": cfg.steps, "batch": cfg.batch, "seeds": seeds,
+              "rows": rows}
+    shown = [sample_rows(models[side, 0], size, held_out) for side in sides]
+    sheet = contact_sheet([[held_out[i].draw(4 * size) for i in range(8)], *itertools.chain(*shown)], 4 * size)
+    Image.fromarray(sheet).save(out / "compare.png")
+    (out / "compare.json").write_text(json.dumps(report, indent=1) + "\n")
+    say(f"{compare_table(report)}\n{out / 'compare.png'}: held-out pictures, then " + ", ".join(
+        f"{side} ({len(made)} row{'s' * (len(made) > 1)})" for side, made in zip(sides, shown)))
+    return report
+
+
+def side_scores(model: INFD | OneStep, configs: dict[str, Run], here: Path) -> dict[str, float]:
+    """What the runs of a side in `here` say of themselves: its cost, scores against the true scenes, distances.
+
+    minutes are those of training in all stages, by their logs; parameters those of the network trained last.
+    """
+    minutes, row = 0.0, {}
+    for stage, cfg in configs.items():
+        logs = [json.loads(line) for line in (here / stage / "log.jsonl").read_text().splitlines()]
+        for before, line in zip([{"step": 0}, *logs], logs):
+            minutes += (line["step"] - before["step"]) * cfg.batch / line["images_per_s"] / 60
+        file = here / stage / "eval.json"
+        for scale, score in json.loads(file.read_text()).items() if file.exists() else ():
+            row |= {f"{kind} {scale}": score[key] for kind, key in (
+                ("PSNR", "psnr_render"), ("bicubic", "psnr_bicubic"), ("LPIPS", "lpips_render"))
+                    if key in score and (kind, scale) != ("bicubic", "1x")}
+        if "denoising_distance" in logs[-1]:
+            row["denoising distance"] = logs[-1]["denoising_distance"]
+    net = model.f.net if isinstance(model, OneStep) else model.unet or model.autoencoder
+    return {"minutes": round(minutes, 3), "parameters": sum(p.numel() for p in net.parameters())} | row
+
+
+def squeeze_moments(device: torch.device) -> dict[str, Callable]:
+    """{"FD-squeeze": images (n, 3, S, S) -> mean and covariance of their features}, or {} without the weights."""
+    try:
+        network = metrics.load_features("squeeze").to(device)
+    except ValueError as error:
+        say(f"without FD-squeeze: {error}")
+        return {}
+    protocol = metrics.Protocol("squeeze")
+    return {"FD-squeeze": lambda images: metrics.statistics(images.split(32), network, protocol).moments["pool"]}
+
+
+def compare_table(report: dict) -> str:
+    """The report of `compare` as text: means, and over several seeds their standard deviation."""
+    columns = list(dict.fromkeys(column for row in report["rows"].values() for column in row))
+
+    def cell(values: list[float]) -> str:
+        mean = f"{np.mean(values):,.{0 if values[0] > 1e4 else 3}f}" if values else "-"
+        return mean + (f" +- {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
+
+    table = [["", *columns]] + [[side, *(cell(row.get(column, [])) for column in columns)]
+                                for side, row in report["rows"].items()]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    title = f"{report['comparison']}: {report['steps']:,} steps of batch {report['batch']}, {report['seeds']} seed(s)"
+    return "\n".join([title, *("  ".join(map(str.rjust, line, widths)) for line in table)])
 
 
 # ---- how fast is it? -------------------------------------------------------------------------------------------------
@@ -1673,10 +1819,12 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(description="Train. The same command again continues the run.",
                                 epilog="key=value sets any option of the stage; a wrong name lists them all")
-    p.add_argument("--stage", choices=[*STAGES, "demo"], default="ae",
-                   help="demo: every stage, small, one after the other: 20 minutes on two CPU cores")
-    p.add_argument("--preset", choices=["paper", "small", "tiny", "ict", "ect"], default="paper",
-                   help="ict and ect: stage cm by improved consistency training, or easy consistency tuning")
+    p.add_argument("--stage", choices=[*STAGES, "demo", "compare"], default="ae",
+                   help="demo: every stage, small, one after the other: 20 minutes on two CPU cores; compare: a "
+                        "comparison of the papers, small, named by --preset, with options steps= and seeds=")
+    p.add_argument("--preset", default="paper",
+                   help="paper, small or tiny; ict and ect: stage cm by improved consistency training, or easy "
+                        f"consistency tuning; of stage compare: {', '.join(COMPARISONS)}")
     p.add_argument("--data", default="synthetic", help="a name, or the path of a folder or .zip of images")
     p.add_argument("--out", help="run folder (default: runs/DATA-PRESET/STAGE)")
     p.add_argument("--device", default="auto")
@@ -1687,14 +1835,33 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def compare_options(texts: list[str]) -> dict[str, int]:
+    """steps= and seeds= of stage compare."""
+    given = {}
+    for name, _, value in (text.partition("=") for text in texts):
+        if name not in ("steps", "seeds"):
+            raise ValueError(f"unknown option {name}; stage compare has: steps, seeds")
+        given[name] = convert(name, int, value)
+    if min(given.values(), default=1) < 1:
+        raise ValueError("steps and seeds must be at least 1")
+    return given
+
+
 def run(args: argparse.Namespace) -> int:
     """Check the data, or train; returns the exit code."""
     if args.check_data:
         return check_data(args.data)
+    alone = not args.bench and int(os.environ.get("WORLD_SIZE", 1)) == 1
     if args.stage == "demo":
-        if args.options or args.bench or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if args.options or not alone:
             raise ValueError("stage demo takes --data, --out and --device alone, and one process")
         demo(args.data, Path(args.out or "runs/demo"), pick_device(args.device))
+        return 0
+    if args.stage == "compare":
+        if not alone:
+            raise ValueError("stage compare takes no --bench, and one process")
+        given = compare_options(args.options)
+        compare(args.preset, args.data, Path(args.out or "runs/compare"), pick_device(args.device), **given)
         return 0
     number = args.options[:1] if args.bench and args.options and args.options[0].isdigit() else []
     cfg = configure(args.stage, args.preset, args.data, args.options[len(number):])
