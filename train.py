@@ -1586,7 +1586,7 @@ def compare_table(report: dict) -> str:
 
     def cell(values: list[float]) -> str:
         mean = f"{np.mean(values):,.{0 if values[0] > 1e4 else 3}f}" if values else "-"
-        return mean + (f" +- {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
+        return mean + (f" +- {np.std(values, ddof=1):.3f}" if len(set(values)) > 1 else "")
 
     table = [["", *columns]] + [[side, *(cell(row.get(column, [])) for column in columns)]
                                 for side, row in report["rows"].items()]
