@@ -6073,7 +6073,7 @@ def test_every_comparison_is_of_equal_steps_and_pictures():
 
 
 def test_comparison_of_renderers(tmp_path, capsys):
-    ae = tiny_changes()["ae"]
+    ae = tiny_changes()["ae"] | {"disc.ndf": 8}
     table = {"renderer": {"clif": {"ae": ae}, "liif": {"ae": ae | {"ae.renderer": "liif"}}}}
     report = compare_twice("renderer", table, tmp_path, steps=3, seeds=2)
     assert (report["steps"], report["batch"], report["seeds"]) == (3, 2, 2) and list(report["rows"]) == ["clif", "liif"]
@@ -6117,10 +6117,10 @@ def test_comparison_of_generators_and_of_resolutions(tmp_path, capsys, monkeypat
 
 def test_comparison_of_latents(tmp_path, capsys):
     tiny = tiny_changes()
-    ae = tiny["ae"] | {"lpips": "none"}
+    ae = tiny["ae"] | {"disc.ndf": 8}
     table = {"latent": {"learned": {"ae": ae, "ldm": tiny["ldm"]},
                         "lowres": {"ae": ae | {"ae.lowres": True, "ae.kl": False}, "ldm": tiny["ldm"]}}}
-    rows = compare_twice("latent", table, tmp_path)["rows"]
+    rows = train.compare("latent", "synthetic", tmp_path, torch.device("cpu"), table=table, n=8)["rows"]
     assert list(rows) == ["learned", "lowres", "held out", "noise"]
     assert all(np.isfinite(rows[side][column]).all() for side in ("learned", "lowres") for column in rows[side])
     assert rows["held out"]["colour distance"] < rows["noise"]["colour distance"]
