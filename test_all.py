@@ -6078,10 +6078,11 @@ def test_comparison_of_renderers(tmp_path, capsys):
     report = compare_twice("renderer", table, tmp_path, steps=3, seeds=2)
     assert (report["steps"], report["batch"], report["seeds"]) == (3, 2, 2) and list(report["rows"]) == ["clif", "liif"]
     for side, row in report["rows"].items():
-        assert {"minutes", "parameters", "PSNR 1x", "PSNR 2x", "bicubic 2x", "PSNR 4x"} <= set(row)
+        assert {"minutes", "parameters", "PSNR 16px", "PSNR 32px", "bicubic 32px", "PSNR 64px"} <= set(row)
         assert all(len(values) == 2 for values in row.values()) and "colour distance" not in row
         scores = json.loads((tmp_path / f"renderer/{side}-seed1/ae/eval.json").read_text())
-        assert row["PSNR 2x"][1] == scores["2x"]["psnr_render"] != row["PSNR 2x"][0] and 8 < row["PSNR 1x"][0] < 30
+        assert row["PSNR 32px"][1] == scores["2x"]["psnr_render"] != row["PSNR 32px"][0]
+        assert 8 < row["PSNR 16px"][0] < 30
         assert row["parameters"][0] == sum(p.numel() for p in sample.load(
             tmp_path / f"renderer/{side}-seed0/ae").autoencoder.parameters())
     with Image.open(tmp_path / "renderer/compare.png") as sheet:              # the scenes, then each side at 1x and 4x
@@ -6104,7 +6105,7 @@ def test_comparison_of_generators_and_of_resolutions(tmp_path, capsys, monkeypat
     distance = {side: row["colour distance"][0] for side, row in rows.items()}
     assert distance["held out"] < min(distance[side] for side in rows if side != "held out") and len(rows["noise"]) == 1
     assert "FD-squeeze" not in rows["func"] and "without FD-squeeze: no weights" in capsys.readouterr().out
-    assert {"PSNR 2x", "bicubic 2x"} <= set(rows["half"]) and "PSNR 1x" not in rows["dit"]
+    assert {"PSNR 8px", "PSNR 16px", "bicubic 16px"} <= set(rows["half"]) and "PSNR 16px" not in rows["dit"]
     log = [json.loads(line) for line in (tmp_path / "all/dit-seed0/cm/log.jsonl").read_text().splitlines()]
     assert rows["dit"]["denoising distance"] == [log[-1]["denoising_distance"]]
     assert "denoising distance" in rows["func"] and "denoising distance" not in rows["half"]

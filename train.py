@@ -1560,7 +1560,7 @@ def side_scores(model: INFD | OneStep, configs: dict[str, Run], here: Path) -> d
             minutes += (line["step"] - before["step"]) * cfg.batch / line["images_per_s"] / 60
         file = here / stage / "eval.json"
         for scale, score in json.loads(file.read_text()).items() if file.exists() else ():
-            row |= {f"{kind} {scale}": score[key] for kind, key in (
+            row |= {f"{kind} {score['px']}px": score[key] for kind, key in (
                 ("PSNR", "psnr_render"), ("bicubic", "psnr_bicubic"), ("LPIPS", "lpips_render"))
                     if key in score and (kind, scale) != ("bicubic", "1x")}
         if "denoising_distance" in logs[-1]:
