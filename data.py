@@ -487,12 +487,18 @@ def open_data(name: str, split: str = "train") -> Landscapes | Photos | SixKMix 
     return _open_photos(store, name.removesuffix("-6k-mix"), split)
 
 
-def fingerprint(source: Landscapes | Photos | Cifar10) -> str:
+def fingerprint(source: Landscapes | Photos | SixKMix | Cifar10 | Prepared) -> str:
     """A hash of which pictures a source has, without decoding any: names and stamps of the files, in their order."""
     if isinstance(source, Cifar10):
         return hashlib.sha256(source.images.tobytes()).hexdigest()
-    parts = [source.first, source.count] if isinstance(source, Landscapes) else \
-        [source.crop, *((name, source.store.stamp(name)) for name in source.members)]
+    if isinstance(source, Landscapes):
+        parts = [source.first, source.count]
+    elif isinstance(source, SixKMix):
+        parts = [fingerprint(source.photos), source.size]
+    elif isinstance(source, Prepared):
+        parts = [source.hash, source.first, len(source)]
+    else:
+        parts = [source.crop, *((name, source.store.stamp(name)) for name in source.members)]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
@@ -947,7 +953,7 @@ def _collate(samples: list) -> tuple[dict[str, Tensor], list[str]] | DataError:
 def _outlive_signals(worker: int) -> None:
     """Ctrl-C and SIGTERM are for the main process; a worker that dies first would break off the step it is in.
 
-    Out of the process group, Ctrl-C does not come here. A SIGTERM of its own, which batch systems send to every process,
+    Out of the process group, Ctrl-C does not come here. A SIGTERM of its own, which batch systems send to all processes,
     ends a worker two seconds later: ignored altogether, it would let the interpreter wait for it at exit.
     """
     if hasattr(signal, "SIGALRM"):

@@ -758,8 +758,8 @@ def compare_samplers(model: INFD, jobs: list[list[int]], seed: int, label: int |
 
     ddim, end, counts = pictures("ddim", 200), pictures("heun", 200), (5, 10, 15, 20, 30, 50)
     goal = db(ddim, end)
-    lines = [f"{len(end)} pictures, {size[0]}x{size[1]}: PSNR in dB with 200 steps of ddim, eta 0 / with the end of the "
-             "path", f"200 steps of ddim with the end of the path: {goal:.1f} dB",
+    lines = [f"{len(end)} pictures, {size[0]}x{size[1]}: PSNR in dB with 200 steps of ddim, eta 0 / with the end of "
+             "the path", f"200 steps of ddim with the end of the path: {goal:.1f} dB",
              "steps" + "".join(f"{n:15}" for n in counts) + "   40 dB with ddim   as good as ddim"]
     for sampler in SAMPLERS:
         pairs = {n: (db(p, ddim), db(p, end)) for n in counts for p in [pictures(sampler, n)]}
@@ -814,7 +814,7 @@ def bundled(name: str) -> Path:
 
 
 def export(source: Path, target: Path) -> None:
-    """Write what sampling needs of a checkpoint (a file or its run folder), the moving average alone, in half precision.
+    """Write what sampling needs of a checkpoint (a file or its run folder): the moving average, in half precision.
 
     Raises FileExistsError rather than overwrite, ValueError for a checkpoint that is not of stage ae, ldm or cm.
     """

@@ -765,8 +765,8 @@ def ae_step(model: FieldAutoencoder, disc: PatchDiscriminator, opt: torch.optim.
 def linear(loss: Tensor, x: Tensor) -> Tensor:
     """A loss of x by its gradient there: a linear function of x, of another value and the same gradients before x.
 
-    However often it is backpropagated, to the last layer for the adaptive weight and then to all of the generator, LPIPS
-    and the discriminator are gone through once.
+    However often it is backpropagated, to the last layer for the adaptive weight and then to all of the generator,
+    LPIPS and the discriminator are gone through once.
     """
     slope, = torch.autograd.grad(loss, x)
     return (slope * x).sum()
@@ -1770,7 +1770,7 @@ def compile_methods(methods: list[tuple[nn.Module, str]], strict: bool) -> None:
                         raise
                     broken.append(error)
                     warnings.warn(f"torch.compile failed, so training goes on without it ("
-                                  f"{' '.join(str(error).splitlines()[:2])}); compile=off says nothing, compile=on stops")
+                                  f"{' '.join(str(error).splitlines()[:2])}); compile=off is silent, compile=on stops")
             return eager(*args, **options)
 
         return call
@@ -1829,7 +1829,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", help="run folder (default: runs/DATA-PRESET/STAGE)")
     p.add_argument("--device", default="auto")
     p.add_argument("--bench", action="store_true",
-                   help="measure 20 steps (--bench 50: 50) and stop; stage cm samples too, and generator=func,dit compares")
+                   help="measure 20 steps (--bench 50: 50) and stop; stage cm samples too, generator=func,dit compares")
     p.add_argument("--check-data", action="store_true", help="decode every picture, list the bad ones, and stop")
     p.add_argument("options", nargs="*", metavar="key=value")
     return p
