@@ -6001,6 +6001,40 @@ def test_fault_f26_every_preset_trains_saves_loads_and_draws(tmp_path, monkeypat
 
 
 # ======================================================================================================================
+# The weights that come with the project
+# ======================================================================================================================
+
+
+@pytest.mark.parametrize("name", ["infd", "cm"])
+def test_bundled_weights_make_pictures_of_the_data(name):
+    """Nearer to held-out scenes than to noise by far; as small as promised; and free of the paths of one machine."""
+    assert sample.bundled(name).stat().st_size <= 12e6
+    model, held_out = sample.load(sample.bundled(name)), data.open_data("synthetic", "val")
+    samples = train.draw_some(model, model.size, list(range(32)), batch=32)
+    distance = train.distances({"samples": samples}, held_out, model.size)
+    assert distance["samples"] < 0.2 * distance["noise"]
+    texts = [v for v in sample.read_checkpoint(sample.bundled(name))["config"].values() if isinstance(v, str)]
+    assert not [text for text in texts if text.startswith(("/", "~"))]
+
+
+def test_the_bundled_autoencoder_reconstructs_held_out_scenes():
+    model, held_out = sample.load(sample.bundled("infd")), data.open_data("synthetic", "val")
+    image = torch.stack([data.to_tensor(held_out[i].draw(64)) for i in range(8)])
+    assert metrics.psnr(model.render(model.autoencoder.encode(image), 64), image).mean() > 25
+    truth = torch.stack([data.to_tensor(held_out[i].draw(256)) for i in range(4)])
+    assert metrics.psnr(model.render(model.autoencoder.encode(image[:4]), 256), truth).mean() > 22
+
+
+def test_sample_without_a_checkpoint_draws_with_the_bundled_weights(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)                                      # from anywhere, into samples/0001
+    for model, res in (("infd", 96), ("cm", 128)):
+        assert main_sample("--model", model, "--res", res, "--n", 2) == 0
+    assert "2 pictures (EMA" in capsys.readouterr().out
+    shapes = [Image.open(file).size for file in sorted((tmp_path / "samples").rglob("*.png"))]
+    assert shapes == [(96, 96)] * 2 + [(128, 128)] * 2
+
+
+# ======================================================================================================================
 # Stage demo
 # ======================================================================================================================
 
