@@ -2800,6 +2800,22 @@ def test_a_changed_file_is_another_set_of_pictures(tmp_path):
     assert len(found) == 10
 
 
+def test_fine_tuning_with_a_frozen_encoder_keeps_z_and_learns_the_rest(main_runs, tmp_path, capsys):
+    start = ["--stage", "ae", "--preset", "tiny", "--out"]
+    options = [*TINY_AE, "steps=2", "ema=0.9", "ema_warmup=false"]
+    assert main_train(*start, tmp_path / "a", *options, f"init={main_runs / 'ae'}", "frozen_encoder=true") == 0
+    (_, before), (_, after) = (sample.newest_checkpoint(run) for run in (main_runs / "ae", tmp_path / "a"))
+    old, new = before["state"].get("ema", before["state"]["model"]), after["state"]["model"]
+    for key, value in new.items():
+        if key.startswith("encoder.") or not value.is_floating_point():
+            assert torch.equal(value, old[key]), key
+    assert not torch.equal(new["renderer.conv_out.weight"], old["renderer.conv_out.weight"])
+    assert not torch.equal(new["decoder.conv_in.weight"], old["decoder.conv_in.weight"])
+    for wrong, said in ((["frozen_encoder=true"], "goes with init=RUN"),
+                        ([f"init={main_runs / 'ldm'}"], "is no run of stage ae")):
+        assert main_train(*start, tmp_path / "b", *options, *wrong) == 2 and said in capsys.readouterr().err
+
+
 def test_fine_tuning_at_the_original_size_begins_where_it_should():
     cfg = train.AERun(size=8, patch=8, max_size=32, batch=4, p_original=1.0, original_from=2, workers=0)
     stream = train.ae_batches(cfg, train.data.open_data("synthetic"), torch.device("cpu"))(0)

@@ -106,6 +106,8 @@ class AERun(Run):
     gan_weight: float = 0.75          # times the adaptive weight; 0: no discriminator
     gan_start: int = 0                # first step with the GAN
     reg_weight: float = 1.0           # of the VQ loss; with kl=true take 1e-6 as LDM does (the published default is 1)
+    init: str = ""                    # run folder or file of stage ae to start from, discriminator and all
+    frozen_encoder: bool = False      # with init: learn D and R alone, so that z, and what diffuses it, remain valid
     eval_n: int = 64                  # held-out pictures in the scores at the end
     ae: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     disc: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
@@ -828,8 +830,13 @@ def setup_ae(cfg: AERun, run_dir: Path, device: torch.device) -> Setup:
     """Stage ae: E, D, R with L1 + LPIPS + adaptive GAN + VQ (or KL), on patches of random scale."""
     source, held_out = data.open_data(cfg.data, "train"), data.open_data(cfg.data, "val")
     perceptual = None if cfg.lpips == "none" else metrics.lpips_network(cfg.lpips).to(device)
+    if cfg.frozen_encoder and not cfg.init:
+        raise ValueError("frozen_encoder=true goes with init=RUN: an encoder that never learned makes a poor z")
     torch.manual_seed(cfg.seed)
     model, disc = FieldAutoencoder(cfg.ae).to(device), PatchDiscriminator(cfg.disc).to(device)
+    if cfg.init and not checkpoints(run_dir):
+        continue_from(model, disc, Path(cfg.init))
+    model.encoder.requires_grad_(not cfg.frozen_encoder)
     # The published loop has one Adam per part; Adam treats every parameter alone, so one for E, D, R is the same.
     opt, opt_d = (adam(torch.optim.Adam, m, cfg, device) for m in (model, disc))
     state = {"model": model, "disc": disc, "opt": opt, "opt_d": opt_d}
@@ -853,6 +860,16 @@ def setup_ae(cfg: AERun, run_dir: Path, device: torch.device) -> Setup:
 
 
 @torch.no_grad()
+def continue_from(model: FieldAutoencoder, disc: PatchDiscriminator, init: Path) -> None:
+    """Load another run of stage ae: the moving average, where it has one, and its adversary."""
+    path, ckpt = newest_checkpoint(init) if init.is_dir() else (init, read_checkpoint(init))
+    if ckpt.get("stage") != "ae" or "disc" not in ckpt["state"]:
+        raise ValueError(f"init={init} is no run of stage ae")
+    fill(model, ckpt["state"].get("ema", ckpt["state"].get("model")), f"the autoencoder in {path}")
+    fill(disc, ckpt["state"]["disc"], f"the discriminator in {path}")
+    say(f"starting from {path}")
+
+
 def ae_sheet(model: FieldAutoencoder, source, cfg: AERun, device: torch.device, n: int = 4) -> np.ndarray:
     """Held-out pictures, a row each: the input, then render | truth at 1x, 2x and 4x the training resolution.
 
