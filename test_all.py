@@ -6121,7 +6121,7 @@ def test_every_comparison_is_of_equal_steps_and_pictures():
                 if stage == "cm":
                     cfg = train.cm_config(configs["cm"], 4)
                     net = train.build_generator(cfg.generator, lambda part: getattr(cfg, part))
-                    assert sum(p.numel() for p in net.parameters()) > 1e5 and cfg.K == (steps or 1000)
+                    assert sum(p.numel() for p in net.parameters()) > 1e5 and cfg.K == (steps or train.DEMO["cm"]["steps"])
                     assert ("pretrain" in stages) == (cfg.init == "")
                 else:
                     assert FieldAutoencoder(configs["ae"].ae).cfg.f == 4
