@@ -2800,6 +2800,18 @@ def test_a_changed_file_is_another_set_of_pictures(tmp_path):
     assert len(found) == 10
 
 
+def test_a_unet_may_start_from_that_of_another_run(main_runs, tmp_path, capsys):
+    """Without a step that changes much (lr 0), the other run's moving average is what comes out."""
+    args = ["--stage", "ldm", "--preset", "tiny", "--out", tmp_path / "ldm", *TINY_LDM, f"init={main_runs / 'ae'}"]
+    assert main_train(*args, f"start={main_runs / 'ldm'}", "cache=true", "lr=0", "steps=1") == 0
+    (_, before), (_, after) = (sample.newest_checkpoint(run) for run in (main_runs / "ldm", tmp_path / "ldm"))
+    old = before["state"].get("ema", before["state"]["model"])
+    assert all(torch.equal(value, old[key]) for key, value in after["state"]["model"].items())
+    args[5] = tmp_path / "b"
+    assert main_train(*args, f"start={main_runs / 'ae'}", "cache=true") == 2
+    assert "is no run of stage ldm" in capsys.readouterr().err
+
+
 def test_fine_tuning_with_a_frozen_encoder_keeps_z_and_learns_the_rest(main_runs, tmp_path, capsys):
     start = ["--stage", "ae", "--preset", "tiny", "--out"]
     options = [*TINY_AE, "steps=2", "ema=0.9", "ema_warmup=false"]

@@ -125,6 +125,7 @@ class LDMRun(Run):
     weight_decay: float = 0.01
     ema: float = 0.9999
     init: str = ""                    # run folder or file of stage ae; default: the one beside this run
+    start: str = ""                   # run of stage ldm whose UNet to start from: one of smaller latents, say
     latent_norm: bool = False         # scale latents to unit variance first (published: no)
     labels: bool = False              # condition on the classes of the data, where it has any
     pictures: int = 0                 # learn from the first so many pictures only; 0: all
@@ -860,14 +861,21 @@ def setup_ae(cfg: AERun, run_dir: Path, device: torch.device) -> Setup:
 
 
 @torch.no_grad()
+def starting_point(init: Path, *stages: str) -> tuple[Path, dict]:
+    """The state of another run (its folder, or a file) with its stage, and its best weights: the moving average."""
+    path, ckpt = newest_checkpoint(init) if init.is_dir() else (init, read_checkpoint(init))
+    if ckpt.get("stage") not in stages:
+        raise ValueError(f"{init} is no run of stage {' or '.join(stages)}")
+    say(f"starting from {path}")
+    state = ckpt["state"]
+    return path, state | {"stage": ckpt["stage"], "best": state.get("ema", state.get("model"))}
+
+
 def continue_from(model: FieldAutoencoder, disc: PatchDiscriminator, init: Path) -> None:
     """Load another run of stage ae: the moving average, where it has one, and its adversary."""
-    path, ckpt = newest_checkpoint(init) if init.is_dir() else (init, read_checkpoint(init))
-    if ckpt.get("stage") != "ae" or "disc" not in ckpt["state"]:
-        raise ValueError(f"init={init} is no run of stage ae")
-    fill(model, ckpt["state"].get("ema", ckpt["state"].get("model")), f"the autoencoder in {path}")
-    fill(disc, ckpt["state"]["disc"], f"the discriminator in {path}")
-    say(f"starting from {path}")
+    path, state = starting_point(init, "ae")
+    fill(model, state["best"], f"the autoencoder in {path}")
+    fill(disc, state.get("disc", {}), f"the discriminator in {path}")
 
 
 def ae_sheet(model: FieldAutoencoder, source, cfg: AERun, device: torch.device, n: int = 4) -> np.ndarray:
@@ -1114,6 +1122,9 @@ def setup_ldm(cfg: LDMRun, run_dir: Path, device: torch.device) -> Setup:
                       "unet.num_classes": len(source.classes) if cfg.labels else 0})
     torch.manual_seed(cfg.seed)
     unet, scale = UNet(cfg.unet).to(device), LatentScale(channels).to(device)
+    if cfg.start and not checkpoints(run_dir):
+        path, other = starting_point(Path(cfg.start), "ldm")
+        fill(unet, other["best"], f"the UNet in {path}")
     diffusion = GaussianDiffusion(cfg.diffusion)
     opt = adam(torch.optim.AdamW, unet, cfg, device, weight_decay=cfg.weight_decay)
     state = {"model": unet, "opt": opt, "scale": scale}
@@ -1314,14 +1325,10 @@ def start_from(net: nn.Module, cfg: CMRun, run_dir: Path) -> None:
         raise FileNotFoundError(f"stage cm starts from stage pretrain and there is none at {init}; run --stage "
                                 f"pretrain first with the same --data and --preset, name one with init=RUN, or give "
                                 f"init=none")
-    path, ckpt = newest_checkpoint(init) if init.is_dir() else (init, read_checkpoint(init))
-    if ckpt.get("stage") not in ("pretrain", "cm"):
-        raise ValueError(f"init={init} is no run of stage pretrain or cm")
-    if ckpt["stage"] == "pretrain" and cfg.generator != "func":
+    path, state = starting_point(init, "pretrain", "cm")
+    if state["stage"] == "pretrain" and cfg.generator != "func":
         raise ValueError(f"init={init}: only generator=func has a pre-training")
-    part = function_parts(net) if ckpt["stage"] == "pretrain" else net
-    fill(part, ckpt["state"].get("ema", ckpt["state"].get("model")), f"the weights in {path}")
-    say(f"starting from {path}")
+    fill(function_parts(net) if state["stage"] == "pretrain" else net, state["best"], f"the weights in {path}")
 
 
 def cm_config(cfg: CMRun, classes: int) -> CMRun:
