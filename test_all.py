@@ -6038,8 +6038,8 @@ def test_bundled_weights_make_pictures_of_the_data(name):
     """Nearer to held-out scenes than to noise by far; as small as promised; and free of the paths of one machine."""
     assert sample.bundled(name).stat().st_size <= 12e6
     model, held_out = sample.load(sample.bundled(name)), data.open_data("synthetic", "val")
-    samples = train.draw_some(model, model.size, list(range(32)), batch=32)
-    distance = train.distances({"samples": samples}, held_out, model.size)
+    samples = train.draw_some(model, 64, list(range(16)))
+    distance = train.distances({"samples": samples}, held_out, 64)
     assert distance["samples"] < 0.2 * distance["noise"]
     texts = [v for v in sample.read_checkpoint(sample.bundled(name))["config"].values() if isinstance(v, str)]
     assert not [text for text in texts if text.startswith(("/", "~"))]
@@ -6047,10 +6047,11 @@ def test_bundled_weights_make_pictures_of_the_data(name):
 
 def test_the_bundled_autoencoder_reconstructs_held_out_scenes():
     model, held_out = sample.load(sample.bundled("infd")), data.open_data("synthetic", "val")
-    image = torch.stack([data.to_tensor(held_out[i].draw(64)) for i in range(8)])
-    assert metrics.psnr(model.render(model.autoencoder.encode(image), 64), image).mean() > 25
-    truth = torch.stack([data.to_tensor(held_out[i].draw(256)) for i in range(4)])
-    assert metrics.psnr(model.render(model.autoencoder.encode(image[:4]), 256), truth).mean() > 22
+    image, truth = (torch.stack([data.to_tensor(held_out[i].draw(res)) for i in range(4)])
+                    for res in (model.size, 2 * model.size))
+    z = model.autoencoder.encode(image)
+    assert metrics.psnr(model.render(z, model.size), image).mean() > 26
+    assert metrics.psnr(model.render(z, 2 * model.size), truth).mean() > 24
 
 
 def test_sample_without_a_checkpoint_draws_with_the_bundled_weights(tmp_path, monkeypatch, capsys):
