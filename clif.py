@@ -351,20 +351,18 @@ def _frozen_layer(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias:
     return F.conv2d(x, weight, bias, padding=1)
 
 
-Moments = tuple[int, Tensor, Tensor]                                 # count, mean, variance
-
-
-def _moments(x: Tensor, groups: int) -> Moments:
-    """Moments of each group of channels: x (B, C, H, W) -> H * W * C / G, (B, G), (B, G)."""
+def _moments(x: Tensor, groups: int, out: Tensor) -> int:
+    """Mean and variance of each group of channels, x (B, C, H, W) into `out` (2, B, G); returns H * W * C / G."""
     x = x.reshape(len(x), groups, -1).float()
     mean = x.mean(dim=-1, keepdim=True)
-    return x.shape[-1], mean[..., 0], (x - mean).square().mean(dim=-1)    # var_mean is 8 times slower on a CPU
+    out[0], out[1] = mean[..., 0], (x - mean).square().mean(dim=-1)       # var_mean is 8 times slower on a CPU
+    return x.shape[-1]
 
 
-def _freeze(layer: nn.GroupNorm, moments: list[Moments]) -> tuple[Tensor, Tensor]:
-    """Scale and shift (B, C, 1, 1) that normalise like `layer`, from the moments of all pieces of a frame."""
-    n = torch.tensor([count for count, _, _ in moments], dtype=torch.float64)[:, None, None]
-    mean, var = (torch.stack(m).cpu().double() for m in list(zip(*moments))[1:])          # cpu: MPS has no float64
+def _freeze(layer: nn.GroupNorm, counts: list[int], moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and shift (B, C, 1, 1) that normalise like `layer`, from the moments of N pieces of a frame (N, 2, B, G)."""
+    n = torch.tensor(counts, dtype=torch.float64)[:, None, None]
+    mean, var = moments.cpu().double().unbind(dim=1)                 # cpu: MPS has no float64
     share, centre = n / n.sum(), (n * mean).sum(dim=0) / n.sum()
     var = (share * (var + (mean - centre) ** 2)).sum(dim=0)          # no cancellation as in E[x^2] - E[x]^2
     rstd, centre = (v.repeat_interleave(layer.num_channels // layer.num_groups, dim=1)
@@ -433,9 +431,12 @@ class _Frame:
     def tiles(self) -> Tiles:
         """The window, as `render_tiles` yields it."""
         for k, (norm, _) in enumerate(self.layers):
-            spans = self.spans(self.rows.frame(), self.cols.frame())
-            moments = [_moments(self.advance(k, row, col), norm.num_groups) for row, col in spans]
-            self.frozen.append(_freeze(norm, moments))
+            spans = list(self.spans(self.rows.frame(), self.cols.frame()))
+            # One array: a small tensor per piece would pin a hole in the heap each, gigabytes in a large frame.
+            moments = self.phi.new_empty(len(spans), 2, len(self.phi), norm.num_groups, dtype=torch.float32)
+            counts = [_moments(self.advance(k, row, col), norm.num_groups, out)
+                      for (row, col), out in zip(spans, moments)]
+            self.frozen.append(_freeze(norm, counts, moments))
         last = len(self.layers) - 1
         for row, col in self.spans(self.rows, self.cols):
             rgb = self.run(last, self.input(last, row, col), row, col)

@@ -1410,7 +1410,7 @@ def cm_sheet(model: OneStep, seed: int, x: Tensor, z: Tensor, y: Tensor | None, 
 # ---- stage demo ------------------------------------------------------------------------------------------------------
 
 
-# Both systems from nothing, one after the other: changes to preset tiny, for 20 minutes on two CPU cores in all.
+# Both systems from nothing, one after the other: changes to preset tiny, for half an hour on one CPU core in all.
 # Stage cm learns to denoise first (r = 0), then ties t to about 0.7 t: tied from the start, F answers alike whatever it
 # sees. A function cannot draw the white noise that F would owe x at sigma_data 0.5; with both as here, f = M.
 DEMO_EASY = {"cm.stages": 2, "cm.ect_q": 4.0, "cm.ect_k": 10.0, "cm.ect_b": 0.01, "cm.P_mean": 1.3, "cm.P_std": 1.3,
@@ -1849,7 +1849,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description="Train. The same command again continues the run.",
                                 epilog="key=value sets any option of the stage; a wrong name lists them all")
     p.add_argument("--stage", choices=[*STAGES, "demo", "compare"], default="ae",
-                   help="demo: every stage, small, one after the other: 20 minutes on two CPU cores; compare: a "
+                   help="demo: every stage, small, one after the other: half an hour on one CPU core; compare: a "
                         "comparison of the papers, small, named by --preset, with options steps= and seeds=")
     p.add_argument("--preset", default="paper",
                    help="paper, small or tiny; ict and ect: stage cm by improved consistency training, or easy "
