@@ -1411,14 +1411,15 @@ def cm_sheet(model: OneStep, seed: int, x: Tensor, z: Tensor, y: Tensor | None, 
 
 
 # Both systems from nothing, one after the other: changes to preset tiny, for half an hour on one CPU core in all.
-# Stage cm learns to denoise first (r = 0), then ties t to about 0.7 t: tied from the start, F answers alike whatever it
-# sees. A function cannot draw the white noise that F would owe x at sigma_data 0.5; with both as here, f = M.
-DEMO_EASY = {"cm.stages": 2, "cm.ect_q": 4.0, "cm.ect_k": 10.0, "cm.ect_b": 0.01, "cm.P_mean": 1.3, "cm.P_std": 1.3,
-             "lr": 5e-4}
+# Before it is tied to its own answers the function generator learns to denoise (r = 0): tied at once, it soon answers
+# alike whatever it sees. It cannot draw the white noise that F would owe x at sigma_data 0.5; with both as here, f = M.
+DEMO_SCALES = {"cm.sigma_data": 0.1, "func.out_scale": 10.0}
 DEMO = {"ae": {"steps": 1500, "ae.kl_logvar": -6.0, "grid_every": 500},
         "ldm": {"steps": 1000, "pictures": 2048, "grid_every": 500},
         "pretrain": {"steps": 2500},
-        "cm": DEMO_EASY | {"steps": 800, "cm.sigma_data": 0.1, "func.out_scale": 10.0, "grid_every": 200}}
+        "denoiser": DEMO_SCALES | {"steps": 500, "lr": 5e-4, "cm.ect_k": 1e9, "cm.ect_b": 0.0, "cm.P_mean": 1.3,
+                                   "cm.P_std": 1.2},
+        "cm": DEMO_SCALES | {"steps": 300, "K": 600, "cm.P_mean": 1.5, "cm.P_std": 1.5}}      # K: the first stage alone
 
 
 def demo(data_name: str, out: Path, device: torch.device, table: dict = DEMO, n: int = 256) -> dict:
@@ -1428,8 +1429,10 @@ def demo(data_name: str, out: Path, device: torch.device, table: dict = DEMO, n:
     network: held-out pictures against others say what is reached at best, noise what is to be left behind.
     """
     began = time.perf_counter()
-    for stage, changes in table.items():
-        train(stage, small_config(stage, data_name, changes), out / stage, device)
+    for name, changes in table.items():
+        stage = "cm" if name == "denoiser" else name
+        changes = changes | {"init": str(out / "denoiser")} if name == "cm" and "denoiser" in table else changes
+        train(stage, small_config(stage, data_name, changes), out / name, device)
     infd, cm = load(out / "ldm", device), load(out / "cm", device)
     held_out = data.open_data(data_name, "val")
     index = list(range(min(n, len(held_out) // 2)))
@@ -1508,8 +1511,8 @@ def sample_rows(model: INFD | OneStep, size: int, held_out=None, n: int = 8) -> 
 
 # What the papers compare: name -> side -> its stages in order, with changes to preset tiny. The last stage is the one
 # compared: in it all sides take as many steps of as many pictures.
-FROM_NOTHING = DEMO["cm"] | {"init": "none"}
-PIXELS = DEMO_EASY | {"steps": DEMO["cm"]["steps"], "init": "none"}          # the baselines with their own sigma_data
+TIED = {"steps": 1000}                                                       # of stage cm
+FROM_NOTHING = TIED | {"init": "none"}
 COMPARISONS = {
     "renderer": {"clif": {"ae": DEMO["ae"]}, "liif": {"ae": DEMO["ae"] | {"ae.renderer": "liif"}}},        # INFD, A
     # INFD, Section E and Figure 5. A whole picture at the encoder's size would be a downsampled one.
@@ -1518,12 +1521,12 @@ COMPARISONS = {
     "mix": {"all-high": {"ae": DEMO["ae"]}, "6k-mix": {"ae": DEMO["ae"] | {"data": "synthetic-6k-mix"}}},  # Table 1
     "latent": {"learned": {"ae": DEMO["ae"], "ldm": DEMO["ldm"]},                                # Section C, Table 1
                "lowres": {"ae": DEMO["ae"] | {"ae.lowres": True, "ae.kl": False}, "ldm": DEMO["ldm"]}},
-    "generators": {"func": {"cm": FROM_NOTHING}} | {name: {"cm": PIXELS | {"generator": name}}
-                                                    for name in ("unet", "uvit", "dit")},
-    "pretraining": {"with": {"pretrain": DEMO["pretrain"], "cm": DEMO["cm"]}, "without": {"cm": FROM_NOTHING}},
+    "generators": {name: {"cm": FROM_NOTHING | {"generator": name}} for name in ("func", "unet", "uvit", "dit")},
+    "pretraining": {"with": {"pretrain": DEMO["pretrain"], "cm": TIED}, "without": {"cm": FROM_NOTHING}},
     # CM-Func, Table 7: as many tokens at either resolution, as in the paper; both are drawn at 64 px.
-    "resolution": {"64px": {"pretrain": DEMO["pretrain"], "cm": DEMO["cm"]},
-                   "32px": {stage: DEMO[stage] | {"size": 32, "func.patch": 4} for stage in ("pretrain", "cm")}},
+    "resolution": {f"{size}px": {stage: changes | {"size": size, "func.patch": size // 8}
+                                 for stage, changes in (("pretrain", DEMO["pretrain"]), ("cm", TIED))}
+                   for size in (64, 32)},
 }
 
 
