@@ -360,7 +360,7 @@ def _moments(x: Tensor, groups: int, out: Tensor) -> int:
 
 
 def _freeze(layer: nn.GroupNorm, counts: list[int], moments: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and shift (B, C, 1, 1) that normalise like `layer`, from the moments of N pieces of a frame (N, 2, B, G)."""
+    """Scale and shift (B, C, 1, 1) that normalise like `layer`, from the moments (N, 2, B, G) of a frame in pieces."""
     n = torch.tensor(counts, dtype=torch.float64)[:, None, None]
     mean, var = moments.cpu().double().unbind(dim=1)                 # cpu: MPS has no float64
     share, centre = n / n.sum(), (n * mean).sum(dim=0) / n.sum()

@@ -953,8 +953,8 @@ def _collate(samples: list) -> tuple[dict[str, Tensor], list[str]] | DataError:
 def _outlive_signals(worker: int) -> None:
     """Ctrl-C and SIGTERM are for the main process; a worker that dies first would break off the step it is in.
 
-    Out of the process group, Ctrl-C does not come here. A SIGTERM of its own, which batch systems send to all processes,
-    ends a worker two seconds later: ignored altogether, it would let the interpreter wait for it at exit.
+    Out of the process group, Ctrl-C does not come here. A SIGTERM of its own, which batch systems send to all, ends a
+    worker two seconds later: ignored altogether, it would let the interpreter wait for it at exit.
     """
     if hasattr(signal, "SIGALRM"):
         os.setpgrp()
