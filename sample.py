@@ -542,6 +542,7 @@ def one_band(pixels: np.ndarray) -> Bands:
 
 
 def png_chunk(kind: bytes, data: bytes) -> bytes:
+    """A chunk of a PNG file: length, kind (4 bytes), data, CRC-32 of both."""
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(data, zlib.crc32(kind)))
 
 

@@ -2800,6 +2800,16 @@ def test_a_changed_file_is_another_set_of_pictures(tmp_path):
     assert len(found) == 10
 
 
+def test_the_grid_of_a_run_without_moving_average_is_drawn_without_gradients():
+    """Preset paper has none: what is drawn is the model that trains."""
+    cfg = train.configure("ae", "tiny", "synthetic", [*TINY_AE, "ema=0"])
+    model, graphs = FieldAutoencoder(cfg.ae), []
+    model.decoder.register_forward_hook(lambda module, args, phi: graphs.append(phi.requires_grad))
+    sheet = train.ae_sheet(model, data.open_data("synthetic", "val"), cfg, torch.device("cpu"), n=1)
+    assert graphs == [False]
+    assert sheet.shape == (64, 7 * 68 - 4, 3)                        # the input, then render and truth at three scales
+
+
 def test_a_unet_may_start_from_that_of_another_run(main_runs, tmp_path, capsys):
     """Without a step that changes much (lr 0), the other run's moving average is what comes out."""
     args = ["--stage", "ldm", "--preset", "tiny", "--out", tmp_path / "ldm", *TINY_LDM, f"init={main_runs / 'ae'}"]

@@ -860,7 +860,6 @@ def setup_ae(cfg: AERun, run_dir: Path, device: torch.device) -> Setup:
 # ---- what stage ae shows ---------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def starting_point(init: Path, *stages: str) -> tuple[Path, dict]:
     """The state of another run (its folder, or a file) with its stage, and its best weights: the moving average."""
     path, ckpt = newest_checkpoint(init) if init.is_dir() else (init, read_checkpoint(init))
@@ -878,6 +877,7 @@ def continue_from(model: FieldAutoencoder, disc: PatchDiscriminator, init: Path)
     fill(disc, state.get("disc", {}), f"the discriminator in {path}")
 
 
+@torch.no_grad()
 def ae_sheet(model: FieldAutoencoder, source, cfg: AERun, device: torch.device, n: int = 4) -> np.ndarray:
     """Held-out pictures, a row each: the input, then render | truth at 1x, 2x and 4x the training resolution.
 
