@@ -183,18 +183,37 @@ class ConsistencyModel(nn.Module):
         return self.net.function(per_image(c_in) * x, noise_condition(sigma), y).scaled(c_out)
 
 
+def heun_step(denoiser: nn.Module, x: Tensor, t: Tensor, r: Tensor, y: Tensor | None = None) -> Tensor:
+    """x at level t -> where the trajectory dx/dsigma = (x - D) / sigma passes r < t, by one step of Heun's method.
+
+    denoiser D(x, sigma, y); x (B, 3, H, W); t, r (B,). At r = 0 it is D(x, t) (Karras et al. 2022, Algorithm 1).
+    """
+    slope = (x - denoiser(x, t, y)) / per_image(t)
+    ahead = x + per_image(r - t) * slope                             # Euler
+    last = per_image(r) == 0
+    there = (ahead - denoiser(ahead, r.clamp(min=1e-6), y)) / per_image(r.clamp(min=1e-6))
+    return torch.where(last, ahead, x + per_image(r - t) * (slope + there) / 2)
+
+
 def consistency_loss(f: nn.Module, target: nn.Module, x: Tensor, noise: Tensor, t: Tensor, r: Tensor, metric: Metric,
-                     y: Tensor | None = None, **extra: Tensor) -> Tensor:
+                     y: Tensor | None = None, denoiser: nn.Module | None = None, **extra: Tensor) -> Tensor:
     """d(f(x + t z, t), target(x + r z, r)) per image, (B,); its mean is the objective (Eq. 5).
 
     x (B, 3, H, W) clean images; noise like x, one z for both sides; t > r >= 0 (B,). `extra` (coordinates, with their
     random shifts) also goes to both: separate draws would leave a floor under the distance. No gradient enters
     `target`; it may be f itself (iCT, ECT). r = 0 stands for the clean image.
+    denoiser: beyond the paper, consistency distillation (Song et al. 2023, Algorithm 2): its trajectory leads from
+    x + t z to level r, in place of x + r z, which adds the variance of x given x + t z.
     """
-    student = f(x + per_image(t) * noise, t, y, **extra)
+    noisy = x + per_image(t) * noise
+    student, answer = f(noisy, t, y, **extra), x
+    tied = r > 0
     with torch.no_grad():
-        answer = target(x + per_image(r) * noise, r.clamp(min=1e-6), y, **extra)
-        answer = torch.where(per_image(r) > 0, answer, x)
+        if tied.any():                                               # in training a denoiser none is
+            start = x + per_image(r) * noise
+            if denoiser is not None:
+                start[tied] = heun_step(denoiser, noisy[tied], t[tied], r[tied], None if y is None else y[tied])
+            answer = torch.where(per_image(tied), target(start, r.clamp(min=1e-6), y, **extra), x)
     with torch.autocast(x.device.type, enabled=False):       # the networks may run in bf16, the distance never
         return metric(student.float(), answer.float())
 

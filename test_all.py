@@ -49,9 +49,9 @@ import train
 from autoencoder import (AutoencoderConfig, Decoder, DiscriminatorConfig, Encoder, FieldAutoencoder,
                          PatchDiscriminator, VectorQuantizer, adaptive_weight, hinge_loss, kl_loss, split_moments)
 from clif import CLIF, LIIF, CLIFConfig, LIIFConfig, Means, coord_grid, query, render, render_tiles
-from consistency import (ECT, ICT, ConsistencyConfig, ConsistencyModel, consistency_loss, denoising_distance, l2,
-                         lpips_resized, noise_condition, per_image, pseudo_huber, sample_function, sample_multistep,
-                         sample_onestep)
+from consistency import (ECT, ICT, ConsistencyConfig, ConsistencyModel, consistency_loss, denoising_distance,
+                         heun_step, l2, lpips_resized, noise_condition, per_image, pseudo_huber, sample_function,
+                         sample_multistep, sample_onestep)
 from inr_generator import (AdaLNBlock, Block, DiT, FunctionGenerator, FunctionPrediction, GeneratorConfig,
                            ImageFunction, TransformerConfig, UViT, axis_encoding, pixel_coord, positional_encoding,
                            variational_coord)
@@ -3837,6 +3837,37 @@ def test_cm_r_zero_stands_for_the_clean_image():
     assert f.net.W.grad.isfinite().all()
 
 
+def gaussian_answers(s: float):
+    """Of data N(0, s^2): the ideal denoiser E[x | x_t], and the consistency function, where its trajectory ends."""
+    return (lambda x, t, y=None: x * per_image(s**2 / (s**2 + t**2)),
+            lambda x, t, y=None: x * per_image(s / (s**2 + t**2).sqrt()))
+
+
+def test_cm_heun_step_follows_the_trajectories_of_gaussian_data():
+    denoiser, _ = gaussian_answers(0.5)
+    x, errors = 3 * cm_randn(4, 3, 8, 8).double(), []
+    for steps in (8, 16, 32):
+        here, levels = x, torch.linspace(3, 1, steps + 1).double()
+        for t, r in zip(levels[:-1], levels[1:]):
+            here = heun_step(denoiser, here, t.expand(4), r.expand(4))
+        errors.append((here - x * math.sqrt((0.25 + 1) / (0.25 + 9))).abs().max().item())
+    assert errors[2] < 1e-3 and all(3.5 < a / b < 4.6 for a, b in zip(errors, errors[1:]))      # second order
+    t = torch.tensor([3.0, 1.0, 0.5, 2.0]).double()
+    cm_close(heun_step(denoiser, x, t, torch.zeros(4).double()), denoiser(x, t))
+
+
+def test_cm_distillation_leaves_no_distance_where_training_does():
+    # The true consistency function answers alike along trajectories. x + r z is on one only in the mean.
+    denoiser, f = gaussian_answers(0.5)
+    x, noise = 0.5 * cm_randn(64, 3, 8, 8), cm_randn(64, 3, 8, 8, seed=1)
+    t = torch.linspace(0.3, 4, 64)
+    along = consistency_loss(f, f, x, noise, t, 0.9 * t, l2, denoiser=denoiser)
+    trained = consistency_loss(f, f, x, noise, t, 0.9 * t, l2)
+    assert (along < 1e-3 * trained).all()
+    cm_close(consistency_loss(f, f, x, noise, t, torch.zeros(64), l2, denoiser=denoiser),
+             l2(f(x + per_image(t) * noise, t), x))                      # r = 0 is the clean image also here
+
+
 def test_cm_metrics_known_answers():
     a, b = torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 4, 4) * torch.tensor([1.0, 2.0])[:, None, None, None]
     assert l2(a, b).tolist() == [1, 4]
@@ -4720,6 +4751,24 @@ def test_stage_cm_keeps_its_schedule_when_continued_for_longer(stage_runs, tmp_p
     assert main_train(*args, "steps=8") == 2 and "K: 6 -> 8" in capsys.readouterr().err
     assert main_train(*args, "steps=8", "K=6") == 0
     assert sample.newest_checkpoint(out)[1]["step"] == 8
+
+
+def test_stage_cm_distils_a_denoiser_that_stays_as_it_is(stage_runs, tmp_path, capsys, monkeypatch):
+    """distil=RUN follows the trajectories of that run, which is not trained and not kept in the new checkpoint."""
+    teacher, seen = main_state(stage_runs / "cm"), []
+    loss = train.consistency_loss
+    monkeypatch.setattr(train, "consistency_loss", lambda *args, **more: seen.append(args[8]) or loss(*args, **more))
+    args = ["--stage", "cm", "--preset", "tiny", "--out", tmp_path / "run", *TINY_CM, f"init={stage_runs / 'cm'}"]
+    assert main_train(*args, "steps=2", f"distil={stage_runs / 'cm'}") == 0
+    state = main_state(tmp_path / "run")
+    for denoiser in seen:
+        assert main_same(denoiser.net.state_dict(), teacher["ema"])
+        assert not any(p.requires_grad for p in denoiser.parameters())
+    assert len(seen) == 2 and set(state) == set(teacher) and not main_same(state["model"], teacher["model"])
+    capsys.readouterr()
+    for wrong in (["size=32"], ["labels=false"]):
+        assert main_train(*args, *wrong, "init=none", f"distil={stage_runs / 'cm'}", "--out", tmp_path / "no") == 2
+        assert "must be a run of stage cm at" in capsys.readouterr().err
 
 
 def test_stage_cm_logs_and_draws_what_it_promises(stage_runs):
@@ -6141,12 +6190,13 @@ def test_every_comparison_is_of_equal_steps_and_pictures():
                 assert re.fullmatch(r"[\w-]+", side)                          # it names a folder
                 configs = train.side_configs(stages, "synthetic", seed=3, steps=steps)
                 assert list(configs) == list(stages) and all(cfg.seed == 3 for cfg in configs.values())
-                assert all(cfg.steps == train.DEMO[stage]["steps"] for stage, cfg in [*configs.items()][:-1])
+                planned = train.side_configs(stages, "synthetic")
+                assert all(cfg.steps == planned[stage].steps for stage, cfg in [*configs.items()][:-1])
                 last.append((stage := list(configs)[-1], configs[stage]))
                 if stage == "cm":
                     cfg = train.cm_config(configs["cm"], 4)
                     net = train.build_generator(cfg.generator, lambda part: getattr(cfg, part))
-                    assert sum(p.numel() for p in net.parameters()) > 1e5 and cfg.K == (steps or 1000)
+                    assert sum(p.numel() for p in net.parameters()) > 1e5 and cfg.K == cfg.steps
                     assert ("pretrain" in stages) == (cfg.init == "")
                 else:
                     assert FieldAutoencoder(configs["ae"].ae).cfg.f == 4
@@ -6156,12 +6206,12 @@ def test_every_comparison_is_of_equal_steps_and_pictures():
 
 
 def test_comparison_of_renderers(tmp_path, capsys):
-    ae = tiny_changes()["ae"] | {"disc.ndf": 8}
+    ae = tiny_changes()["ae"] | {"disc.ndf": 8, "max_size": 64}              # scored also at twice that
     table = {"renderer": {"clif": {"ae": ae}, "liif": {"ae": ae | {"ae.renderer": "liif"}}}}
     report = compare_twice("renderer", table, tmp_path, steps=3, seeds=2)
     assert (report["steps"], report["batch"], report["seeds"]) == (3, 2, 2) and list(report["rows"]) == ["clif", "liif"]
     for side, row in report["rows"].items():
-        assert {"minutes", "parameters", "PSNR 16px", "PSNR 32px", "bicubic 32px", "PSNR 64px"} <= set(row)
+        assert {"minutes", "parameters", "PSNR 16px", "bicubic 32px", "PSNR 64px", "PSNR 128px"} <= set(row)
         assert all(len(values) == 2 for values in row.values()) and "colour distance" not in row
         scores = json.loads((tmp_path / f"renderer/{side}-seed1/ae/eval.json").read_text())
         assert row["PSNR 32px"][1] == scores["2x"]["psnr_render"] != row["PSNR 32px"][0]

@@ -175,6 +175,7 @@ class CMRun(Run):
     flip: bool = True
     generator: str = "func"           # func | unet | uvit | dit (D.2.1, A.3)
     init: str = ""                    # run of stage pretrain (func; default: the one beside this run) or cm; or none
+    distil: str = ""                  # run of stage cm that denoises: follow its trajectories instead of x + r z
     labels: bool = False              # condition on the classes of the data; the paper does for CIFAR-10
     lpips: str = "vgg"                # of cm.metric=lpips: vgg | alex | squeeze
     lpips_size: int = 224             # A.1
@@ -938,13 +939,13 @@ def evaluate(reconstruct: Callable, source, n: int, size: int, scales: list[int]
 
 
 def evaluate_ae(model: FieldAutoencoder, source, cfg: AERun, device: torch.device, perceptual: Callable | None) -> dict:
-    """Scores at 1x, 2x, 4x the training resolution, and 8x where max_size trained it."""
+    """Scores at 1x, 2x, 4x the encoder's resolution, and at 8x unless that is over twice what max_size trained."""
 
     def reconstruct(image: Tensor) -> Callable:
         phi = model.decode(model.encode(image))
         return lambda res: model.render(phi, res, tile=cfg.patch)
 
-    scales = [s for s in (1, 2, 4, 8) if s <= 4 or s * cfg.size <= cfg.max_size]
+    scales = [s for s in (1, 2, 4, 8) if s <= 4 or s * cfg.size <= 2 * cfg.max_size]
     return evaluate(reconstruct, source, cfg.eval_n, cfg.size, scales, device, perceptual)
 
 
@@ -1261,11 +1262,12 @@ def setup_pretrain(cfg: PretrainRun, run_dir: Path, device: torch.device) -> Set
 
 
 def cm_step(f: ConsistencyModel, target: ConsistencyModel, opt: torch.optim.Optimizer, cfg: CMRun, metric: Callable,
-            draw_noise: Callable, autocast: Callable = contextlib.nullcontext) -> Callable:
+            draw_noise: Callable, autocast: Callable = contextlib.nullcontext,
+            denoiser: ConsistencyModel | None = None) -> Callable:
     """One iteration of consistency training: student to target, then the target follows the new student by mu(k).
 
     draw_noise (batch, k) -> (z, t, r, extra): functions of the samples' numbers, the same for both sides. target may
-    be f itself (iCT, ECT).
+    be f itself (iCT, ECT). With a denoiser it is consistency distillation.
     """
 
     def step(batch: dict, k: int) -> dict:
@@ -1274,7 +1276,7 @@ def cm_step(f: ConsistencyModel, target: ConsistencyModel, opt: torch.optim.Opti
             z, t, r, extra = draw_noise(b, k)                                # (B, 3, S, S), (B,), (B,)
             y = b["label"] if cfg.labels else None
             with autocast():
-                d = consistency_loss(f, target, b["image"], z, t, r, metric, y, **extra)        # (B,)
+                d = consistency_loss(f, target, b["image"], z, t, r, metric, y, denoiser, **extra)       # (B,)
             loss = (cfg.cm.weight(t, r) * d).mean()                          # Eq. (5)
             (loss / cfg.accum).backward()
             logs = add(logs, {"loss": loss, "difference": d.mean()}, cfg.accum)
@@ -1331,6 +1333,15 @@ def start_from(net: nn.Module, cfg: CMRun, run_dir: Path) -> None:
     fill(function_parts(net) if state["stage"] == "pretrain" else net, state["best"], f"the weights in {path}")
 
 
+def distilled(cfg: CMRun, device: torch.device) -> ConsistencyModel:
+    """The denoiser of cfg.distil, frozen; it may be another generator than the one that learns from it."""
+    made = load(cfg.distil, device)
+    if not isinstance(made, OneStep) or made.size != cfg.size or bool(made.classes) != cfg.labels:
+        raise ValueError(f"distil={cfg.distil} must be a run of stage cm at {cfg.size} px, "
+                         f"with{'' if cfg.labels else 'out'} classes")
+    return made.f
+
+
 def cm_config(cfg: CMRun, classes: int) -> CMRun:
     """The configuration with what follows from other options: sizes, classes, K."""
     if cfg.labels and not classes:
@@ -1370,7 +1381,8 @@ def setup_cm(cfg: CMRun, run_dir: Path, device: torch.device) -> Setup:
                            for i in range(min(cfg.distance_n, len(held_out)))])
     x, y = torch.stack(images).to(device), torch.tensor(labels, device=device) if cfg.labels else None
     z = torch.stack([torch_noise(x.shape[1:], cfg.seed, "held out", i) for i in range(len(x))]).to(device)
-    take = cm_step(f, target, opt, cfg, cm_metric(cfg, device), cm_noise(cfg), autocast_for(cfg, device))
+    denoiser = distilled(cfg, device) if cfg.distil else None
+    take = cm_step(f, target, opt, cfg, cm_metric(cfg, device), cm_noise(cfg), autocast_for(cfg, device), denoiser)
 
     def step(batch: dict, k: int) -> dict:
         logs = take(batch, k)
@@ -1414,12 +1426,12 @@ def cm_sheet(model: OneStep, seed: int, x: Tensor, z: Tensor, y: Tensor | None, 
 # Before it is tied to its own answers the function generator learns to denoise (r = 0): tied at once, it soon answers
 # alike whatever it sees. It cannot draw the white noise that F would owe x at sigma_data 0.5; with both as here, f = M.
 DEMO_SCALES = {"cm.sigma_data": 0.1, "func.out_scale": 10.0}
-DEMO = {"ae": {"steps": 1500, "ae.kl_logvar": -6.0, "grid_every": 500},
+DEMO = {"ae": {"steps": 1200, "ae.kl_logvar": -6.0, "grid_every": 500, "eval_n": 16},
         "ldm": {"steps": 1000, "pictures": 2048, "grid_every": 500},
-        "pretrain": {"steps": 2500},
+        "pretrain": {"steps": 2000, "eval_n": 16},
         "denoiser": DEMO_SCALES | {"steps": 500, "lr": 5e-4, "cm.ect_k": 1e9, "cm.ect_b": 0.0, "cm.P_mean": 1.3,
                                    "cm.P_std": 1.2},
-        "cm": DEMO_SCALES | {"steps": 300, "K": 600, "cm.P_mean": 1.5, "cm.P_std": 1.5}}      # K: the first stage alone
+        "cm": DEMO_SCALES | {"steps": 300, "cm.stages": 1, "cm.P_mean": 1.5, "cm.P_std": 1.5}}
 
 
 def demo(data_name: str, out: Path, device: torch.device, table: dict = DEMO, n: int = 256) -> dict:
@@ -1442,7 +1454,7 @@ def demo(data_name: str, out: Path, device: torch.device, table: dict = DEMO, n:
               "psnr": {scale: score["psnr_render"] for scale, score in scores.items() if score["n"]},
               "distance": distances(samples, held_out, cm.size)}
     side = 4 * infd.size
-    rows = [[held_out[i].draw(side) for i in range(8)], *sample_rows(infd, infd.size), *sample_rows(cm, cm.size)]
+    rows = [truth_row(held_out, side), *sample_rows(infd, infd.size), *sample_rows(cm, cm.size)]
     Image.fromarray(contact_sheet(rows, side)).save(out / "demo.png")
     (out / "demo.json").write_text(json.dumps(report, indent=1) + "\n")
     say(f"{report['minutes']} minutes; {out / 'demo.png'}: held-out pictures, then INFD at {infd.size} and "
@@ -1489,6 +1501,11 @@ def distances(samples: dict[str, Tensor], held_out, size: int, moments: Callable
 
 
 @torch.no_grad()
+def truth_row(held_out, side: int, n: int = 8) -> list[np.ndarray]:
+    """The first n held-out pictures at `side` px, or as large as they are."""
+    return [held_out[i].draw(min(side, held_out[i].size)) for i in range(n)]
+
+
 def sample_rows(model: INFD | OneStep, size: int, held_out=None, n: int = 8) -> list[list[np.ndarray]]:
     """n samples at `size`, and a row of the same at 4x (INFD) or at 2x (functions); of an autoencoder alone, n held-out
     pictures."""
@@ -1509,23 +1526,28 @@ def sample_rows(model: INFD | OneStep, size: int, held_out=None, n: int = 8) -> 
 # ---- stage compare ---------------------------------------------------------------------------------------------------
 
 
+AE = DEMO["ae"] | {"steps": 1500, "eval_n": 64}
+LDM = {"ae": AE | {"steps": 800}, "ldm": DEMO["ldm"]}
+PRETRAIN = {"steps": 1500}
+HALF = {"steps": 500, "size": 32, "func.patch": 4, "vit.patch": 4}           # stage cm at half the size, to afford it
+FUNC = DEMO["cm"] | HALF
 # What the papers compare: name -> side -> its stages in order, with changes to preset tiny. The last stage is the one
 # compared: in it all sides take as many steps of as many pictures.
-TIED = {"steps": 1000}                                                       # of stage cm
-FROM_NOTHING = TIED | {"init": "none"}
 COMPARISONS = {
-    "renderer": {"clif": {"ae": DEMO["ae"]}, "liif": {"ae": DEMO["ae"] | {"ae.renderer": "liif"}}},        # INFD, A
+    "renderer": {"clif": {"ae": AE}, "liif": {"ae": AE | {"ae.renderer": "liif"}}},                        # INFD, A
     # INFD, Section E and Figure 5. A whole picture at the encoder's size would be a downsampled one.
-    "downsampling": {"with": {"ae": DEMO["ae"] | {"p_whole": 0.0}},
-                     "without": {"ae": DEMO["ae"] | {"p_whole": 0.0, "downsample": False}}},
-    "mix": {"all-high": {"ae": DEMO["ae"]}, "6k-mix": {"ae": DEMO["ae"] | {"data": "synthetic-6k-mix"}}},  # Table 1
-    "latent": {"learned": {"ae": DEMO["ae"], "ldm": DEMO["ldm"]},                                # Section C, Table 1
-               "lowres": {"ae": DEMO["ae"] | {"ae.lowres": True, "ae.kl": False}, "ldm": DEMO["ldm"]}},
-    "generators": {name: {"cm": FROM_NOTHING | {"generator": name}} for name in ("func", "unet", "uvit", "dit")},
-    "pretraining": {"with": {"pretrain": DEMO["pretrain"], "cm": TIED}, "without": {"cm": FROM_NOTHING}},
+    "downsampling": {"with": {"ae": AE | {"p_whole": 0.0}},
+                     "without": {"ae": AE | {"p_whole": 0.0, "downsample": False}}},
+    "mix": {"all-high": {"ae": AE}, "6k-mix": {"ae": AE | {"data": "synthetic-6k-mix"}}},                  # Table 1
+    "latent": {"learned": LDM,                                                                   # Section C, Table 1
+               "lowres": LDM | {"ae": LDM["ae"] | {"ae.lowres": True, "ae.kl": False}}},
+    "generators": {name: {"cm": HALF | {"generator": name, "init": "none"}}                    # CM-Func, Tables 1, 2, 5
+                   for name in ("func", "unet", "uvit", "dit")},
+    "pretraining": {"with": {"pretrain": PRETRAIN | {"size": 32, "func.patch": 4}, "cm": FUNC},  # CM-Func, Figure 8
+                    "without": {"cm": FUNC | {"init": "none"}}},
     # CM-Func, Table 7: as many tokens at either resolution, as in the paper; both are drawn at 64 px.
     "resolution": {f"{size}px": {stage: changes | {"size": size, "func.patch": size // 8}
-                                 for stage, changes in (("pretrain", DEMO["pretrain"]), ("cm", TIED))}
+                                 for stage, changes in (("pretrain", PRETRAIN), ("cm", DEMO["cm"] | {"steps": 500}))}
                    for size in (64, 32)},
 }
 
@@ -1572,7 +1594,7 @@ def compare(name: str, data_name: str, out: Path, device: torch.device, steps: i
     report = {"comparison": name, "data": data_name, "steps": cfg.steps, "batch": cfg.batch, "seeds": seeds,
               "rows": rows}
     shown = [sample_rows(models[side, 0], size, held_out) for side in sides]
-    sheet = contact_sheet([[held_out[i].draw(4 * size) for i in range(8)], *itertools.chain(*shown)], 4 * size)
+    sheet = contact_sheet([truth_row(held_out, 4 * size), *itertools.chain(*shown)], 4 * size)
     Image.fromarray(sheet).save(out / "compare.png")
     (out / "compare.json").write_text(json.dumps(report, indent=1) + "\n")
     say(f"{compare_table(report)}\n{out / 'compare.png'}: held-out pictures, then " + ", ".join(
