@@ -1422,7 +1422,7 @@ def cm_sheet(model: OneStep, seed: int, x: Tensor, z: Tensor, y: Tensor | None, 
 # ---- stage demo ------------------------------------------------------------------------------------------------------
 
 
-# Both systems from nothing, one after the other: changes to preset tiny, for half an hour on one CPU core in all.
+# Both systems from nothing, one after the other: changes to preset tiny, for twenty minutes on two CPU cores in all.
 # Before it is tied to its own answers the function generator learns to denoise (r = 0): tied at once, it soon answers
 # alike whatever it sees. It cannot draw the white noise that F would owe x at sigma_data 0.5; with both as here, f = M.
 DEMO_SCALES = {"cm.sigma_data": 0.1, "func.out_scale": 10.0}
@@ -1874,7 +1874,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description="Train. The same command again continues the run.",
                                 epilog="key=value sets any option of the stage; a wrong name lists them all")
     p.add_argument("--stage", choices=[*STAGES, "demo", "compare"], default="ae",
-                   help="demo: every stage, small, one after the other: half an hour on one CPU core; compare: a "
+                   help="demo: every stage, small, one after the other: 20 minutes on two CPU cores; compare: a "
                         "comparison of the papers, small, named by --preset, with options steps= and seeds=")
     p.add_argument("--preset", default="paper",
                    help="paper, small or tiny; ict and ect: stage cm by improved consistency training, or easy "
