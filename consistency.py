@@ -190,9 +190,9 @@ def heun_step(denoiser: nn.Module, x: Tensor, t: Tensor, r: Tensor, y: Tensor | 
     """
     slope = (x - denoiser(x, t, y)) / per_image(t)
     ahead = x + per_image(r - t) * slope                             # Euler
-    last = per_image(r) == 0
-    there = (ahead - denoiser(ahead, r.clamp(min=1e-6), y)) / per_image(r.clamp(min=1e-6))
-    return torch.where(last, ahead, x + per_image(r - t) * (slope + there) / 2)
+    level = r.clamp(min=1e-6)
+    there = (ahead - denoiser(ahead, level, y)) / per_image(level)
+    return torch.where(per_image(r) == 0, ahead, x + per_image(r - t) * (slope + there) / 2)     # corrected
 
 
 def consistency_loss(f: nn.Module, target: nn.Module, x: Tensor, noise: Tensor, t: Tensor, r: Tensor, metric: Metric,
@@ -300,15 +300,11 @@ def sample_heun(f: ConsistencyModel, noise: Tensor, steps: int, y: Tensor | None
     For a plain denoiser f, such as OpenAI's edm_* files: 2 steps - 1 network calls from sigma_max to 0. A consistency
     model needs none of it.
     """
-    sigmas = [*f.cfg.karras_sigmas(steps).tolist(), 0.0]
+    sigmas = f.cfg.karras_sigmas(steps, noise.device)
     x = sigmas[0] * noise
     for sigma, lower in zip(sigmas[:-1], sigmas[1:]):
-        slope = (x - f(x, levels_like(x, sigma), y)) / sigma
-        ahead = x + (lower - sigma) * slope                          # Euler
-        if lower:
-            slope = (slope + (ahead - f(ahead, levels_like(x, lower), y)) / lower) / 2   # corrected
-        x = x + (lower - sigma) * slope
-    return x.clamp(-1, 1)
+        x = heun_step(f, x, sigma.expand(len(x)), lower.expand(len(x)), y)
+    return f(x, sigmas[-1].expand(len(x)), y).clamp(-1, 1)           # the step to 0
 
 
 @torch.no_grad()

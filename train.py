@@ -1500,12 +1500,12 @@ def distances(samples: dict[str, Tensor], held_out, size: int, moments: Callable
             for name, images in {"held out": others, **samples, "noise": noise.clamp(-1, 1)}.items()}
 
 
-@torch.no_grad()
 def truth_row(held_out, side: int, n: int = 8) -> list[np.ndarray]:
     """The first n held-out pictures at `side` px, or as large as they are."""
-    return [held_out[i].draw(min(side, held_out[i].size)) for i in range(n)]
+    return [picture.draw(min(side, picture.size)) for picture in (held_out[i] for i in range(n))]
 
 
+@torch.no_grad()
 def sample_rows(model: INFD | OneStep, size: int, held_out=None, n: int = 8) -> list[list[np.ndarray]]:
     """n samples at `size`, and a row of the same at 4x (INFD) or at 2x (functions); of an autoencoder alone, n held-out
     pictures."""
