@@ -60,7 +60,7 @@ def read_checkpoint(path: str | Path) -> dict:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}; give --ckpt a file or a run folder written by train.py")
+        raise FileNotFoundError(f"no checkpoint at {path}; name a file or a run folder written by train.py")
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is not a complete checkpoint (truncated, or not written by torch.save)")
     try:

@@ -1428,7 +1428,7 @@ def cm_sheet(model: OneStep, seed: int, x: Tensor, z: Tensor, y: Tensor | None, 
 DEMO_SCALES = {"cm.sigma_data": 0.1, "func.out_scale": 10.0}
 DEMO = {"ae": {"steps": 1200, "ae.kl_logvar": -6.0, "grid_every": 500, "eval_n": 16},
         "ldm": {"steps": 1000, "pictures": 2048, "grid_every": 500},
-        "pretrain": {"steps": 1200, "eval_n": 16},
+        "pretrain": {"steps": 1200, "beta2": 0.99, "eval_n": 16},
         "denoiser": DEMO_SCALES | {"steps": 350, "lr": 5e-4, "cm.ect_k": 1e9, "cm.ect_b": 0.0, "cm.P_mean": 1.3,
                                    "cm.P_std": 1.2},
         "cm": DEMO_SCALES | {"steps": 200, "cm.stages": 1, "cm.P_mean": 1.5, "cm.P_std": 1.5}}
