@@ -175,16 +175,19 @@ class ImageFunction:
 # ---- transformer parts ----
 
 class PatchTokens(nn.Module):
-    """Image to one token per patch, plus a fixed code of its place, as in DiT."""
+    """Image to one token per patch, plus a fixed code of its place: as in DiT, but for base and scale if given.
 
-    def __init__(self, size: int, patch: int, dim: int):
+    open: one convolution and fixed positions also for the function generator.
+    """
+
+    def __init__(self, size: int, patch: int, dim: int, base: float = 10_000.0, scale: float = 1.0):
         super().__init__()
         self.conv = nn.Conv2d(3, dim, patch, stride=patch)
         nn.init.xavier_uniform_(self.conv.weight.view(dim, -1))      # as a linear layer on flattened patches
         nn.init.zeros_(self.conv.bias)
-        w = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+        w = base ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))          # from 1 to 1 / base
         angle = torch.arange(size // patch, dtype=torch.float64)[:, None] * w
-        code = torch.cat([angle.sin(), angle.cos()], dim=1).float()                      # (side, dim / 2)
+        code = scale * torch.cat([angle.sin(), angle.cos()], dim=1).float()              # (side, dim / 2)
         row, col = torch.broadcast_tensors(code[:, None], code)                          # (side, side, dim / 2)
         self.register_buffer("position", torch.cat([col, row], dim=-1).flatten(0, 1), persistent=False)
 
@@ -320,6 +323,10 @@ class GeneratorConfig:
     num_classes: int = 0             # CIFAR-10: 10. open: label embedding added to that of the noise, never dropped
     self_attention: bool = True      # open: INR tokens attend to one another before the data, as in ANR
     context_norm: bool = True        # open: LayerNorm on the data tokens; ANR has none, but also no gated encoder
+    # A base of 10,000 is made for long sequences: over 8 x 8 patches 70 % of such a code hardly vary, and attention is
+    # slow to tell the patches apart. Base 10 spreads its frequencies over them, scale 4 lifts it above the colours.
+    position_base: float = 10_000.0  # open: DiT, of the code of a patch's place
+    position_scale: float = 1.0      # open: DiT
     groups: int = 64                 # open: tokens per layer, 259 in all; Trans-INR's setting for images
     hidden: int = 256                # Section 4.1, width of the image function
     layers: int = 5                  # Section 4.1, its depth
@@ -389,7 +396,7 @@ class FunctionGenerator(nn.Module):
     def __init__(self, cfg: GeneratorConfig):
         super().__init__()
         self.cfg = cfg
-        self.embed = PatchTokens(cfg.size, cfg.patch, cfg.dim)       # open: one conv and fixed positions, as in DiT
+        self.embed = PatchTokens(cfg.size, cfg.patch, cfg.dim, cfg.position_base, cfg.position_scale)
         self.condition = Condition(cfg.dim, cfg.num_classes)
         self.encoder = nn.ModuleList(AdaLNBlock(cfg.dim, cfg.heads, int(cfg.dim * cfg.mlp_ratio))
                                      for _ in range(cfg.encoder_depth))

@@ -4134,6 +4134,14 @@ def test_cm_parameter_counts_of_the_variants():
         assert cm_count(FunctionGenerator(GeneratorConfig(groups=256))) == 144_581_635
 
 
+def test_cm_position_code_has_the_given_frequencies():
+    """w from 1 towards 1 / base, first half of the code for the column; DiT's own where nothing is given."""
+    code = FunctionGenerator(replace(CM_TINY, position_base=64.0, position_scale=3.0)).embed.position    # 4 x 4 patches
+    row, col, w = 2, 1, torch.tensor([1, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32])                            # dim 24
+    cm_close(code[4 * row + col], 3 * torch.cat([(col * w).sin(), (col * w).cos(), (row * w).sin(), (row * w).cos()]))
+    assert torch.equal(FunctionGenerator(CM_TINY).embed.position, DiT(CM_VIT).embed.position)
+
+
 def test_cm_encoder_is_the_identity_at_init():
     """So the first step of consistency training sees exactly the network that pre-training left."""
     net = FunctionGenerator(CM_TINY)
