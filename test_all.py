@@ -4729,7 +4729,31 @@ def test_stage_cm_accumulates_to_the_same_step():
     assert (weights[0] - weights[1]).abs().max() < 2e-4                      # RAdam's first steps divide by nothing
 
 
-@pytest.mark.parametrize("stage, recipe", [("pretrain", []), ("cm", []), ("cm", TINY_TEACHER)])
+def test_stage_cm_muon_steps_along_orthogonal_matrices_inside_blocks_and_nowhere_else():
+    """Its step is that of Adam in size, all singular values within 0.7 to 1.2 of it; all else moves as without it."""
+    moves = []
+    for recipe in ([], ["muon=4e-3"]):
+        cfg, f, _, opt = stage_cm(*recipe)
+        before = {name: p.detach().clone() for name, p in f.named_parameters()}
+        for seed, p in enumerate(f.parameters()):
+            p.grad = cm_randn(*p.shape, seed=seed)
+        opt.step()
+        moves.append({name: p.detach() - before[name] for name, p in f.named_parameters()})
+    plain, muon = moves
+    inside = [name for name in muon if not torch.equal(muon[name], plain[name])]
+    assert {tuple(name.split(".")[-3:-1]) for name in inside} == {
+        ("attn", "q"), ("attn", "kv"), ("attn", "out"), ("mlp", "0"), ("mlp", "2"), *(
+            (f"attn_{context}", part) for context in ("self", "data") for part in ("q", "kv", "out"))}
+    for name in inside:
+        values = torch.linalg.svdvals(muon[name])
+        assert muon[name].square().mean().sqrt() == pytest.approx(0.2 * 4e-3, rel=0.25), name
+        assert len(set(muon[name].shape)) == 1 or values.max() < 2 * values.min(), name   # but for square, near singular
+    with pytest.raises(ValueError, match="muon=0.004 is for transformers"):
+        stage_cm("muon=4e-3", "generator=unet")
+
+
+@pytest.mark.parametrize("stage, recipe", [("pretrain", []), ("pretrain", ["muon=4e-3", "lr_drop=true"]), ("cm", []),
+                                           ("cm", TINY_TEACHER), ("cm", ["muon=4e-3"])])
 def test_stage_resumed_run_equals_the_uninterrupted_one(stage_runs, tmp_path, monkeypatch, stage, recipe):
     args = {"pretrain": TINY_PRETRAIN, "cm": [*TINY_CM, f"init={stage_runs / 'pretrain'}"]}[stage]
     args = ["--stage", stage, "--preset", "tiny", *args, *recipe]

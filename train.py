@@ -27,7 +27,7 @@ import time
 import typing
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -146,6 +146,7 @@ class PretrainRun(Run):
     epochs: int = 30                  # A.1
     batch: int = 32                   # open: the reported hours fit 32
     lr: float = 1e-4                  # A.1, Adam
+    muon: float = 0.0                 # not in the paper: learning rate of Muon, see WithMuon; 0: Adam for all
     lr_drop: bool = False             # open: a tenth of lr in the last fifth, as Trans-INR's code has it
     beta1: float = 0.9                # open: Adam's own
     beta2: float = 0.999
@@ -168,6 +169,7 @@ class CMRun(Run):
     K: int = 0                        # the run's length as N(k), mu(k) and ECT's stages know it; 0: steps
     batch: int = 32                   # A.1
     lr: float = 5e-4                  # A.1, RAdam; open: no warm-up, no clipping, no weight decay
+    muon: float = 0.0                 # not in the paper: learning rate of Muon, see WithMuon; 0: RAdam for all
     beta1: float = 0.9                # open: RAdam's own
     beta2: float = 0.999
     ema: float = 0.9999               # open: average that samples are drawn from, beside the teacher's; published code
@@ -422,9 +424,45 @@ def descend(opt: torch.optim.Optimizer, wanted: Tensor | None = None) -> Tensor:
     return taken
 
 
-def adam(kind: type, module: nn.Module, cfg: Run, device: torch.device, **more: float) -> torch.optim.Optimizer:
-    """Adam or AdamW for all parameters, in fused kernels where the device has them."""
-    return kind(module.parameters(), cfg.lr, (cfg.beta1, cfg.beta2), fused=device.type in ("cpu", "cuda"), **more)
+def adam(kind: type, params: Iterable[Tensor], cfg: Run, device: torch.device, **more: float) -> torch.optim.Optimizer:
+    """Adam or AdamW, in fused kernels where the device has them."""
+    return kind(params, cfg.lr, (cfg.beta1, cfg.beta2), fused=device.type in ("cpu", "cuda"), **more)
+
+
+class WithMuon:
+    """Two optimisers as one: Muon for the matrices in the blocks of a transformer, another for all else.
+
+    Muon (Jordan et al. 2024) steps along the nearest orthogonal matrix to the momentum, here with the size that steps
+    of Adam have at the same rate (Liu et al. 2025). Not in the papers, which have Adam and RAdam for everything.
+    """
+
+    def __init__(self, net: nn.Module, cfg: Run, other: Callable):
+        inside = [p for block in net.modules() if isinstance(block, (Block, AdaLNBlock))
+                  for name, p in block.named_parameters() if p.ndim == 2 and not name.startswith("modulation")]
+        if not inside:
+            raise ValueError(f"muon={cfg.muon:g} is for transformers, which this generator is not; leave it out")
+        taken = set(map(id, inside))
+        self.parts = {"muon": torch.optim.Muon(inside, cfg.muon, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+                      "other": other(p for p in net.parameters() if id(p) not in taken)}
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return [group for part in self.parts.values() for group in part.param_groups]
+
+    def step(self) -> None:
+        for part in self.parts.values():
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts.values():
+            part.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict:
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
 
 
 def save_checkpoint(run_dir: Path, step: int, content: dict, keep_every: int) -> Path:
@@ -840,7 +878,7 @@ def setup_ae(cfg: AERun, run_dir: Path, device: torch.device) -> Setup:
         continue_from(model, disc, Path(cfg.init))
     model.encoder.requires_grad_(not cfg.frozen_encoder)
     # The published loop has one Adam per part; Adam treats every parameter alone, so one for E, D, R is the same.
-    opt, opt_d = (adam(torch.optim.Adam, m, cfg, device) for m in (model, disc))
+    opt, opt_d = (adam(torch.optim.Adam, m.parameters(), cfg, device) for m in (model, disc))
     state = {"model": model, "disc": disc, "opt": opt, "opt_d": opt_d}
     if cfg.ema:
         state["ema"] = copy.deepcopy(model).requires_grad_(False)
@@ -1127,7 +1165,7 @@ def setup_ldm(cfg: LDMRun, run_dir: Path, device: torch.device) -> Setup:
         path, other = starting_point(Path(cfg.start), "ldm")
         fill(unet, other["best"], f"the UNet in {path}")
     diffusion = GaussianDiffusion(cfg.diffusion)
-    opt = adam(torch.optim.AdamW, unet, cfg, device, weight_decay=cfg.weight_decay)
+    opt = adam(torch.optim.AdamW, unet.parameters(), cfg, device, weight_decay=cfg.weight_decay)
     state = {"model": unet, "opt": opt, "scale": scale}
     if cfg.ema:
         state["ema"] = copy.deepcopy(unet).requires_grad_(False)
@@ -1213,7 +1251,7 @@ def pretrain_step(net: FunctionGenerator, opt: torch.optim.Optimizer, cfg: Pretr
     def step(batch: dict, k: int) -> dict:
         logs: dict = {}
         for group in opt.param_groups:
-            group["lr"] = cfg.lr * (0.1 if cfg.lr_drop and k >= 0.8 * cfg.steps else 1)
+            group["lr"] = group.get("initial_lr", cfg.lr) * (0.1 if cfg.lr_drop and k >= 0.8 * cfg.steps else 1)
         for b in micro_batches(batch, cfg.accum):
             x = b["image"]                                                   # (B, 3, S, S)
             with autocast():
@@ -1234,7 +1272,10 @@ def setup_pretrain(cfg: PretrainRun, run_dir: Path, device: torch.device) -> Set
     torch.manual_seed(cfg.seed)
     net = FunctionGenerator(cfg.func).to(device)
     shown, model = copy.deepcopy(net) if cfg.ema else net, function_parts(net)
-    opt = adam(torch.optim.Adam, model, cfg, device)
+    make = functools.partial(adam, torch.optim.Adam, cfg=cfg, device=device)
+    opt = WithMuon(model, cfg, make) if cfg.muon else make(model.parameters())
+    for group in opt.param_groups:
+        group["initial_lr"] = group["lr"]
     state = {"model": model, "opt": opt}
     if cfg.ema:
         state["ema"] = function_parts(shown).requires_grad_(False)
@@ -1355,7 +1396,8 @@ def cm_parts(cfg: CMRun, net: nn.Module, device: torch.device) -> tuple:
     """Student, target and optimiser. Without a teacher EMA (mu0 = 0) the student is its own target."""
     f = ConsistencyModel(net, cfg.cm).to(device)
     target = copy.deepcopy(f).requires_grad_(False) if cfg.cm.mu0 else f
-    return f, target, torch.optim.RAdam(f.parameters(), cfg.lr, (cfg.beta1, cfg.beta2))
+    make = functools.partial(torch.optim.RAdam, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))
+    return f, target, WithMuon(f, cfg, make) if cfg.muon else make(f.parameters())
 
 
 def setup_cm(cfg: CMRun, run_dir: Path, device: torch.device) -> Setup:
