@@ -465,6 +465,11 @@ class WithMuon:
             part.load_state_dict(state[name])
 
 
+def with_muon(net: nn.Module, cfg: Run, make: Callable) -> torch.optim.Optimizer | WithMuon:
+    """What make (parameters) gives for the whole net, or where option muon is set, for what Muon leaves over."""
+    return WithMuon(net, cfg, make) if cfg.muon else make(net.parameters())
+
+
 def save_checkpoint(run_dir: Path, step: int, content: dict, keep_every: int) -> Path:
     """Write step-<number>.pt: temporary name, fsync, checksums read back, rename; then delete all but the last two."""
     path, part = run_dir / f"step-{step:08d}.pt", run_dir / f"step-{step:08d}.part"
@@ -1247,11 +1252,12 @@ def moved_grid(batch: dict, cfg: Run, corners: bool) -> Tensor:
 def pretrain_step(net: FunctionGenerator, opt: torch.optim.Optimizer, cfg: PretrainRun,
                   autocast: Callable = contextlib.nullcontext) -> Callable:
     """One iteration of pre-training: the encoder is skipped, and sigma is 0."""
+    rates = [group["lr"] for group in opt.param_groups]          # a checkpoint loaded later may hold dropped ones
 
     def step(batch: dict, k: int) -> dict:
         logs: dict = {}
-        for group in opt.param_groups:
-            group["lr"] = group.get("initial_lr", cfg.lr) * (0.1 if cfg.lr_drop and k >= 0.8 * cfg.steps else 1)
+        for group, lr in zip(opt.param_groups, rates):
+            group["lr"] = lr * (0.1 if cfg.lr_drop and k >= 0.8 * cfg.steps else 1)
         for b in micro_batches(batch, cfg.accum):
             x = b["image"]                                                   # (B, 3, S, S)
             with autocast():
@@ -1272,10 +1278,7 @@ def setup_pretrain(cfg: PretrainRun, run_dir: Path, device: torch.device) -> Set
     torch.manual_seed(cfg.seed)
     net = FunctionGenerator(cfg.func).to(device)
     shown, model = copy.deepcopy(net) if cfg.ema else net, function_parts(net)
-    make = functools.partial(adam, torch.optim.Adam, cfg=cfg, device=device)
-    opt = WithMuon(model, cfg, make) if cfg.muon else make(model.parameters())
-    for group in opt.param_groups:
-        group["initial_lr"] = group["lr"]
+    opt = with_muon(model, cfg, functools.partial(adam, torch.optim.Adam, cfg=cfg, device=device))
     state = {"model": model, "opt": opt}
     if cfg.ema:
         state["ema"] = function_parts(shown).requires_grad_(False)
@@ -1397,7 +1400,7 @@ def cm_parts(cfg: CMRun, net: nn.Module, device: torch.device) -> tuple:
     f = ConsistencyModel(net, cfg.cm).to(device)
     target = copy.deepcopy(f).requires_grad_(False) if cfg.cm.mu0 else f
     make = functools.partial(torch.optim.RAdam, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))
-    return f, target, WithMuon(f, cfg, make) if cfg.muon else make(f.parameters())
+    return f, target, with_muon(f, cfg, make)
 
 
 def setup_cm(cfg: CMRun, run_dir: Path, device: torch.device) -> Setup:
