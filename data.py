@@ -916,8 +916,8 @@ def _order(seed: int | str, epoch: int, n: int) -> np.ndarray:
 class _Samples(torch.utils.data.Dataset):
     """Sample n of an endless run: (item, what had to be skipped for it), or the error that ends the run."""
 
-    def __init__(self, source, make_item: Callable[..., dict], seed: int | str):
-        self.source, self.make_item, self.seed = source, make_item, seed
+    def __init__(self, source, make_item: Callable[..., dict], seed: int | str, noise: dict[str, tuple[int, ...]]):
+        self.source, self.make_item, self.seed, self.noise = source, make_item, seed, noise
 
     def index(self, n: int, attempt: int) -> int:
         """Which picture sample n shows; after a bad one, the next."""
@@ -932,7 +932,8 @@ class _Samples(torch.utils.data.Dataset):
             i = self.index(n, len(skipped))
             try:
                 item = self.make_item(self.source[i], rng(self.seed, "item", n))
-                return {**item, "index": n, "label": self.source.label(i)}, skipped
+                noise = {name: torch_noise(shape, self.seed, name, n) for name, shape in self.noise.items()}
+                return {**item, **noise, "index": n, "label": self.source.label(i)}, skipped
             except BadImage as error:
                 skipped.append(str(error))
                 if len(skipped) > TOLERATED:
@@ -962,12 +963,15 @@ def _outlive_signals(worker: int) -> None:
 
 
 def loader(source, make_item: Callable[..., dict], batch: int, start: int = 0, seed: int | str = 0, workers: int = 0,
-           rank: int = 0, world: int = 1, pin_memory: bool = False) -> Iterator[dict[str, Tensor]]:
+           rank: int = 0, world: int = 1, pin_memory: bool = False,
+           noise: dict[str, tuple[int, ...]] | None = None) -> Iterator[dict[str, Tensor]]:
     """Endless batches from step `start` on: the stacked items, with "index" (sample number n) and "label".
 
     Step k holds the samples k * batch .. (k + 1) * batch - 1, each rank an equal, contiguous share. Sample n shows
     picture n % len of a permutation of its epoch and gets the generator rng(seed, "item", n): the batches do not depend
     on workers, ranks or on where a run was continued. make_item(picture, gen) -> dict; with workers it must pickle.
+    noise, name -> shape: standard normal numbers that the batch holds beside its items, torch_noise(shape, seed, name,
+    n) of sample n; the workers draw them, since a GPU can take more pictures than one process can make noise for.
     Unreadable images are replaced by the next one, with a warning; above 1 % of the images seen: DataError.
     """
     if batch < 1 or batch % world:
@@ -980,7 +984,7 @@ def loader(source, make_item: Callable[..., dict], batch: int, start: int = 0, s
     share = batch // world
     steps = (range(k * batch + rank * share, k * batch + (rank + 1) * share) for k in count(start))
     batches = torch.utils.data.DataLoader(
-        _Samples(source, make_item, seed), batch_sampler=steps, collate_fn=_collate, num_workers=workers,
+        _Samples(source, make_item, seed, noise or {}), batch_sampler=steps, collate_fn=_collate, num_workers=workers,
         pin_memory=pin_memory, worker_init_fn=_outlive_signals, generator=torch.Generator())
     return _checked(batches, share)
 

@@ -1416,6 +1416,16 @@ def test_rng_belongs_to_its_key_alone():
         data.rng(1.5)
 
 
+def test_loader_gives_each_sample_the_noise_that_belongs_to_it():
+    """Whatever workers, ranks and the step a run is continued from: sample n has torch_noise(shape, seed, name, n)."""
+    shapes = {"eps": (2, 3), "coord": (4,)}
+    for start, workers, rank, world in ((0, 0, 0, 1), (5, 2, 1, 2)):
+        batch, = data_take(1, data.Landscapes(), data_name, 4, start, 7, workers, rank, world, noise=shapes)
+        assert len(batch["index"]) == 4 // world and batch["eps"].dtype == torch.float32
+        for i, n in enumerate(batch["index"].tolist()):
+            assert all(torch.equal(batch[name][i], data.torch_noise(shape, 7, name, n)) for name, shape in shapes.items())
+
+
 def test_torch_noise_is_standard_normal_and_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
     noise = data.torch_noise((3, 64, 64), "noise", 4)
@@ -2324,7 +2334,8 @@ def main_gan():
     cfg = train.configure("ae", "tiny", "synthetic", [*TINY_AE, "gan_weight=0.75", "disc.ndf=8", "disc.n_layers=1"])
     torch.manual_seed(0)
     model, disc = FieldAutoencoder(cfg.ae), PatchDiscriminator(cfg.disc)
-    return cfg, model, disc, next(train.ae_batches(cfg, data.open_data("synthetic"), torch.device("cpu"))(0))
+    return cfg, model, disc, next(train.ae_batches(cfg, data.open_data("synthetic"), torch.device("cpu"),
+                                                   train.kl_noise(model, cfg.size))(0))
 
 
 def main_gan_step(cfg, model, disc, batch, perceptual=None, **more):
@@ -2350,7 +2361,7 @@ def test_gan_step_goes_once_through_its_losses_and_has_the_gradients_of_the_form
     perceptual = lambda a, b: F.avg_pool2d((a - b).square(), 4).sqrt().mean(dim=(1, 2, 3))
     plain, twin, batch_logs = deepcopy(model), deepcopy(disc), []
     for b in train.micro_batches(batch, accum):
-        rgb, reg = plain(b["image"], b["coord"], b["cell"], train.stack_noise(b, cfg, plain))
+        rgb, reg = plain(b["image"], b["coord"], b["cell"], b["kl"])
         nll = (rgb - b["patch"]).abs().mean() + 0.5 * perceptual(rgb, b["patch"]).mean()
         g = -twin(rgb).mean()
         weight = adaptive_weight(nll, g, plain.renderer.last_weight)
@@ -2766,7 +2777,7 @@ def test_cached_latents_with_flips_are_those_of_the_pictures_that_would_be_drawn
     cfg = train.configure("ldm", "tiny", "synthetic", [*TINY_LDM, "batch=4", "pictures=0", "flip=true"])
     batches, encode = train.latent_batches(cfg, base, source, cpu, tmp_path)
     mirrored = set()
-    for cached, fresh, _ in zip(batches(0), train.picture_batches(cfg, source, cpu)(0), range(4)):
+    for cached, fresh, _ in zip(batches(0), train.picture_batches(cfg, source, cpu, {})(0), range(4)):
         assert torch.equal(cached["index"], fresh["index"]) and torch.equal(cached["label"], fresh["label"])
         with torch.no_grad():
             torch.testing.assert_close(encode(cached), base.autoencoder.encode(fresh["image"]), rtol=0, atol=1e-5)
@@ -2840,11 +2851,11 @@ def test_fine_tuning_with_a_frozen_encoder_keeps_z_and_learns_the_rest(main_runs
 
 def test_fine_tuning_at_the_original_size_begins_where_it_should():
     cfg = train.AERun(size=8, patch=8, max_size=32, batch=4, p_original=1.0, original_from=2, workers=0)
-    stream = train.ae_batches(cfg, train.data.open_data("synthetic"), torch.device("cpu"))(0)
+    stream = train.ae_batches(cfg, train.data.open_data("synthetic"), torch.device("cpu"), {})(0)
     cells = [next(stream)["cell"][:, 0].tolist() for _ in range(4)]
     assert any(cell != 2 / 32 for cell in cells[0] + cells[1])
     assert cells[2] + cells[3] == [pytest.approx(2 / 32)] * 8
-    again = train.ae_batches(cfg, train.data.open_data("synthetic"), torch.device("cpu"))(1)
+    again = train.ae_batches(cfg, train.data.open_data("synthetic"), torch.device("cpu"), {})(1)
     assert next(again)["cell"][:, 0].tolist() == cells[1]
 
 
@@ -2879,7 +2890,7 @@ def test_samples_are_scored_in_training_and_after_sampling(main_runs, tmp_path, 
 
 def test_the_whole_picture_can_be_the_ground_truth():
     cfg = train.AERun(size=8, patch=8, max_size=32, batch=4, p_whole=1.0, workers=0)
-    batch = next(train.ae_batches(cfg, train.data.open_data("synthetic"), torch.device("cpu"))(0))
+    batch = next(train.ae_batches(cfg, train.data.open_data("synthetic"), torch.device("cpu"), {})(0))
     assert batch["cell"].tolist() == [[pytest.approx(2 / 8)] * 2] * 4
     assert torch.equal(batch["patch"], batch["image"])
 
@@ -4669,7 +4680,9 @@ def stage_cm(*overrides):
 
 def stage_batch(cfg, step=0):
     index = torch.arange(step * cfg.batch, (step + 1) * cfg.batch)
-    return {"image": cm_randn(cfg.batch, 3, cfg.size, cfg.size).clamp(-1, 1), "index": index, "label": index % 4}
+    noise = {name: torch.stack([data.torch_noise(shape, cfg.seed, name, n) for n in index.tolist()])
+             for name, shape in train.cm_shapes(cfg).items()}
+    return {"image": cm_randn(cfg.batch, 3, cfg.size, cfg.size).clamp(-1, 1), "index": index, "label": index % 4} | noise
 
 
 # ---- the loop ----

@@ -758,7 +758,7 @@ def ae_step(model: FieldAutoencoder, disc: PatchDiscriminator, opt: torch.optim.
 
     def reconstruct(b: dict) -> tuple[Tensor, Tensor]:
         with autocast():
-            rgb, reg = model(b["image"], b["coord"], b["cell"], b.get("noise"))          # (B, 3, P, P), ()
+            rgb, reg = model(b["image"], b["coord"], b["cell"], b.get("kl"))             # (B, 3, P, P), ()
         return rgb.float(), reg
 
     def generator_loss(b: dict, gan: bool) -> tuple[Tensor, dict]:
@@ -792,8 +792,6 @@ def ae_step(model: FieldAutoencoder, disc: PatchDiscriminator, opt: torch.optim.
         gan, logs, taken = cfg.gan_weight > 0 and k >= cfg.gan_start, {}, None
         before = [b.clone() for b in disc.buffers() if gan]  # BatchNorm sees a batch before anyone knows it is bad
         parts = micro_batches(batch, cfg.accum)
-        if cfg.ae.kl:
-            parts = [b | {"noise": stack_noise(b, cfg, model)} for b in parts]           # the same in both phases
         phases = [(lambda b: generator_loss(b, gan), opt)] + [(discriminator_loss, opt_d)] * gan
         for phase, optimiser in phases:
             disc.requires_grad_(optimiser is opt_d)
@@ -824,25 +822,18 @@ def add(logs: dict, part: dict, accum: int) -> dict:
     return {**logs, **{k: logs.get(k, 0) + v.detach() / accum for k, v in part.items()}}
 
 
-def batch_noise(batch: dict, shape: tuple[int, ...], cfg: Run, name: str) -> Tensor:
-    """Standard normal noise (B, *shape) of the batch's samples, each a function of (seed, name, sample)."""
-    noise = [torch_noise(shape, cfg.seed, name, n) for n in batch["index"].tolist()]
-    return torch.stack(noise).to(batch["label"].device, non_blocking=True)   # the numbers stay on the host
+def kl_noise(model: FieldAutoencoder, size: int) -> dict[str, tuple[int, ...]]:
+    """The noise that a batch needs for the KL encoder, as `data.loader` takes it."""
+    return {"kl": (model.cfg.z_channels, size // model.cfg.f, size // model.cfg.f)} if model.cfg.kl else {}
 
 
-def stack_noise(batch: dict, cfg: Run, model: FieldAutoencoder) -> Tensor:
-    """The KL encoder's noise, a function of (seed, sample)."""
-    side = cfg.size // model.cfg.f
-    return batch_noise(batch, (model.cfg.z_channels, side, side), cfg, "kl")
-
-
-def ae_batches(cfg: AERun, source, device: torch.device) -> Callable:
+def ae_batches(cfg: AERun, source, device: torch.device, noise: dict[str, tuple[int, ...]]) -> Callable:
     """Random patches at random scales; from step original_from on, with chance p_original at the largest (J.2)."""
 
     def patches(start: int, p_original: float) -> Iterator[dict]:
         shape = DataConfig(cfg.size, cfg.patch, cfg.max_size, cfg.p_whole, p_original, cfg.downsample, cfg.flip)
         item = functools.partial(data.random_patch, cfg=shape)
-        return source_batches(cfg, source, item, cfg.workers, device)(start)
+        return source_batches(cfg, source, item, cfg.workers, device, noise)(start)
 
     def batches(start: int) -> Iterator[dict]:
         if start < cfg.original_from:
@@ -897,7 +888,7 @@ def setup_ae(cfg: AERun, run_dir: Path, device: torch.device) -> Setup:
             Image.fromarray(ae_sheet(shown, held_out, cfg, device)).save(run_dir / f"grid-{k:08d}.png")
 
     return Setup(cfg, source, state, ae_step(model, disc, opt, opt_d, perceptual, cfg, autocast_for(cfg, device)),
-                 ae_batches(cfg, source, device), preview,
+                 ae_batches(cfg, source, device, kl_noise(model, cfg.size)), preview,
                  scores=lambda: evaluate_ae(shown, held_out, cfg, device, perceptual))
 
 
@@ -1018,21 +1009,22 @@ def picture_item(picture, gen: np.random.Generator, size: int, flip: bool) -> di
     return {"image": image.flip(-1) if flip and gen.random() < 0.5 else image}
 
 
-def source_batches(cfg: Run, source, make_item: Callable, workers: int, device: torch.device) -> Callable:
-    """batches(start): this rank's share of the batches from step `start` on, on the device."""
+def source_batches(cfg: Run, source, make_item: Callable, workers: int, device: torch.device,
+                   noise: dict[str, tuple[int, ...]]) -> Callable:
+    """batches(start): this rank's share of the batches from step `start` on, with their noise, on the device."""
 
     def batches(start: int) -> Iterator[dict]:
         stream = data.loader(source, make_item, cfg.batch, start, cfg.seed, workers, *ranks(),
-                             pin_memory=device.type == "cuda")
+                             pin_memory=device.type == "cuda", noise=noise)
         return on_device(stream, device)
 
     return batches
 
 
-def picture_batches(cfg: Run, source, device: torch.device) -> Callable:
+def picture_batches(cfg: Run, source, device: torch.device, noise: dict[str, tuple[int, ...]]) -> Callable:
     """batches(start) of whole pictures at cfg.size."""
     item = functools.partial(picture_item, size=cfg.size, flip=cfg.flip)
-    return source_batches(cfg, source, item, cfg.workers, device)
+    return source_batches(cfg, source, item, cfg.workers, device, noise)
 
 
 def ldm_step(unet: UNet, encode: Callable, diffusion: GaussianDiffusion, opt: torch.optim.Optimizer, cfg: LDMRun,
@@ -1129,20 +1121,20 @@ def encode_all(base: INFD, source, cfg: LDMRun, device: torch.device, folder: Pa
 
 def latent_batches(cfg: LDMRun, base: INFD, source, device: torch.device, run_dir: Path) -> tuple[Callable, Callable]:
     """(batches, encode): batches(start) iterates from that step on, encode(batch) gives z, cached or encoded afresh."""
+    noise = {"eps": base.latent_shape}
     if cfg.cache:
         latents = encode_all(base, source, cfg, device, run_dir)
-        batches = source_batches(cfg, latents, latent_item, 0, device)
+        batches = source_batches(cfg, latents, latent_item, 0, device, noise)
     else:
-        batches = picture_batches(cfg, source, device)
+        batches = picture_batches(cfg, source, device, noise | kl_noise(base.autoencoder, cfg.size))
     autocast = autocast_for(cfg, device)
 
     @torch.no_grad()
     def encode(b: dict) -> Tensor:
         if cfg.cache:
             return b["z"]
-        noise = stack_noise(b, cfg, base.autoencoder) if base.autoencoder.cfg.kl else None
         with autocast():
-            return base.autoencoder.encode(b["image"], noise).float()        # (B, C, h, w)
+            return base.autoencoder.encode(b["image"], b.get("kl")).float()  # (B, C, h, w)
 
     return batches, encode
 
@@ -1185,7 +1177,7 @@ def setup_ldm(cfg: LDMRun, run_dir: Path, device: torch.device) -> Setup:
 
     def draw_noise(b: dict) -> tuple[Tensor, Tensor]:
         t = torch.tensor([int(rng(cfg.seed, "t", n).integers(cfg.diffusion.steps)) for n in b["index"].tolist()])
-        return t.to(device, non_blocking=True), batch_noise(b, (channels, *side), cfg, "eps")
+        return t.to(device, non_blocking=True), b["eps"]
 
     step = ldm_step(unet, lambda b: scale(encode(b)), diffusion, opt, cfg, draw_noise, autocast_for(cfg, device))
     infd = INFD(base.autoencoder, state.get("ema", unet), diffusion, scale, base.size, base.patch, source.classes)
@@ -1242,11 +1234,10 @@ def function_parts(net: FunctionGenerator) -> nn.ModuleDict:
     return nn.ModuleDict({"embed": net.embed, "predict": net.predict})
 
 
-def moved_grid(batch: dict, cfg: Run, corners: bool) -> Tensor:
+def moved_grid(batch: dict, corners: bool) -> Tensor:
     """Variational coordinates (B, S, S, 2) of the pixels, shifted by each sample's own noise (3.2)."""
-    shape = (cfg.size, cfg.size)
-    noise = batch_noise(batch, (*shape, 2), cfg, "coord")                    # (B, S, S, 2)
-    return variational_coord(pixel_coord(shape, corners=corners, device=noise.device), noise)
+    noise = batch["coord"]                                                   # (B, S, S, 2)
+    return variational_coord(pixel_coord(noise.shape[1:3], corners=corners, device=noise.device), noise)
 
 
 def pretrain_step(net: FunctionGenerator, opt: torch.optim.Optimizer, cfg: PretrainRun,
@@ -1262,7 +1253,7 @@ def pretrain_step(net: FunctionGenerator, opt: torch.optim.Optimizer, cfg: Pretr
             x = b["image"]                                                   # (B, 3, S, S)
             with autocast():
                 function = net.reconstruct(x / ConsistencyConfig.sigma_data)             # c_in at sigma = 0
-            rgb = function(moved_grid(b, cfg, cfg.func.corners)).movedim(-1, 1)
+            rgb = function(moved_grid(b, cfg.func.corners)).movedim(-1, 1)
             loss = (rgb - x).square().mean()                                 # Eq. (10)
             (loss / cfg.accum).backward()
             logs = add(logs, {"loss": loss}, cfg.accum)
@@ -1298,7 +1289,7 @@ def setup_pretrain(cfg: PretrainRun, run_dir: Path, device: torch.device) -> Set
             Image.fromarray(contact_sheet(rows, 2 * cfg.size)).save(run_dir / f"grid-{k:08d}.png")
 
     return Setup(cfg, source, state, pretrain_step(net, opt, cfg, autocast_for(cfg, device)),
-                 picture_batches(cfg, source, device), preview,
+                 picture_batches(cfg, source, device, {"coord": (cfg.size, cfg.size, 2)}), preview,
                  scores=lambda: evaluate(reconstruct, held_out, cfg.eval_n, cfg.size, [1, 2], device))
 
 
@@ -1339,15 +1330,20 @@ def cm_schedule(cfg: CMRun, k: int) -> dict[str, Tensor]:
     return {"N": torch.tensor(float(cfg.cm.N(k, cfg.K))), "mu": torch.tensor(cfg.cm.mu(k, cfg.K))}
 
 
+def cm_shapes(cfg: CMRun) -> dict[str, tuple[int, ...]]:
+    """The noise of a sample, as `data.loader` takes it: z, and for a function the shifts of its coordinates."""
+    return {"z": (3, cfg.size, cfg.size)} | ({"coord": (cfg.size, cfg.size, 2)} if cfg.generator == "func" else {})
+
+
 def cm_noise(cfg: CMRun) -> Callable:
     """draw_noise of cm_step: z and the coordinates' shifts by sample; the levels by step, a sample taking its own."""
 
     def draw_noise(b: dict, k: int) -> tuple[Tensor, Tensor, Tensor, dict]:
-        z = batch_noise(b, (3, cfg.size, cfg.size), cfg, "z")
+        z = b["z"]
         generator = torch.Generator().manual_seed(int(rng(cfg.seed, "levels", k).integers(2**62)))
         t, r = (levels[b["index"] % cfg.batch].to(z.device, non_blocking=True)
                 for levels in cfg.cm.draw_levels(k, cfg.K, cfg.batch, generator))
-        extra = {"coord": moved_grid(b, cfg, cfg.func.corners)} if cfg.generator == "func" else {}
+        extra = {"coord": moved_grid(b, cfg.func.corners)} if cfg.generator == "func" else {}
         return z, t, r, extra
 
     return draw_noise
@@ -1442,7 +1438,7 @@ def setup_cm(cfg: CMRun, run_dir: Path, device: torch.device) -> Setup:
             held = [None if v is None else v[:4] for v in (x, z, y)]
             Image.fromarray(cm_sheet(model, cfg.seed, *held)).save(run_dir / f"grid-{k:08d}.png")
 
-    return Setup(cfg, source, state, step, picture_batches(cfg, source, device), preview,
+    return Setup(cfg, source, state, step, picture_batches(cfg, source, device, cm_shapes(cfg)), preview,
                  {"classes": list(source.classes) if cfg.labels else []})
 
 
