@@ -65,6 +65,31 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, enabled=False) if autocast else nullcontext()
 
 
+def colours(weights: tuple[Tensor, ...], coord: Tensor, pe_dim: int, pe_sigma: float) -> Tensor:
+    """M_beta(c): colours (B, ..., 3) of the MLPs `weights` at coord (B or 1, ..., 2), as ImageFunction says.
+
+    A function of tensors alone, which is what torch.compile takes whatever its version.
+    """
+    with without_autocast(coord.device):
+        code = positional_encoding(coord.flatten(1, -2), pe_dim, pe_sigma)                       # (B or 1, n, 2 pe_dim)
+        first = weights[0].float()
+        h = torch.baddbmm(first[:, -1:], code.expand(len(first), -1, -1), first[:, :-1])         # (B, n, out), Eq. 9
+        return further_layers(weights, h).unflatten(1, coord.shape[1:-1])
+
+
+def further_layers(weights: tuple[Tensor, ...], h: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The layers after the first one, whose output h (B, n, out) they overwrite: colours (B, n, 3)."""
+    for wb in weights[1:]:
+        wb = wb.to(dtype)
+        h = torch.baddbmm(wb[:, -1:], h.to(dtype).relu_(), wb[:, :-1])
+    return h.float()
+
+
+def scaled(weights: tuple[Tensor, ...], factor: float | Tensor) -> tuple[Tensor, ...]:
+    """The weights of the function times a number; exact, since the last layer is linear."""
+    return (*weights[:-1], weights[-1].float() * factor)
+
+
 @dataclass(frozen=True, eq=False)
 class ImageFunction:
     """B images as functions of position: ReLU MLPs M_beta(c) = colour, one set of weights each (Eq. 6, 9).
@@ -80,18 +105,7 @@ class ImageFunction:
 
     def __call__(self, coord: Tensor) -> Tensor:
         """Colours (B, ..., 3) at coord (B, ..., 2), or at (1, ..., 2), the same for all B images."""
-        with without_autocast(coord.device):
-            code = positional_encoding(coord.flatten(1, -2), self.pe_dim, self.pe_sigma)         # (B or 1, n, 2 pe_dim)
-            first = self.weights[0].float()
-            h = torch.baddbmm(first[:, -1:], code.expand(len(self), -1, -1), first[:, :-1])      # (B, n, out), Eq. 9
-            return self.further(h).unflatten(1, coord.shape[1:-1])
-
-    def further(self, h: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The layers after the first one, whose output h (B, n, out) they overwrite: colours (B, n, 3)."""
-        for wb in self.weights[1:]:
-            wb = wb.to(dtype)
-            h = torch.baddbmm(wb[:, -1:], h.to(dtype).relu_(), wb[:, :-1])
-        return h.float()
+        return colours(self.weights, coord, self.pe_dim, self.pe_sigma)
 
     def tiles(self, res: int | tuple[int, int], window: Window | None = None, tile: int | None = None,
               dtype: torch.dtype = torch.float32) -> Iterator[tuple[int, int, Tensor]]:
@@ -121,7 +135,7 @@ class ImageFunction:
             for left in range(0, width, tile):
                 a, b = rows[:, top:top + tall, None], cols[:, None, left:left + tile]
                 with without_autocast(device):
-                    rgb = self.further((a + b).flatten(1, 2), dtype)                             # (B, h w, 3)
+                    rgb = further_layers(self.weights, (a + b).flatten(1, 2), dtype)             # (B, h w, 3)
                 yield top, left, rgb.unflatten(1, (a.shape[1], b.shape[2])).movedim(-1, 1)
 
     def draw(self, res: int | tuple[int, int], window: Window | None = None, tile: int | None = None,
@@ -155,9 +169,9 @@ class ImageFunction:
         return replace(self, weights=tuple(w.to(device) for w in self.weights))
 
     def scaled(self, factor: float | Tensor) -> ImageFunction:
-        """The function times a number, or times one per image (B,); exact, since the last layer is linear."""
+        """The function times a number, or times one per image (B,)."""
         factor = factor[:, None, None] if isinstance(factor, Tensor) else factor
-        return replace(self, weights=(*self.weights[:-1], self.weights[-1].float() * factor))
+        return replace(self, weights=scaled(self.weights, factor))
 
     def to_dict(self) -> dict:
         """Plain content for torch.save; `from_dict` reads it back."""
@@ -386,8 +400,9 @@ class FunctionPrediction(nn.Module):
             beta.append(torch.cat([w, base[-1:].expand(len(w), -1, -1)], dim=1))         # (B, in + 1, out)
         return tuple(beta)
 
-    def forward(self, data: Tensor) -> ImageFunction:
-        return ImageFunction(self.weights(self.fuse(data)), self.cfg.pe_dim, self.cfg.pe_sigma, self.cfg.corners)
+    def forward(self, data: Tensor) -> tuple[Tensor, ...]:
+        """Data tokens (B, S, D) -> beta."""
+        return self.weights(self.fuse(data))
 
 
 class FunctionGenerator(nn.Module):
@@ -413,7 +428,14 @@ class FunctionGenerator(nn.Module):
     def function(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> ImageFunction:
         """F as a function of position. x (B, 3, S, S) times c_in, t (B,) = 250 ln sigma, y (B,) classes."""
         check_inputs(x, y, self.cfg.size, self.cfg.num_classes)
-        return self.predict(self.extract(x, t, y)).scaled(self.cfg.out_scale)
+        return self.as_function(self.beta(x, t, y))
+
+    def beta(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> tuple[Tensor, ...]:
+        """G(x, sigma): the weights of the functions."""
+        return scaled(self.predict(self.extract(x, t, y)), self.cfg.out_scale)
+
+    def as_function(self, beta: tuple[Tensor, ...]) -> ImageFunction:
+        return ImageFunction(beta, self.cfg.pe_dim, self.cfg.pe_sigma, self.cfg.corners)
 
     def reconstruct(self, x: Tensor) -> ImageFunction:
         """The path of pre-training: clean images (B, 3, S, S) to image functions M (Section 3.4, Figure 5c).
@@ -424,12 +446,19 @@ class FunctionGenerator(nn.Module):
         tokens keep the scale that consistency training gives them.
         """
         check_inputs(x, None, self.cfg.size, 0)
-        return self.predict(self.embed(x))
+        return self.as_function(self.predict(self.embed(x)))
+
+    def redraw(self, x: Tensor, coord: Tensor) -> Tensor:
+        """What `reconstruct` gives (B, 3, H, W) at coord (B or 1, H, W, 2), without the function between."""
+        check_inputs(x, None, self.cfg.size, 0)
+        return colours(self.predict(self.embed(x)), coord, self.cfg.pe_dim, self.cfg.pe_sigma).movedim(-1, 1)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, coord: Tensor | None = None) -> Tensor:
         """F (B, 3, H, W), drawn at coord (B or 1, H, W, 2), by default at the pixels of x."""
-        function = self.function(x, t, y)
-        return function.draw(self.cfg.size) if coord is None else function(coord).movedim(-1, 1)
+        if coord is None:
+            return self.function(x, t, y).draw(self.cfg.size)
+        check_inputs(x, y, self.cfg.size, self.cfg.num_classes)
+        return colours(self.beta(x, t, y), coord, self.cfg.pe_dim, self.cfg.pe_sigma).movedim(-1, 1)
 
 
 # ---- the two transformers that make pixels ----

@@ -27,6 +27,7 @@ import textwrap
 import time
 import types
 import warnings
+import weakref
 import zipfile
 import zlib
 from copy import deepcopy
@@ -2430,6 +2431,38 @@ def test_a_failing_compiler_is_one_warning_and_eager_steps(tmp_path, monkeypatch
         layer(torch.ones(1, 1))
 
 
+def test_a_failing_compiler_does_not_keep_what_its_callers_held(monkeypatch):
+    """Its error, kept, would keep their frames: the loader of a run that has ended, and its processes."""
+    def fails(graph, inputs):
+        raise FileNotFoundError("no C++ compiler")
+    compiler, layer = torch.compile, nn.Linear(1, 1)
+    monkeypatch.setattr(torch, "compile", lambda f: compiler(f, backend=fails))
+    train.compile_methods([(layer, "forward")], strict=False)
+
+    def caller():
+        held = nn.Linear(1, 1)
+        with pytest.warns(UserWarning, match="torch.compile failed"):
+            layer(torch.ones(1, 1))
+        return weakref.ref(held)
+
+    assert caller()() is None
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "cm"])
+def test_function_generator_compiles_as_one_graph(stage, tmp_path, monkeypatch):
+    """Rendering included, without graph breaks; and the run is the eager run."""
+    compiler, graphs = torch.compile, []
+    whole = lambda f: compiler(f, fullgraph=True, backend=lambda graph, inputs: graphs.append(graph) or graph)
+    monkeypatch.setattr(torch, "compile", whole)
+    options = TINY_PRETRAIN if stage == "pretrain" else [*TINY_CM, "init=none"]
+    for name in ("on", "off"):
+        args = [*options, "steps=2", f"compile={name}"]
+        assert main_train("--stage", stage, "--preset", "tiny", "--out", tmp_path / name, *args) == 0
+    assert len(graphs) == (1 if stage == "pretrain" else 2)                  # with gradients, and without for the target
+    ours, theirs = (main_log(tmp_path / name)[-1] for name in ("on", "off"))
+    assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+
+
 @slow
 def test_a_compiled_run_is_the_eager_run_up_to_rounding(tmp_path):
     for name in ("on", "off"):
@@ -4588,7 +4621,7 @@ def test_cm_golden_anr_hypernet_from_the_data_tokens():
     predict.load_state_dict(cm_renamed(decoder, cm_anr_rules(True)))
     cm_close(predict.fuse(out["encoded"]), out["decoded"])
     cm_compare_params(predict.weights(out["decoded"]), out["params"])
-    function = predict(out["encoded"])
+    function = ImageFunction(predict(out["encoded"]), predict.cfg.pe_dim, predict.cfg.pe_sigma, predict.cfg.corners)
     for key in (key for key in out if key.startswith("rgb_")):
         height, width = (int(n) for n in key.removeprefix("rgb_").split("x"))
         cm_close(function.draw((height, width)) + hyponet["out_bias"], out[key], CM_FREQUENCY)

@@ -1251,9 +1251,8 @@ def pretrain_step(net: FunctionGenerator, opt: torch.optim.Optimizer, cfg: Pretr
             group["lr"] = lr * (0.1 if cfg.lr_drop and k >= 0.8 * cfg.steps else 1)
         for b in micro_batches(batch, cfg.accum):
             x = b["image"]                                                   # (B, 3, S, S)
-            with autocast():
-                function = net.reconstruct(x / ConsistencyConfig.sigma_data)             # c_in at sigma = 0
-            rgb = function(moved_grid(b, cfg.func.corners)).movedim(-1, 1)
+            with autocast():                                                 # c_in is 1 / sigma_data at sigma = 0
+                rgb = net.redraw(x / ConsistencyConfig.sigma_data, moved_grid(b, cfg.func.corners))
             loss = (rgb - x).square().mean()                                 # Eq. (10)
             (loss / cfg.accum).backward()
             logs = add(logs, {"loss": loss}, cfg.accum)
@@ -1273,7 +1272,7 @@ def setup_pretrain(cfg: PretrainRun, run_dir: Path, device: torch.device) -> Set
     state = {"model": model, "opt": opt}
     if cfg.ema:
         state["ema"] = function_parts(shown).requires_grad_(False)
-    speed_up(cfg, device, [net], [(net.predict, "fuse")])
+    speed_up(cfg, device, [net], [(net, "redraw")])
 
     def reconstruct(image: Tensor) -> Callable:
         return shown.reconstruct(image / ConsistencyConfig.sigma_data).draw
@@ -1464,15 +1463,19 @@ def cm_sheet(model: OneStep, seed: int, x: Tensor, z: Tensor, y: Tensor | None, 
 
 
 # Both systems from nothing, one after the other: changes to preset tiny, for twenty minutes on two CPU cores in all.
-# Before it is tied to its own answers the function generator learns to denoise (r = 0): tied at once, it soon answers
-# alike whatever it sees. It cannot draw the white noise that F would owe x at sigma_data 0.5; with both as here, f = M.
-DEMO_SCALES = {"cm.sigma_data": 0.1, "func.out_scale": 10.0}
+# The function generator learns as the bundled one did (weights/README.md), from noise 80 down to 0.2: to reconstruct,
+# to denoise (r = 0), and then, distilled from that denoiser, to do it in one step. Tied to its own answers before it can
+# denoise, it soon answers alike whatever it sees; and it cannot draw the white noise that F would owe x at sigma_data
+# 0.5: with both scales as here, f = M.
+DEMO_FUNC = {"func.position_base": 10.0, "func.position_scale": 4.0, "beta2": 0.99}
+DEMO_SCALES = DEMO_FUNC | {"func.out_scale": 20.0, "cm.sigma_data": 0.05}
 DEMO = {"ae": {"steps": 1200, "ae.kl_logvar": -6.0, "grid_every": 500, "eval_n": 16},
         "ldm": {"steps": 1000, "pictures": 2048, "grid_every": 500},
-        "pretrain": {"steps": 1200, "beta2": 0.99, "eval_n": 16},
-        "denoiser": DEMO_SCALES | {"steps": 350, "lr": 5e-4, "cm.ect_k": 1e9, "cm.ect_b": 0.0, "cm.P_mean": 1.3,
-                                   "cm.P_std": 1.2},
-        "cm": DEMO_SCALES | {"steps": 200, "cm.stages": 1, "cm.P_mean": 1.5, "cm.P_std": 1.5}}
+        "pretrain": DEMO_FUNC | {"steps": 1200, "muon": 4e-3, "eval_n": 16},
+        "denoiser": DEMO_SCALES | {"steps": 350, "muon": 4e-3, "lr": 7e-4, "cm.ect_k": 1e9, "cm.ect_b": 0.0,
+                                   "cm.P_mean": 0.8, "cm.P_std": 1.8},
+        "cm": DEMO_SCALES | {"steps": 200, "muon": 2e-3, "lr": 3e-4, "cm.stages": 1, "cm.ect_q": 2.0, "cm.ect_k": 9.0,
+                             "cm.ect_b": 10.0, "cm.mu0": 0.98, "cm.s1": 2, "cm.P_mean": 1.8, "cm.P_std": 1.6}}
 
 
 def demo(data_name: str, out: Path, device: torch.device, table: dict = DEMO, n: int = 256) -> dict:
@@ -1484,7 +1487,8 @@ def demo(data_name: str, out: Path, device: torch.device, table: dict = DEMO, n:
     began = time.perf_counter()
     for name, changes in table.items():
         stage = "cm" if name == "denoiser" else name
-        changes = changes | {"init": str(out / "denoiser")} if name == "cm" and "denoiser" in table else changes
+        if name == "cm" and "denoiser" in table:
+            changes = changes | {"init": str(out / "denoiser"), "distil": str(out / "denoiser")}
         train(stage, small_config(stage, data_name, changes), out / name, device)
     infd, cm = load(out / "ldm", device), load(out / "cm", device)
     held_out = data.open_data(data_name, "val")
@@ -1570,8 +1574,9 @@ def sample_rows(model: INFD | OneStep, size: int, held_out=None, n: int = 8) -> 
 AE = DEMO["ae"] | {"steps": 1500, "eval_n": 64}
 LDM = {"ae": AE | {"steps": 800}, "ldm": DEMO["ldm"]}
 PRETRAIN = {"steps": 1500}
-HALF = {"steps": 500, "size": 32, "func.patch": 4, "vit.patch": 4}           # stage cm at half the size, to afford it
-FUNC = DEMO["cm"] | HALF
+HALF = {"size": 32, "func.patch": 4, "vit.patch": 4}                         # stage cm at half the size, to afford it
+# Consistency tuning straight after the pre-training, as in the paper, with scales at which f = M (see DEMO).
+TUNED = {"steps": 500, "cm.sigma_data": 0.1, "func.out_scale": 10.0, "cm.stages": 1, "cm.P_mean": 1.5, "cm.P_std": 1.5}
 # What the papers compare: name -> side -> its stages in order, with changes to preset tiny. The last stage is the one
 # compared: in it all sides take as many steps of as many pictures.
 COMPARISONS = {
@@ -1582,13 +1587,13 @@ COMPARISONS = {
     "mix": {"all-high": {"ae": AE}, "6k-mix": {"ae": AE | {"data": "synthetic-6k-mix"}}},                  # Table 1
     "latent": {"learned": LDM,                                                                   # Section C, Table 1
                "lowres": LDM | {"ae": LDM["ae"] | {"ae.lowres": True, "ae.kl": False}}},
-    "generators": {name: {"cm": HALF | {"generator": name, "init": "none"}}                    # CM-Func, Tables 1, 2, 5
+    "generators": {name: {"cm": HALF | {"steps": 500, "generator": name, "init": "none"}}                    # CM-Func, Tables 1, 2, 5
                    for name in ("func", "unet", "uvit", "dit")},
-    "pretraining": {"with": {"pretrain": PRETRAIN | {"size": 32, "func.patch": 4}, "cm": FUNC},  # CM-Func, Figure 8
-                    "without": {"cm": FUNC | {"init": "none"}}},
+    "pretraining": {"with": {"pretrain": PRETRAIN | {"size": 32, "func.patch": 4}, "cm": TUNED | HALF},  # Figure 8
+                    "without": {"cm": TUNED | HALF | {"init": "none"}}},
     # CM-Func, Table 7: as many tokens at either resolution, as in the paper; both are drawn at 64 px.
     "resolution": {f"{size}px": {stage: changes | {"size": size, "func.patch": size // 8}
-                                 for stage, changes in (("pretrain", PRETRAIN), ("cm", DEMO["cm"] | {"steps": 500}))}
+                                 for stage, changes in (("pretrain", PRETRAIN), ("cm", TUNED))}
                    for size in (64, 32)},
 }
 
@@ -1863,7 +1868,7 @@ def compile_methods(methods: list[tuple[nn.Module, str]], strict: bool) -> None:
                 except RuntimeError as error:
                     if strict or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
                         raise
-                    broken.append(error)
+                    broken.append(True)                   # not the error, whose frames keep the loader from ending
                     warnings.warn(f"torch.compile failed, so training goes on without it ("
                                   f"{' '.join(str(error).splitlines()[:2])}); compile=off is silent, compile=on stops")
             return eager(*args, **options)
