@@ -1463,19 +1463,19 @@ def cm_sheet(model: OneStep, seed: int, x: Tensor, z: Tensor, y: Tensor | None, 
 
 
 # Both systems from nothing, one after the other: changes to preset tiny, for twenty minutes on two CPU cores in all.
-# The function generator learns as the bundled one did (weights/README.md), from noise 80 down to 0.2: to reconstruct,
-# to denoise (r = 0), and then, distilled from that denoiser, to do it in one step. Tied to its own answers before it can
-# denoise, it soon answers alike whatever it sees; and it cannot draw the white noise that F would owe x at sigma_data
-# 0.5: with both scales as here, f = M.
+# The function generator learns as the bundled one did (weights/README.md): to reconstruct, to denoise (r = 0), and
+# then, distilled from that denoiser, to do it in one step. Tied to its own answers before it can denoise, it soon
+# answers alike whatever it sees; and it cannot draw the white noise that F would owe x at sigma_data 0.5: with both
+# scales as here, f = M. A short way down, from noise 20, is learned in so few steps, if too bright at night.
 DEMO_FUNC = {"func.position_base": 10.0, "func.position_scale": 4.0, "beta2": 0.99}
-DEMO_SCALES = DEMO_FUNC | {"func.out_scale": 20.0, "cm.sigma_data": 0.05}
-DEMO = {"ae": {"steps": 1200, "ae.kl_logvar": -6.0, "grid_every": 500, "eval_n": 16},
-        "ldm": {"steps": 1000, "pictures": 2048, "grid_every": 500},
-        "pretrain": DEMO_FUNC | {"steps": 1200, "muon": 4e-3, "eval_n": 16},
-        "denoiser": DEMO_SCALES | {"steps": 350, "muon": 4e-3, "lr": 7e-4, "cm.ect_k": 1e9, "cm.ect_b": 0.0,
-                                   "cm.P_mean": 0.8, "cm.P_std": 1.8},
-        "cm": DEMO_SCALES | {"steps": 200, "muon": 2e-3, "lr": 3e-4, "cm.stages": 1, "cm.ect_q": 2.0, "cm.ect_k": 9.0,
-                             "cm.ect_b": 10.0, "cm.mu0": 0.98, "cm.s1": 2, "cm.P_mean": 1.8, "cm.P_std": 1.6}}
+DEMO_SCALES = DEMO_FUNC | {"func.out_scale": 20.0, "cm.sigma_data": 0.05, "cm.sigma_max": 20.0}
+DEMO = {"ae": {"steps": 900, "ae.kl_logvar": -6.0, "grid_every": 500, "eval_n": 16},
+        "ldm": {"steps": 900, "pictures": 2048, "grid_every": 500},
+        "pretrain": DEMO_FUNC | {"steps": 1000, "muon": 4e-3, "eval_n": 16},
+        "denoiser": DEMO_SCALES | {"steps": 300, "muon": 4e-3, "lr": 7e-4, "cm.ect_k": 1e9, "cm.ect_b": 0.0,
+                                   "cm.P_mean": 0.3, "cm.P_std": 1.5},
+        "cm": DEMO_SCALES | {"steps": 180, "muon": 2e-3, "lr": 3e-4, "cm.stages": 1, "cm.ect_q": 2.0, "cm.ect_k": 9.0,
+                             "cm.ect_b": 10.0, "cm.mu0": 0.98, "cm.s1": 2, "cm.P_mean": 1.2, "cm.P_std": 1.4}}
 
 
 def demo(data_name: str, out: Path, device: torch.device, table: dict = DEMO, n: int = 256) -> dict:
@@ -1572,7 +1572,7 @@ def sample_rows(model: INFD | OneStep, size: int, held_out=None, n: int = 8) -> 
 
 
 AE = DEMO["ae"] | {"steps": 1500, "eval_n": 64}
-LDM = {"ae": AE | {"steps": 800}, "ldm": DEMO["ldm"]}
+LDM = {"ae": AE | {"steps": 800}, "ldm": DEMO["ldm"] | {"steps": 1000}}
 PRETRAIN = {"steps": 1500}
 HALF = {"size": 32, "func.patch": 4, "vit.patch": 4}                         # stage cm at half the size, to afford it
 # Consistency tuning straight after the pre-training, as in the paper, with scales at which f = M (see DEMO).
@@ -1587,7 +1587,7 @@ COMPARISONS = {
     "mix": {"all-high": {"ae": AE}, "6k-mix": {"ae": AE | {"data": "synthetic-6k-mix"}}},                  # Table 1
     "latent": {"learned": LDM,                                                                   # Section C, Table 1
                "lowres": LDM | {"ae": LDM["ae"] | {"ae.lowres": True, "ae.kl": False}}},
-    "generators": {name: {"cm": HALF | {"steps": 500, "generator": name, "init": "none"}}                    # CM-Func, Tables 1, 2, 5
+    "generators": {name: {"cm": HALF | {"steps": 500, "generator": name, "init": "none"}}     # CM-Func, Tables 1, 2, 5
                    for name in ("func", "unet", "uvit", "dit")},
     "pretraining": {"with": {"pretrain": PRETRAIN | {"size": 32, "func.patch": 4}, "cm": TUNED | HALF},  # Figure 8
                     "without": {"cm": TUNED | HALF | {"init": "none"}}},
