@@ -427,11 +427,11 @@ class FunctionGenerator(nn.Module):
 
     def function(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> ImageFunction:
         """F as a function of position. x (B, 3, S, S) times c_in, t (B,) = 250 ln sigma, y (B,) classes."""
-        check_inputs(x, y, self.cfg.size, self.cfg.num_classes)
         return self.as_function(self.beta(x, t, y))
 
     def beta(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> tuple[Tensor, ...]:
         """G(x, sigma): the weights of the functions."""
+        check_inputs(x, y, self.cfg.size, self.cfg.num_classes)
         return scaled(self.predict(self.extract(x, t, y)), self.cfg.out_scale)
 
     def as_function(self, beta: tuple[Tensor, ...]) -> ImageFunction:
@@ -457,7 +457,6 @@ class FunctionGenerator(nn.Module):
         """F (B, 3, H, W), drawn at coord (B or 1, H, W, 2), by default at the pixels of x."""
         if coord is None:
             return self.function(x, t, y).draw(self.cfg.size)
-        check_inputs(x, y, self.cfg.size, self.cfg.num_classes)
         return colours(self.beta(x, t, y), coord, self.cfg.pe_dim, self.cfg.pe_sigma).movedim(-1, 1)
 
 

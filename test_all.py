@@ -2335,8 +2335,7 @@ def main_gan():
     cfg = train.configure("ae", "tiny", "synthetic", [*TINY_AE, "gan_weight=0.75", "disc.ndf=8", "disc.n_layers=1"])
     torch.manual_seed(0)
     model, disc = FieldAutoencoder(cfg.ae), PatchDiscriminator(cfg.disc)
-    return cfg, model, disc, next(train.ae_batches(cfg, data.open_data("synthetic"), torch.device("cpu"),
-                                                   train.kl_noise(model, cfg.size))(0))
+    return cfg, model, disc, next(train.ae_batches(cfg, data.open_data("synthetic"), torch.device("cpu"))(0))
 
 
 def main_gan_step(cfg, model, disc, batch, perceptual=None, **more):
@@ -2884,11 +2883,11 @@ def test_fine_tuning_with_a_frozen_encoder_keeps_z_and_learns_the_rest(main_runs
 
 def test_fine_tuning_at_the_original_size_begins_where_it_should():
     cfg = train.AERun(size=8, patch=8, max_size=32, batch=4, p_original=1.0, original_from=2, workers=0)
-    stream = train.ae_batches(cfg, train.data.open_data("synthetic"), torch.device("cpu"), {})(0)
+    stream = train.ae_batches(cfg, train.data.open_data("synthetic"), torch.device("cpu"))(0)
     cells = [next(stream)["cell"][:, 0].tolist() for _ in range(4)]
     assert any(cell != 2 / 32 for cell in cells[0] + cells[1])
     assert cells[2] + cells[3] == [pytest.approx(2 / 32)] * 8
-    again = train.ae_batches(cfg, train.data.open_data("synthetic"), torch.device("cpu"), {})(1)
+    again = train.ae_batches(cfg, train.data.open_data("synthetic"), torch.device("cpu"))(1)
     assert next(again)["cell"][:, 0].tolist() == cells[1]
 
 
@@ -2923,7 +2922,7 @@ def test_samples_are_scored_in_training_and_after_sampling(main_runs, tmp_path, 
 
 def test_the_whole_picture_can_be_the_ground_truth():
     cfg = train.AERun(size=8, patch=8, max_size=32, batch=4, p_whole=1.0, workers=0)
-    batch = next(train.ae_batches(cfg, train.data.open_data("synthetic"), torch.device("cpu"), {})(0))
+    batch = next(train.ae_batches(cfg, train.data.open_data("synthetic"), torch.device("cpu"))(0))
     assert batch["cell"].tolist() == [[pytest.approx(2 / 8)] * 2] * 4
     assert torch.equal(batch["patch"], batch["image"])
 

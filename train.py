@@ -822,18 +822,18 @@ def add(logs: dict, part: dict, accum: int) -> dict:
     return {**logs, **{k: logs.get(k, 0) + v.detach() / accum for k, v in part.items()}}
 
 
-def kl_noise(model: FieldAutoencoder, size: int) -> dict[str, tuple[int, ...]]:
+def kl_noise(cfg: AutoencoderConfig, size: int) -> dict[str, tuple[int, ...]]:
     """The noise that a batch needs for the KL encoder, as `data.loader` takes it."""
-    return {"kl": (model.cfg.z_channels, size // model.cfg.f, size // model.cfg.f)} if model.cfg.kl else {}
+    return {"kl": (cfg.z_channels, size // cfg.f, size // cfg.f)} if cfg.kl else {}
 
 
-def ae_batches(cfg: AERun, source, device: torch.device, noise: dict[str, tuple[int, ...]]) -> Callable:
+def ae_batches(cfg: AERun, source, device: torch.device) -> Callable:
     """Random patches at random scales; from step original_from on, with chance p_original at the largest (J.2)."""
 
     def patches(start: int, p_original: float) -> Iterator[dict]:
         shape = DataConfig(cfg.size, cfg.patch, cfg.max_size, cfg.p_whole, p_original, cfg.downsample, cfg.flip)
         item = functools.partial(data.random_patch, cfg=shape)
-        return source_batches(cfg, source, item, cfg.workers, device, noise)(start)
+        return source_batches(cfg, source, item, cfg.workers, device, kl_noise(cfg.ae, cfg.size))(start)
 
     def batches(start: int) -> Iterator[dict]:
         if start < cfg.original_from:
@@ -888,7 +888,7 @@ def setup_ae(cfg: AERun, run_dir: Path, device: torch.device) -> Setup:
             Image.fromarray(ae_sheet(shown, held_out, cfg, device)).save(run_dir / f"grid-{k:08d}.png")
 
     return Setup(cfg, source, state, ae_step(model, disc, opt, opt_d, perceptual, cfg, autocast_for(cfg, device)),
-                 ae_batches(cfg, source, device, kl_noise(model, cfg.size)), preview,
+                 ae_batches(cfg, source, device), preview,
                  scores=lambda: evaluate_ae(shown, held_out, cfg, device, perceptual))
 
 
@@ -1126,7 +1126,7 @@ def latent_batches(cfg: LDMRun, base: INFD, source, device: torch.device, run_di
         latents = encode_all(base, source, cfg, device, run_dir)
         batches = source_batches(cfg, latents, latent_item, 0, device, noise)
     else:
-        batches = picture_batches(cfg, source, device, noise | kl_noise(base.autoencoder, cfg.size))
+        batches = picture_batches(cfg, source, device, noise | kl_noise(base.autoencoder.cfg, cfg.size))
     autocast = autocast_for(cfg, device)
 
     @torch.no_grad()
