@@ -61,8 +61,13 @@ def positional_encoding(coord: Tensor, dim: int, sigma: float) -> Tensor:
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """A context of plain float32 on the device, also where autocast is on."""
-    autocast = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if autocast else nullcontext()
+    return torch.autocast(device.type, enabled=False) if has_autocast(device.type) else nullcontext()
+
+
+@torch.compiler.assume_constant_result                    # torch.compile of 2.11 cannot look inside, and breaks the graph
+def has_autocast(kind: str) -> bool:
+    """Whether devices of this kind know autocast; meta, say, does not."""
+    return torch.amp.is_autocast_available(kind)
 
 
 def colours(weights: tuple[Tensor, ...], coord: Tensor, pe_dim: int, pe_sigma: float) -> Tensor:

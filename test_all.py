@@ -2447,19 +2447,29 @@ def test_a_failing_compiler_does_not_keep_what_its_callers_held(monkeypatch):
     assert caller()() is None
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "cm"])
-def test_function_generator_compiles_as_one_graph(stage, tmp_path, monkeypatch):
-    """Rendering included, without graph breaks; and the run is the eager run."""
+@pytest.mark.parametrize("stage, dtype", [("pretrain", "fp32"), ("pretrain", "bf16"), ("cm", "fp32")])
+def test_function_generator_compiles_as_one_graph(stage, dtype, tmp_path, monkeypatch):
+    """Rendering included, without graph breaks, in bf16 too; and the run is the eager run."""
     compiler, graphs = torch.compile, []
     whole = lambda f: compiler(f, fullgraph=True, backend=lambda graph, inputs: graphs.append(graph) or graph)
     monkeypatch.setattr(torch, "compile", whole)
     options = TINY_PRETRAIN if stage == "pretrain" else [*TINY_CM, "init=none"]
     for name in ("on", "off"):
-        args = [*options, "steps=2", f"compile={name}"]
+        args = [*options, "steps=2", f"dtype={dtype}", f"compile={name}"]
         assert main_train("--stage", stage, "--preset", "tiny", "--out", tmp_path / name, *args) == 0
     assert len(graphs) == (1 if stage == "pretrain" else 2)                  # with gradients, and without for the target
     ours, theirs = (main_log(tmp_path / name)[-1] for name in ("on", "off"))
     assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+
+
+def test_option_tf32_is_set_for_a_gpu_alone(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)            # restores what the option changes
+    asked = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    for kind, tf32 in (("cpu", False), ("cuda", False), ("cuda", True)):
+        train.set_tf32(train.Run(tf32=tf32), torch.device(kind))
+        assert torch.backends.cudnn.allow_tf32 == (tf32 or kind == "cpu")
+    assert asked == ["highest", "high"]
 
 
 @slow

@@ -1741,6 +1741,7 @@ def bench_step(setup: Setup, device: torch.device, n: int, ceiling: dict[str, fl
 
 def bench(stage: str, preset: str, cfg: Run, run_dir: Path, device: torch.device, n: int) -> dict:
     """The costs of a stage (of stage cm: of each generator) by name, and the device's ceiling."""
+    set_tf32(cfg, device)
     report = {"device": str(device), "steps": n, "ceiling_tflop_per_s": ceilings(device)}
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder) / stage
@@ -1838,6 +1839,13 @@ def autocast_for(cfg: Run, device: torch.device) -> Callable:
 BLOCKS = (ResBlock, Attention, TimeResBlock, SelfAttention, AdaLNBlock, Block)       # what checkpoint=true recomputes
 
 
+def set_tf32(cfg: Run, device: torch.device) -> None:
+    """Option tf32, which holds for the whole process; only CUDA knows such products."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = cfg.tf32
+
+
 def speed_up(cfg: Run, device: torch.device, nets: list[nn.Module], methods: list[tuple[nn.Module, str]]) -> None:
     """Options channels_last and checkpoint for networks, and compile for methods of modules, in place."""
     for net in nets:
@@ -1888,6 +1896,7 @@ def compiled(cfg: Run, device: torch.device) -> bool:
 
 def train(stage: str, cfg: Run, run_dir: Path, device: torch.device) -> None:
     """Train a stage to the end, and score it."""
+    set_tf32(cfg, device)
     setup = STAGES[stage][1](cfg, run_dir, device)
     cfg = setup.cfg
     say(f"stage {stage}: {len(setup.source):,} pictures of {cfg.data}, {parameters(setup):,} parameters, "
@@ -1975,9 +1984,6 @@ def run(args: argparse.Namespace) -> int:
     if cfg.batch % (world * cfg.accum):
         raise ValueError(f"batch={cfg.batch} cannot be shared by {world} processes with accum={cfg.accum}; choose a "
                          f"multiple of {world * cfg.accum}")
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
-        torch.backends.cudnn.allow_tf32 = cfg.tf32
     with process_group(device) as device:
         if args.bench:
             report = bench(args.stage, args.preset, cfg, run_dir, device, int(*number or [20]))
