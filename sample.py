@@ -817,6 +817,8 @@ def bundled(name: str) -> Path:
 def export(source: Path, target: Path) -> None:
     """Write what sampling needs of a checkpoint (a file or its run folder): the moving average, in half precision.
 
+    Absolute paths among the options, of the data or of earlier runs, keep their last part alone.
+
     Raises FileExistsError rather than overwrite, ValueError for a checkpoint that is not of stage ae, ldm or cm.
     """
     if target.exists():
@@ -828,6 +830,8 @@ def export(source: Path, target: Path) -> None:
     def half(value):
         if isinstance(value, dict):
             return {k: half(v) for k, v in value.items()}
+        if isinstance(value, str) and os.path.isabs(value):
+            return Path(value).name                       # the file may go to others: no folders of this machine
         return value.half() if isinstance(value, Tensor) and value.is_floating_point() else value
 
     state = ckpt["state"]

@@ -4955,6 +4955,15 @@ def test_export_keeps_what_sampling_needs_in_half_precision(main_runs, stage_run
     assert "takes a checkpoint of stage ae, ldm or cm" in capsys.readouterr().err
 
 
+def test_export_names_no_folder_of_this_machine(main_runs, tmp_path):
+    given = sample.newest_checkpoint(main_runs / "ldm")[1]
+    given["config"] |= {"data": str(tmp_path / "faces.zip"), "init": "runs/faces/ae"}
+    torch.save(given, tmp_path / "given.pt")
+    assert main_sample("--ckpt", tmp_path / "given.pt", "--export", tmp_path / "kept.pt") == 0
+    kept = sample.read_checkpoint(tmp_path / "kept.pt")["config"]
+    assert kept == given["config"] | {"data": "faces.zip"}
+
+
 def test_stage_cm_one_function_is_drawn_at_any_size_and_window(stage_runs, tmp_path):
     common = ["--ckpt", stage_runs / "cm", "--n", 3]
     assert main_sample(*common, "--res", "16,32,16x48", "--out", tmp_path / "a") == 0
