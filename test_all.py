@@ -5253,16 +5253,24 @@ def fault_cm(out, *options):
     return fault_args("cm", out, None, *options)
 
 
-def fault_fork(work, *args):
-    """A child process that begins as a copy of this one, without the seconds that imports take; exits with work()."""
-    if not hasattr(os, "fork"):
+def fault_train(args, seed=None, signals=()):
+    """main_train in a process of its own; with a seed it dies in a save, with signals it gets them in step 2."""
+    torch.set_num_threads(1)                                                 # two processes, two cores
+    if seed is not None:
+        fault_die_in_save(seed)
+    with pytest.MonkeyPatch.context() as patch:
+        fault_signal(patch, 2, *signals)
+        os._exit(main_train(*args))
+
+
+def fault_child(*args):
+    """A child process of fault_train, without the seconds that imports take. It is forked from a server that has only
+    imported this file: autograd refuses to work in a fork of a process where it already has threads, one per GPU."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
         pytest.skip("needs fork")
-
-    def body():
-        torch.set_num_threads(1)                                             # OpenMP threads do not survive a fork
-        os._exit(work(*args) or 0)
-
-    child = multiprocessing.get_context("fork").Process(target=body)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    child = context.Process(target=fault_train, args=args)
     child.start()
     return child
 
@@ -5338,13 +5346,7 @@ def fault_kills(tmp_path, kills):
     args = ["log_every=1", f"save_every={save_every}", "K=1000", "distance_every=1000000"]
     for kill in range(kills):
         before = (run / "log.jsonl").stat().st_mtime_ns if run.exists() else 0
-
-        def train_and_die():
-            if kill % 2:
-                fault_die_in_save(kill)
-            return main_train(*fault_cm(run, *args, "steps=1000000"))
-
-        child = fault_fork(train_and_die)
+        child = fault_child(fault_cm(run, *args, "steps=1000000"), kill if kill % 2 else None)
         if kill % 2 == 0:                                                    # any time from the start of the loop on
             while not (run / "log.jsonl").exists() or (run / "log.jsonl").stat().st_mtime_ns == before:
                 time.sleep(0.001)
@@ -5763,9 +5765,8 @@ def test_fault_f11_a_signal_in_training_ends_it_after_the_step(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_fault_f11_a_second_signal_ends_it_at_once(tmp_path, monkeypatch, number, code):
-    fault_signal(monkeypatch, 2, number, number)
-    child = fault_fork(main_train, *fault_cm(tmp_path / "run", "save_every=1"))
+def test_fault_f11_a_second_signal_ends_it_at_once(tmp_path, number, code):
+    child = fault_child(fault_cm(tmp_path / "run", "save_every=1"), None, (number, number))
     child.join()
     assert child.exitcode == code and fault_step(tmp_path / "run") == 1
 
@@ -6061,7 +6062,7 @@ def test_fault_f19_another_configuration_or_a_later_format_is_refused(stage_runs
 
 def test_fault_f20_a_folder_belongs_to_one_run_at_a_time(tmp_path, capsys):
     run = tmp_path / "run"
-    child = fault_fork(main_train, *fault_cm(run, "steps=100000", "save_every=2", "K=1000", "log_every=1"))
+    child = fault_child(fault_cm(run, "steps=100000", "save_every=2", "K=1000", "log_every=1"))
     while not sample.checkpoints(run):
         assert child.is_alive()
         time.sleep(0.02)
