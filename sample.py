@@ -856,7 +856,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--ckpt", help="run folder or checkpoint file (default: the weights that come with the project)")
     p.add_argument("--model", choices=["infd", "cm"], default="infd", help="without --ckpt: which bundled weights")
     p.add_argument("--export", metavar="FILE", help="write the model, in half precision, to FILE and draw nothing")
-    p.add_argument("--n", type=int, default=1, help="number of images")
+    p.add_argument("-n", "--n", type=int, default=1, help="number of images; -n after torchrun")
     p.add_argument("--res", default="", help="512, or 512x1024 (height x width), or several: 256,512,1024")
     p.add_argument("--window", help="y0,x0,y1,x1 in [-1, 1]: draw this part of the image at --res")
     p.add_argument("--steps", type=int, help="INFD: of the sampler (its own); CM: network calls, 1 or 2 (1); edm_*: 40")

@@ -38,6 +38,7 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
+import torch.distributed.run
 import torch.nn.functional as F
 from PIL import Image, ImageFilter, PngImagePlugin
 from torch import nn
@@ -6424,6 +6425,17 @@ def test_readme_map_points_at_the_lines_it_names():
     for symbol, file, line in rows:
         text = (ROOT / file).read_text().splitlines()[int(line) - 1]
         assert re.search(rf"\b{symbol.split('.')[-1]}\b", text), f"{file}:{line} does not hold {symbol}: {text.strip()}"
+
+
+def test_torchrun_hands_on_what_the_readme_gives_it():
+    """It looks through all words for beginnings of its own options, even behind the script's name."""
+    lines = re.findall(r"^torchrun (.*)$", (ROOT / "README.md").read_text(), re.M)
+    assert len(lines) >= 3
+    for words in map(str.split, lines):
+        parsed = torch.distributed.run.get_args_parser().parse_args(words)
+        assert parsed.nproc_per_node == "8"
+        assert [parsed.training_script, *parsed.training_script_args] == words[2:]
+    assert sample.parser().parse_args(["-n", "3"]).n == sample.parser().parse_args(["--n", "3"]).n == 3
 
 
 def test_readme_commands_parse():
