@@ -1,0 +1,763 @@
+"""What every program shares that is not about pictures: random numbers, processes, signals,
+options, run folders.
+
+A run is a folder that one process writes: its lock, its log, its checkpoints. The same command
+continues it bit for bit, because every random number is a function of (seed, index) and nothing has
+to be restored but weights, averages and optimisers. Read next: train.py, whose `fit` is the loop
+that uses all this.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import errno
+import hashlib
+import importlib
+import json
+import operator
+import os
+import pickle
+import signal
+import sys
+import time
+import typing
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+# Windows has no such locks.
+fcntl = importlib.import_module("fcntl") if os.name == "posix" else None
+
+
+# ---- random numbers ------------------------------------------------------------------------------
+
+
+def _digest(key: tuple[int | str, ...]) -> int:
+    plain = tuple(k if isinstance(k, str) else operator.index(k) for k in key)
+    return int.from_bytes(hashlib.blake2b(repr(plain).encode(), digest_size=16).digest(), "little")
+
+
+def rng(*key: int | str) -> np.random.Generator:
+    """Give the random numbers that belong to `key`: the same whoever asks, and whenever."""
+    return np.random.Generator(np.random.Philox(key=_digest(key)))
+
+
+def torch_noise(shape: tuple[int, ...], *key: int | str) -> Tensor:
+    """Give the standard normal noise that belongs to `key`: float32, made on the CPU for all."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(_digest(key) >> 65))
+
+
+# ---- several processes ---------------------------------------------------------------------------
+# Every rank draws its share of the same global batch, and all take the same step: weights, averages
+# and optimisers are equal on all ranks, bit for bit. DistributedDataParallel would hide the
+# reduction in hooks, which the adaptive weight of the GAN (a gradient inside the forward pass) goes
+# around; here it is one call, once per optimiser step.
+
+
+def ranks() -> tuple[int, int]:
+    """Say which process this is, and of how many: (rank, world); (0, 1) without torchrun."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+@contextlib.contextmanager
+def process_group(device: torch.device) -> Iterator[torch.device]:
+    """Join the processes that torchrun started (NCCL between GPUs, gloo on CPUs); yields the device."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield device
+        return
+
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+
+    # A dead rank closes its connections, which gloo sees at once, and torchrun ends the others; the
+    # time-out is for a rank that hangs, and must outlast what rank 0 does alone: previews, scores,
+    # checkpoints.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def all_mean(tensors: list[Tensor]) -> list[Tensor]:
+    """Average tensors over all ranks by one reduction; one process gets them back as they are."""
+    world = ranks()[1]
+    if world == 1 or not tensors:
+        return tensors
+    flat = torch.cat([t.detach().flatten() for t in tensors])
+    dist.all_reduce(flat)
+    parts = (flat / world).split([t.numel() for t in tensors])
+    return [part.view_as(t) for part, t in zip(parts, tensors)]
+
+
+def together(flag: int) -> int:
+    """Give every rank the largest flag of all, so that they agree, say on when to stop."""
+    if ranks()[1] == 1:
+        return flag
+    value = torch.tensor(flag)
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return int(value)
+
+
+def barrier() -> None:
+    """Wait until every rank has come here."""
+    together(0)
+
+
+def print_once(text: str) -> None:
+    """Print on rank 0 alone."""
+    if ranks()[0] == 0:
+        print(text, flush=True)
+
+
+# ---- how a program ends --------------------------------------------------------------------------
+
+
+class Stopped(Exception):
+    """A signal asked the program to end; the argument is the exit code, 143 or 130."""
+
+
+class NotFinite(RuntimeError):
+    """Weights or gradients are NaN or infinite: the run cannot go on from here."""
+
+
+class NotSaved(OSError):
+    """The last chance to save a run failed."""
+
+
+@contextlib.contextmanager
+def on_signals(handler: Callable) -> Iterator[None]:
+    """Let SIGTERM and SIGINT call handler(number, frame) within the block."""
+    before = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for s, old in before.items():
+            signal.signal(s, old)
+
+
+def _raise_stopped(number: int, frame: object) -> None:
+    raise Stopped(128 + number)
+
+
+def cli(run: Callable[[argparse.Namespace], int | None], args: argparse.Namespace,
+        stopped: str = "stopped", memory: str = "take a smaller batch or size") -> int:
+    """Run a program and turn what ends it into an exit code and one line; every `main` is this
+    call.
+
+    0: done, or what `run` returns. 2: bad input (ValueError, OSError): the line names file or
+    option and the cause. 1: numbers, disk or memory gave out; `memory` says what needs less. 143,
+    130: a signal; `stopped` says what stands. Names that the terminal cannot show are printed
+    escaped, so that no finished work is lost by printing.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):                           # a test's stand-in may lack it
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        with on_signals(_raise_stopped):                     # `RunFolder` sets a flag instead
+            code = run(args) or 0
+            sys.stdout.flush()
+            return code
+    except Stopped as stop:
+        return _ended(stopped, stop.args[0])
+    except BrokenPipeError:                                          # `| head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except (NotFinite, NotSaved) as error:
+        return _ended(f"error: {error}", 1)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        return _ended(f"error: out of memory ({first_line(error)}): {memory}", 1)
+    except (ValueError, OSError) as error:
+        return _ended(f"error: {first_line(error)}", 2)
+
+
+def _ended(text: str, code: int) -> int:
+    print(text, file=sys.stderr, flush=True)
+    return code
+
+
+def first_line(error: BaseException) -> str:
+    """Say in one line what went wrong; of an error of the system the path and the cause."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+# ---- options -------------------------------------------------------------------------------------
+# Options are frozen dataclasses, nested ones by a dotted name: "ae.ch". Flat dicts of such names
+# are what the command line, the presets and the checkpoints hold.
+
+
+def flatten(cfg, prefix: str = "") -> dict[str, object]:
+    """Turn a (nested) dataclass or dict into a flat dict of dotted names; tuples become lists."""
+    if dataclasses.is_dataclass(cfg):
+        cfg = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)}
+    flat = {}
+    for name, value in cfg.items():
+        if dataclasses.is_dataclass(value) or isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def option_types(cls: type, prefix: str = "") -> dict[str, type]:
+    """List every option of a (nested) dataclass by its dotted name, with its type."""
+    found = {}
+    for name, kind in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind):
+            found |= option_types(kind, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = kind
+    return found
+
+
+def unflatten(cls: type, values: dict, base=None):
+    """Build a (nested) dataclass from dotted names, or from nested dicts; what is not given is as
+    in `base`.
+
+    base: an instance of cls (default: cls()). Raises ValueError for an unknown name.
+    """
+    flat = flatten(values)
+    known = option_types(cls)
+    for name in flat:
+        if name not in known:
+            raise ValueError(f"{cls.__name__} has no option {name}{nearest(name, known)}")
+
+    base = cls() if base is None else base
+    changes = {}
+    for name, kind in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind):
+            inner = {k.split(".", 1)[1]: v for k, v in flat.items() if k.startswith(f"{name}.")}
+            changes[name] = unflatten(kind, inner, getattr(base, name))
+        elif name in flat:
+            changes[name] = tuple(flat[name]) if isinstance(flat[name], list) else flat[name]
+    return dataclasses.replace(base, **changes)
+
+
+def nearest(name: str, known) -> str:
+    """Name the known words most like `name`, as the end of a message; empty where none is."""
+    whole = difflib.get_close_matches(name, known, 3, 0.6)
+    ends = [k for k in known if k.rpartition(".")[2] == name.rpartition(".")[2]]
+    like = list(dict.fromkeys([*ends, *whole]))[:3]
+    return f"; did you mean {', '.join(like)}?" if like else ""
+
+
+def convert(name: str, kind: type, text: str):
+    """Read the value of option `name` from its text; ValueError says what was expected."""
+    expected = getattr(kind, "__name__", "integers like 1,2,4")
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if kind is int:
+            number = float(text.replace("_", ""))            # 1e6 and 1_000_000 are whole numbers
+            if number != int(number):
+                raise ValueError
+            return int(number)
+        if kind in (float, str):
+            return kind(text)
+        return tuple(int(v) for v in text.strip("()").split(",") if v.strip())
+    except (KeyError, ValueError, OverflowError):
+        raise ValueError(f"option {name}={text}: expected {expected}") from None
+
+
+def parse_options(cls: type, texts: list[str], what: str) -> dict[str, object]:
+    """Read key=value texts as options of a dataclass: a flat dict of dotted names.
+
+    Raises ValueError for an unknown name (with the nearest ones), for a value of the wrong type,
+    and for no key=value; `what` says whose options they are.
+    """
+    known = option_types(cls)
+    given = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"cannot read {text!r}: options are written key=value")
+        if name not in known:
+            like = nearest(name, known) or f": it has {', '.join(known)}"
+            raise ValueError(f"{what} has no option {name}{like}")
+        given[name] = convert(name, known[name], value)
+    return given
+
+
+# ---- checkpoint files ----------------------------------------------------------------------------
+
+FORMAT = 1                # of our own checkpoints; a file of a later one is refused, not guessed at
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """List the checkpoints of a run folder, newest first."""
+    return sorted(run.glob("step-*.pt"), reverse=True)
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """Read one checkpoint file. Nothing in it is executed, and a flipped byte is found by the
+    archive's checksums.
+
+    Reads torch.save's old format too, which has none. Raises FileNotFoundError, PermissionError,
+    and ValueError where the file is damaged or no checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}; name a file or a run folder of train.py")
+    path.open("rb").close()                                  # says so where it may not be read
+
+    if zipfile.is_zipfile(path):
+        verify_archive(path)
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} is no checkpoint, or is cut short, or holds more than tensors and "
+                         f"plain values; it was not opened") from error
+    except Exception as error:                               # damage makes the reader raise anything
+        raise ValueError(f"{path} cannot be read as a checkpoint: {first_line(error)}") from error
+
+    if not isinstance(ckpt, dict):
+        raise ValueError(f"{path} is no checkpoint: expected a dict, found {type(ckpt).__name__}")
+    if "stage" in ckpt and ckpt.get("format", 1) != FORMAT:
+        raise ValueError(f"{path} has checkpoint format {ckpt['format']}, this version reads {FORMAT}; "
+                         f"update the code")
+    return ckpt
+
+
+def verify_archive(path: Path) -> None:
+    """Compare a file's checksums, which torch.load does not look at. Raises ValueError."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+                raise ValueError(f"{path} is compressed, unlike files of torch.save; it was not opened")
+            bad = archive.testzip()
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, RuntimeError) as error:
+        cause = first_line(error)
+        raise ValueError(f"{path} is damaged: {cause}; use an older checkpoint") from error
+    if bad is not None:
+        raise ValueError(f"{path} is damaged: the checksum of {bad} does not match; use an older "
+                         f"checkpoint")
+
+
+def newest_checkpoint(run: Path) -> tuple[Path, dict]:
+    """Read a run folder's newest checkpoint; a damaged one is named and the one before it is used."""
+    files = checkpoints(run)
+    if not files:
+        raise FileNotFoundError(f"no checkpoint (step-*.pt) in {run}; train one with train.py")
+    for path, older in zip(files, files[1:]):
+        try:
+            return path, read_checkpoint(path)
+        except ValueError as error:
+            print(f"warning: {error}; falling back to {older}", file=sys.stderr)
+    return files[-1], read_checkpoint(files[-1])
+
+
+def write_checkpoint(path: Path, content: dict) -> None:
+    """Write a checkpoint whole or not at all.
+
+    Temporary name, fsync, checksums read back, rename, fsync of the folder.
+    """
+    part = path.with_suffix(".part")
+    try:
+        with open(part, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        verify_archive(part)
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def load_weights(module: nn.Module, weights: dict[str, Tensor], what: str) -> None:
+    """Load weights by name and shape; a ValueError names what does not fit, or is not finite."""
+    own = module.state_dict()
+    wrong = [f"missing {k}" for k in own if k not in weights]
+    wrong += [f"left over {k}" for k in weights if k not in own]
+    for name, value in own.items():
+        if name not in weights:
+            continue
+        given = weights[name]
+        if given.shape != value.shape:
+            wrong.append(f"{name} is {tuple(given.shape)}, not {tuple(value.shape)}")
+        elif not torch.isfinite(given).all():
+            wrong.append(f"{name} is not finite")
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(f"{what} does not fit: {'; '.join(wrong[:5])}{more}")
+    module.load_state_dict(weights)
+
+
+# ---- the log -------------------------------------------------------------------------------------
+
+
+class Meter:
+    """Averages what steps report between two log lines; reads the device every 20 steps at most."""
+
+    def __init__(self):
+        self.sums: dict[str, tuple] = {}              # name -> (sum, count); goes into checkpoints
+        self.unread: list[tuple] = []                 # (logs, step, samples) that the host has not seen
+        self.bad = 0                                  # skipped steps in a row
+        self.images = 0
+        self.waited = 0.0
+        self.since = time.perf_counter()
+
+    def wait_for(self, stream: Iterator[dict]) -> dict:
+        """Take the next batch; the time it takes counts as waiting for data."""
+        before = time.perf_counter()
+        batch = next(stream)
+        self.waited += time.perf_counter() - before
+        return batch
+
+    def add(self, logs: dict[str, Tensor], images: int, k: int, index: Tensor) -> None:
+        """Take in what step k reports: () tensors, "taken" among them; index: the samples it saw."""
+        detached = {name: value.detach() for name, value in logs.items()}
+        self.unread.append((detached, k, index))
+        self.images += images
+        if len(self.unread) == 20:
+            self.read()
+
+    def read(self) -> None:
+        """Fetch what is unread: here alone training waits for the device.
+
+        Raises NotFinite after 20 skipped steps in a row.
+        """
+        rows = self.unread
+        self.unread = []
+        names = dict.fromkeys(name for logs, _, _ in rows for name in logs)
+        for name in names:
+            having = [logs for logs, _, _ in rows if name in logs]
+            values = torch.stack([logs[name] for logs in having]).tolist()
+            for logs, value in zip(having, values):
+                logs[name] = value
+
+        for logs, k, index in rows:
+            taken = logs.pop("taken")
+            self.bad = 0 if taken else self.bad + 1
+            if self.bad == 20:
+                raise NotFinite(f"the gradients of 20 steps in a row are not finite; last batch: "
+                                f"images {index.tolist()} of step {k}. The newest checkpoint is "
+                                f"good; lower lr")
+            if not taken:
+                skipped, _ = self.sums.get("skipped", (0, 1))
+                self.sums["skipped"] = (skipped + 1, 1)              # counted, not averaged
+                continue
+            for name, value in logs.items():
+                total, n = self.sums.get(name, (0, 0))
+                self.sums[name] = (total + value, n + 1)
+
+    def all_ranks(self) -> dict[str, tuple]:
+        """Give the sums as means over all ranks: what one process would have."""
+        self.read()
+        names = list(self.sums)
+        sums = [torch.as_tensor(self.sums[name][0], dtype=torch.float64).cpu() for name in names]
+        totals = all_mean(sums)
+        return {name: (total.item(), self.sums[name][1]) for name, total in zip(names, totals)}
+
+    def means(self) -> dict[str, float]:
+        """Give means, images/s and the share of time spent waiting for data; starts anew."""
+        elapsed = time.perf_counter() - self.since
+        line = {name: round(total / n, 6) for name, (total, n) in self.all_ranks().items()}
+        line["images_per_s"] = round(self.images / elapsed, 2)
+        line["data_wait"] = round(self.waited / elapsed, 4)
+        self.sums = {}
+        self.images = 0
+        self.waited = 0.0
+        self.since = time.perf_counter()
+        return line
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out time that is no training time: saving and drawing."""
+        before = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - before
+
+
+# ---- the run folder ------------------------------------------------------------------------------
+
+# What file systems without locks answer: Lustre, some NFS.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+class RunFolder:
+    """Holds the folder of one run: its lock, its log, its checkpoints. `with RunFolder(...) as
+    folder:` owns it.
+
+    Every rank makes one; rank 0 alone locks and writes. cfg: the options, a dataclass; free: names
+    of those with which a run may be continued although they changed; data: what the run is trained
+    on, {"pictures": n, "digest": hex}. In the block the first SIGTERM or SIGINT sets `stopping`; a
+    second one ends the process at once.
+    """
+
+    def __init__(self, path: Path, stage: str, cfg, free: frozenset[str] = frozenset(),
+                 data: dict | None = None, keep_every: int = 0):
+        self.path = path
+        self.stage = stage
+        self.cfg = cfg
+        self.free = free
+        self.data = data
+        self.keep_every = keep_every
+        self.meter = Meter()
+        self.signalled = 0
+        self.held = contextlib.ExitStack()
+
+    def __enter__(self) -> RunFolder:
+        with contextlib.ExitStack() as stack:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if ranks()[0] == 0:
+                stack.enter_context(locked(self.path))
+                for part in self.path.glob("*.part"):        # of a run that was killed while it wrote
+                    part.unlink()
+            stack.enter_context(on_signals(self._note))
+            self.held = stack.pop_all()
+        barrier()                                            # rank 0 has the folder before any reads
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.held.close()
+
+    def _note(self, number: int, frame: object) -> None:
+        if self.signalled:
+            os._exit(128 + number)
+        self.signalled = number
+        if hasattr(signal, "SIGCHLD"):        # a loader process that ends now must not end the step
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+    def stopping(self) -> int:
+        """Say which signal any rank has got, or 0. All ranks must ask alike."""
+        return together(self.signalled)
+
+    def resume(self, state: dict) -> int:
+        """Restore the newest checkpoint into `state` and the meter; returns the step to go on from,
+        or 0.
+
+        state: name -> module, optimiser, or list of optimisers. Raises ValueError where the folder
+        holds a run of another stage, of other options or other data: nothing of it is touched.
+        """
+        step = 0
+        if checkpoints(self.path):
+            path, ckpt = newest_checkpoint(self.path)
+            self._check(ckpt)
+            for name, part in state.items():
+                restore(part, ckpt["state"][name], f"{name} in {path}")
+            self.meter.sums = {name: tuple(value) for name, value in ckpt["log"].items()}
+            step = ckpt["step"]
+            print_once(f"continuing {self.path} from step {step}")
+        if ranks()[0] == 0:
+            cut_log(self.path / "log.jsonl", step)           # 0: killed before its first checkpoint
+        barrier()                                            # all have read; rank 0 may write now
+        return step
+
+    def _check(self, ckpt: dict) -> None:
+        """Raise ValueError where a checkpoint is of another run."""
+        if ckpt["stage"] != self.stage:
+            changed = [f"stage: {ckpt['stage']} -> {self.stage}"]
+        else:
+            # Options that the checkpoint does not know yet had their default.
+            old = flatten(unflatten(type(self.cfg), ckpt["config"]))
+            new = flatten(self.cfg)
+            other = [k for k in sorted(new) if old[k] != new[k] and k not in self.free]
+            changed = [f"{k}: {old[k]} -> {new[k]}" for k in other]
+        if changed:
+            raise ValueError(f"{self.path} holds another run ({'; '.join(changed)}); choose another "
+                             f"--out, or those options")
+        trained_on = ckpt.get("data")
+        if self.data and trained_on and trained_on != self.data:
+            then = trained_on["pictures"]
+            now = self.data["pictures"]
+            what = f"{then} pictures then, {now} now" if then != now else f"{now} others now"
+            raise ValueError(f"{self.path} was trained on other data ({what}); give what it was "
+                             f"trained on, or choose another --out")
+
+    def log(self, line: dict) -> None:
+        """Add a line to log.jsonl (rank 0)."""
+        if ranks()[0] == 0:
+            with open(self.path / "log.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def save(self, step: int, state: dict, extra: dict, last: bool) -> None:
+        """Write step-<number>.pt (rank 0), then delete all but the last two, or those that
+        keep_every keeps.
+
+        extra: plain values beside the state. A run outlives a full disk: it warns, and saves at the
+        next interval. Raises NotFinite where the weights are no longer numbers (the older
+        checkpoints are good), and NotSaved where this was the `last` chance.
+        """
+        sums = self.meter.all_ranks()
+        if not all_finite(state):
+            raise NotFinite(f"the weights are not finite at step {step}; the newest checkpoint in "
+                            f"{self.path} is good; lower lr")
+        if ranks()[0]:
+            return
+        content = {"format": FORMAT, "stage": self.stage, "step": step}
+        content |= {"config": flatten(self.cfg), "data": self.data, **extra}
+        content["state"] = {name: stored(part) for name, part in state.items()}
+        content["log"] = {name: list(value) for name, value in sums.items()}
+        try:
+            write_checkpoint(self.path / f"step-{step:08d}.pt", content)
+        except (OSError, RuntimeError, ValueError) as error:         # torch.save: a full disk
+            reason = first_line(error)
+            if last:
+                raise NotSaved(f"step {step} could not be saved in {self.path} ({reason}); what is "
+                               f"there is older") from error
+            warnings.warn(f"step {step} could not be saved ({reason}); training goes on and tries "
+                          f"again at the next save; older checkpoints are untouched")
+            return
+        for old in checkpoints(self.path)[2:]:
+            if not self.keep_every or int(old.stem.split("-")[1]) % self.keep_every:
+                old.unlink()
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run folder; ValueError where another process does.
+
+    A POSIX record lock belongs to the process that trains: it ends with it, however it ends, and
+    loader processes do not inherit it. Where the file system has no locks, a warning says so and
+    the run goes on.
+    """
+    with open(folder / "lock", "a") as file:                         # opening leaves it unchanged
+        try:
+            if fcntl is not None:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise ValueError(f"another run is writing to {folder}; wait for it, or choose "
+                                 f"another --out") from None
+            if error.errno not in NO_LOCKS:
+                raise
+            warnings.warn(f"{folder} is on a file system without locks ({error.strerror}): take care "
+                          f"that no two runs write to it")
+        yield
+
+
+def stored(part: nn.Module | torch.optim.Optimizer | list):
+    """Give the state of a module, an optimiser, or a list of optimisers, for a checkpoint."""
+    return [one.state_dict() for one in part] if isinstance(part, list) else part.state_dict()
+
+
+def restore(part: nn.Module | torch.optim.Optimizer | list, content, what: str) -> None:
+    """Load what `stored` gave; ValueError where weights do not fit."""
+    if isinstance(part, nn.Module):
+        load_weights(part, content, what)
+    elif isinstance(part, list):
+        for one, own in zip(part, content, strict=True):
+            one.load_state_dict(own)
+    else:
+        part.load_state_dict(content)
+
+
+def all_finite(state: dict) -> bool:
+    """Say whether every parameter and buffer of the modules in `state` is finite."""
+    modules = [part for part in state.values() if isinstance(part, nn.Module)]
+    tensors = []
+    for module in modules:
+        tensors += [t for t in module.state_dict().values() if t.is_floating_point()]
+    return bool(torch.isfinite(torch.stack(torch._foreach_norm(tensors))).all())
+
+
+def cut_log(log: Path, step: int) -> None:
+    """Keep the lines of a log up to a step; those after that checkpoint will come again."""
+    if not log.exists():
+        return
+    kept = []
+    for line in log.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:                                           # cut short by a kill
+            continue
+    part = log.with_suffix(".part")
+    part.write_text("".join(kept))
+    part.replace(log)
+
+
+# ---- what the device gives -----------------------------------------------------------------------
+
+
+def pick_device(name: str) -> torch.device:
+    """Choose the device. auto: a CUDA GPU (one for each process), else Apple's, else the CPU."""
+    if name != "auto":
+        try:
+            return torch.zeros(0, device=name).device
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"--device {name}: {first_line(error)}") from error
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def autocast_for(dtype: str, device: torch.device) -> Callable:
+    """Give a maker of contexts for forward passes. auto: bf16 on a GPU that has it, else fp32.
+
+    bf16 needs no loss scaling; fp16 is not offered, since it overflows.
+    """
+    if dtype not in ("auto", "bf16", "fp32"):
+        raise ValueError(f"option dtype={dtype}: choose auto, bf16 or fp32")
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    if dtype == "fp32" or (dtype == "auto" and not has_bf16):
+        return contextlib.nullcontext
+
+    def autocast() -> contextlib.AbstractContextManager:
+        return torch.autocast(device.type, torch.bfloat16)
+
+    return autocast
+
+
+def set_tf32(on: bool, device: torch.device) -> None:
+    """Allow fp32 products with 10 bits of mantissa, for the whole process; only CUDA knows them."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if on else "highest")
+        torch.backends.cudnn.allow_tf32 = on
+
+
+def wants_compile(option: str, device: torch.device) -> bool:
+    """Say whether to compile. auto: on a CUDA GPU under Linux."""
+    if option not in ("auto", "on", "off"):
+        raise ValueError(f"compile={option}: choose auto, on or off")
+    auto = device.type == "cuda" and sys.platform == "linux"
+    return option == "on" or (option == "auto" and auto)
+
+
+def compiled(function: Callable, strict: bool = False) -> Callable:
+    """Compile a function of tensors for the shapes of its first call; other shapes run as they are.
+
+    Training has one shape, and so have tiles: what differs is a preview. Where the compiler fails,
+    `strict` raises its error; otherwise the function goes on without it after one warning.
+    """
+    quick = torch.compile(function, dynamic=False)
+    first: list[list] = []
+    broken: list[bool] = []                       # not the error, whose frames keep callers alive
+
+    def call(*args, **options):
+        shapes = [a.shape for a in (*args, *options.values()) if isinstance(a, Tensor)]
+        if not first:
+            first.append(shapes)
+        if broken or shapes != first[0]:
+            return function(*args, **options)
+        try:
+            return quick(*args, **options)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            if strict:
+                raise
+            broken.append(True)
+            warnings.warn(f"torch.compile failed, going on without it ({first_line(error)}); "
+                          f"compile=off is silent, compile=on stops")
+        return function(*args, **options)
+
+    return call
