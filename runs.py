@@ -72,7 +72,7 @@ def ranks() -> tuple[int, int]:
 
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[torch.device]:
-    """Join the processes that torchrun started (NCCL between GPUs, gloo on CPUs); yields the device."""
+    """Join the processes of torchrun (NCCL between GPUs, gloo on CPUs); yields the device."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield device
         return
@@ -320,16 +320,16 @@ def read_checkpoint(path: str | Path) -> dict:
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} is no checkpoint, or is cut short, or holds more than tensors and "
-                         f"plain values; it was not opened") from error
-    except Exception as error:                               # damage makes the reader raise anything
+        raise ValueError(f"{path} is no checkpoint, or is cut short, or holds more than tensors "
+                         f"and plain values; it was not opened") from error
+    except Exception as error:                               # damage can raise anything
         raise ValueError(f"{path} cannot be read as a checkpoint: {first_line(error)}") from error
 
     if not isinstance(ckpt, dict):
         raise ValueError(f"{path} is no checkpoint: expected a dict, found {type(ckpt).__name__}")
     if "stage" in ckpt and ckpt.get("format", 1) != FORMAT:
-        raise ValueError(f"{path} has checkpoint format {ckpt['format']}, this version reads {FORMAT}; "
-                         f"update the code")
+        raise ValueError(f"{path} has checkpoint format {ckpt['format']}, this version reads "
+                         f"{FORMAT}; update the code")
     return ckpt
 
 
@@ -338,7 +338,7 @@ def verify_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
-                raise ValueError(f"{path} is compressed, unlike files of torch.save; it was not opened")
+                raise ValueError(f"{path} is compressed, which torch.save never does: not opened")
             bad = archive.testzip()
     except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, RuntimeError) as error:
         cause = first_line(error)
@@ -349,7 +349,7 @@ def verify_archive(path: Path) -> None:
 
 
 def newest_checkpoint(run: Path) -> tuple[Path, dict]:
-    """Read a run folder's newest checkpoint; a damaged one is named and the one before it is used."""
+    """Read a run folder's newest checkpoint; a damaged one is named and the one before used."""
     files = checkpoints(run)
     if not files:
         raise FileNotFoundError(f"no checkpoint (step-*.pt) in {run}; train one with train.py")
@@ -410,7 +410,7 @@ class Meter:
 
     def __init__(self):
         self.sums: dict[str, tuple] = {}              # name -> (sum, count); goes into checkpoints
-        self.unread: list[tuple] = []                 # (logs, step, samples) that the host has not seen
+        self.unread: list[tuple] = []                 # (logs, step, samples) still on the device
         self.bad = 0                                  # skipped steps in a row
         self.images = 0
         self.waited = 0.0
@@ -424,7 +424,7 @@ class Meter:
         return batch
 
     def add(self, logs: dict[str, Tensor], images: int, k: int, index: Tensor) -> None:
-        """Take in what step k reports: () tensors, "taken" among them; index: the samples it saw."""
+        """Take in what step k reports, () tensors with "taken" among them; index: its samples."""
         detached = {name: value.detach() for name, value in logs.items()}
         self.unread.append((detached, k, index))
         self.images += images
@@ -521,11 +521,11 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             if ranks()[0] == 0:
                 stack.enter_context(locked(self.path))
-                for part in self.path.glob("*.part"):        # of a run that was killed while it wrote
+                for part in self.path.glob("*.part"):        # of a run that was killed in writing
                     part.unlink()
             stack.enter_context(on_signals(self._note))
             self.held = stack.pop_all()
-        barrier()                                            # rank 0 has the folder before any reads
+        barrier()                                            # rank 0 holds it before any reads
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -574,8 +574,8 @@ class RunFolder:
             other = [k for k in sorted(new) if old[k] != new[k] and k not in self.free]
             changed = [f"{k}: {old[k]} -> {new[k]}" for k in other]
         if changed:
-            raise ValueError(f"{self.path} holds another run ({'; '.join(changed)}); choose another "
-                             f"--out, or those options")
+            raise ValueError(f"{self.path} holds another run ({'; '.join(changed)}); choose "
+                             f"another --out, or those options")
         trained_on = ckpt.get("data")
         if self.data and trained_on and trained_on != self.data:
             then = trained_on["pictures"]
@@ -641,8 +641,8 @@ def locked(folder: Path) -> Iterator[None]:
                                  f"another --out") from None
             if error.errno not in NO_LOCKS:
                 raise
-            warnings.warn(f"{folder} is on a file system without locks ({error.strerror}): take care "
-                          f"that no two runs write to it")
+            warnings.warn(f"{folder} is on a file system without locks ({error.strerror}): take "
+                          f"care that no two runs write to it")
         yield
 
 
