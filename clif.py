@@ -1,5 +1,5 @@
-"""CLIF: an image as a function of coordinates and pixel size, and how to draw it at any resolution, tile by tile.
-Paper: Image Neural Field Diffusion Models (INFD), supplementary A (LIIF against CLIF), B and J.1 (architecture).
+"""CLIF: an image as a function of coordinates and pixel size, and how to draw it at any resolution.
+Paper: Image Neural Field Diffusion Models (INFD), supplementary A (LIIF against CLIF), B and J.1.
 Read next: autoencoder.py, which makes the feature field phi that is rendered here.
 """
 
@@ -8,65 +8,95 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Norm = Callable[[nn.GroupNorm, Tensor], Tensor]
-Window = tuple[float, float, float, float]                           # y0, x0, y1, x1 within [-1, 1]
+Norm = Callable[[nn.GroupNorm, Tensor], Tensor]     # applies a GroupNorm layer to a tensor
+Window = tuple[float, float, float, float]          # y0, x0, y1, x1 within [-1, 1]
 WHOLE_PLANE: Window = (-1.0, -1.0, 1.0, 1.0)
-Tiles = Iterator[tuple[int, int, Tensor]]                            # (y, x, rgb (B, 3, h, w)), see render_tiles
+Tiles = Iterator[tuple[int, int, Tensor]]           # (y, x, rgb (B, 3, h, w)), y and x in pixels
 
 
 # ---- Coordinates ----
 
+def check_frame(res: int | tuple[int, int],
+                window: Window | None = None) -> tuple[tuple[int, int], Window]:
+    """Check the size and place of a picture before it is drawn: ((H, W), window).
+
+    res is a size in pixels, one number for a square or (H, W), of the rectangle `window` of the
+    plane [-1, 1]^2 (default: all of it). Raises ValueError for an empty picture and for a window
+    that is empty or leaves the plane.
+    """
+    height, width = (res, res) if isinstance(res, int) else res
+    y0, x0, y1, x1 = WHOLE_PLANE if window is None else window
+    if height < 1 or width < 1:
+        raise ValueError(f"resolution {height}x{width}: both sides must be at least 1 pixel")
+    if not (-1 <= y0 < y1 <= 1 and -1 <= x0 < x1 <= 1):
+        raise ValueError(f"window {y0:g},{x0:g},{y1:g},{x1:g}: "
+                         f"need -1 <= y0 < y1 <= 1 and -1 <= x0 < x1 <= 1")
+    return (height, width), (y0, x0, y1, x1)
+
+
 def coord_grid(shape: tuple[int, int], window: Window | None = None,
                device: torch.device | str | None = None) -> Tensor:
-    """Pixel centres (H, W, 2) as (y, x), float32, of an image of `shape` that fills `window` (default: the plane)."""
+    """Pixel centres (H, W, 2) as (y, x), float32, of a picture of `shape` = (H, W) pixels.
+
+    The picture fills `window` = (y0, x0, y1, x1) (default: the plane [-1, 1]^2).
+    """
     y0, x0, y1, x1 = WHOLE_PLANE if window is None else window
-    y, x = (torch.arange(n, dtype=torch.float32, device=device) for n in shape)
-    return _pairs(_centres(y, shape[0], y0, y1), _centres(x, shape[1], x0, x1))
+    height, width = shape
+    y = torch.arange(height, dtype=torch.float32, device=device)
+    x = torch.arange(width, dtype=torch.float32, device=device)
+    return _pairs(_centres(y, height, y0, y1), _centres(x, width, x0, x1))
 
 
 def _centres(index: Tensor, n: float, lo: float, hi: float) -> Tensor:
-    """Where the pixels `index` have their centres if n of them fill [lo, hi]."""
-    # A centre right between two features gets the one that float32 rounding leaves it nearer to, so the operations
-    # and their order are the published ones. full_like: a GPU divides by a number as it multiplies by 1 / n, rounded.
+    """Where the pixels `index` have their centres if n pixels fill [lo, hi]."""
+    # A centre right between two features gets the one that float32 rounding leaves it nearer to,
+    # so the operations and their order are the published ones. full_like: a GPU divides by a
+    # Python number as it multiplies by 1 / n, which rounds differently.
     return lo + (hi - lo) * ((index + 0.5) / torch.full_like(index, n))
 
 
 def _pairs(y: Tensor, x: Tensor) -> Tensor:
-    return torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1)  # (H,), (W,) -> (H, W, 2)
+    """Coordinates along both axes, (H,) and (W,), as a grid (H, W, 2)."""
+    return torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1)
 
 
 def nearest(features: Tensor, coord: Tensor) -> Tensor:
-    """The feature vector (B, C, H, W) of the cell of `features` (B, C, h, w) nearest to each coord (B, H, W, 2)."""
-    # flip: grid_sample wants (x, y). A tie goes to the even cell, as in the published code; outside [-1, 1] is zero.
-    return F.grid_sample(features, coord.flip(-1), mode="nearest", padding_mode="zeros", align_corners=False)
+    """Look up the nearest feature vector for each coordinate.
+
+    features (B, C, h, w), one vector per cell of the plane; coord (B, H, W, 2) as (y, x).
+    Returns (B, C, H, W). A tie goes to the even cell, as in the published code; outside [-1, 1]
+    the feature is zero.
+    """
+    return F.grid_sample(features, coord.flip(-1), mode="nearest",            # it wants (x, y)
+                         padding_mode="zeros", align_corners=False)
 
 
 def _nearest_centre(phi: Tensor, coord: Tensor) -> Tensor:
-    """Where the feature that `nearest` fetches for each coord lives: (B, 2, H, W) as (y, x)."""
+    """Where the feature that `nearest` finds for each coordinate lives: (B, 2, H, W) as (y, x)."""
     B, _, h, w = phi.shape
-    return nearest(coord_grid((h, w), device=phi.device).movedim(-1, 0).expand(B, 2, h, w), coord)
+    centres = coord_grid((h, w), device=phi.device).movedim(-1, 0)            # (2, h, w)
+    return nearest(centres.expand(B, 2, h, w), coord)                         # (B, 2, H, W)
 
 
 # ---- Renderers ----
 
 def own_statistics(layer: nn.GroupNorm, x: Tensor) -> Tensor:
-    """The ordinary GroupNorm: mean and variance of the tensor at hand, in INFD the tile being drawn."""
+    """The ordinary GroupNorm: mean and variance are those of the tensor x (B, C, H, W) itself."""
     return layer(x)
 
 
 class ResBlock(nn.Module):
-    """x + conv(act(norm(conv(act(norm(x)))))): the residual block of encoder, decoder and renderer."""
+    """The residual block of E, D and R: x + conv(act(norm(conv(act(norm(x))))))."""
 
     def __init__(self, c_in: int, c_out: int, groups: int = 32):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)               # 1e-6 as in LDM; PyTorch's default is 1e-5
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)            # as in LDM; PyTorch has 1e-5
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
@@ -74,76 +104,76 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, norm: Norm = own_statistics) -> Tensor:
         """x (B, c_in, H, W) -> (B, c_out, H, W); `norm` applies a GroupNorm layer to a tensor."""
-        h = self.conv1(F.silu(norm(self.norm1, x)))
-        h = self.conv2(F.silu(norm(self.norm2, h)))
+        h = self.conv1(F.silu(norm(self.norm1, x)))                           # (B, c_out, H, W)
+        h = self.conv2(F.silu(norm(self.norm2, h)))                           # (B, c_out, H, W)
         return self.nin_shortcut(x) + h
 
 
 def query(phi: Tensor, coord: Tensor, cell: Tensor) -> Tensor:
-    """What CLIF is told about each pixel: the nearest feature, where the pixel lies in its cell, and how large it is.
+    """Build the input of CLIF for a grid of pixels (supplementary A).
 
-    phi (B, C, h, w); coord (B, H, W, 2) as (y, x) in [-1, 1]; cell (B, 2), the pixel size in the same units.
-    Returns (B, C + 4, H, W): feature, offset y and x in [-1, 1], size y and x in half feature cells.
+    Per pixel: the nearest feature, where the pixel lies in that feature's cell, and how large the
+    pixel is. phi (B, C, h, w); coord (B, H, W, 2), pixel centres as (y, x) in [-1, 1]; cell (B, 2),
+    the pixel's height and width in the same units.
+    Returns (B, C + 4, H, W): feature, offset (y, x) in [-1, 1], size (y, x) in half feature cells.
     """
     hw = coord.new_tensor(phi.shape[-2:]).view(1, 2, 1, 1)
+    feature = nearest(phi, coord)                                             # (B, C, H, W)
     offset = (coord.movedim(-1, 1) - _nearest_centre(phi, coord)) * hw        # (B, 2, H, W)
     size = (cell[:, :, None, None] * hw).expand_as(offset)                    # (B, 2, H, W)
-    return torch.cat([nearest(phi, coord), offset, size], dim=1)              # (B, C + 4, H, W)
+    return torch.cat([feature, offset, size], dim=1)                          # (B, C + 4, H, W)
 
 
 @dataclass(frozen=True)
 class CLIFConfig:
     """Architecture of CLIF; the defaults are the published renderer (supplementary J.1)."""
 
-    in_channels: int = 128            # channels of phi: the decoder's base width (supplementary J.1)
+    in_channels: int = 128            # channels of phi: the decoder's base width (J.1)
     hidden: int = 256                 # width of the renderer, a multiple of groups (published code)
-    num_blocks: int = 2               # residual blocks (supplementary J.1)
-    groups: int = 32                  # of every GroupNorm (published code); narrow networks want fewer, see README
+    num_blocks: int = 2               # residual blocks (J.1)
+    groups: int = 32                  # of every GroupNorm (published code); with one channel a
+                                      # group, levels are lost
 
 
 class CLIF(nn.Module):
-    """Convolutional Local Image Function, the renderer R(phi, c, s) of INFD.
+    """Convolutional Local Image Function, the renderer R(phi, c, s) of INFD (supplementary A).
 
-    LIIF colours each point alone with an MLP; CLIF lets a ConvNet see the whole grid of queries.
-    Supplementary J.1 lists convolution, two residual blocks, convolution; the published network, followed here, has
-    GroupNorm and SiLU before the last convolution too.
+    It turns a feature field phi into colours at any coordinates. LIIF colours each point alone with
+    an MLP; CLIF runs a ConvNet over a grid of pixels, so that neighbours are drawn together.
+    Supplementary J.1 lists convolution, two residual blocks, convolution; the published network,
+    followed here, also has GroupNorm and SiLU before the last convolution.
     """
 
     def __init__(self, cfg: CLIFConfig):
         super().__init__()
+        first = nn.Conv2d(cfg.in_channels + 4, cfg.hidden, 3, padding=1)
         blocks = [ResBlock(cfg.hidden, cfg.hidden, cfg.groups) for _ in range(cfg.num_blocks)]
-        self.model = nn.ModuleList([nn.Conv2d(cfg.in_channels + 4, cfg.hidden, 3, padding=1), *blocks])
+        self.model = nn.ModuleList([first, *blocks])
         self.norm_out = nn.GroupNorm(cfg.groups, cfg.hidden, eps=1e-6)
         self.conv_out = nn.Conv2d(cfg.hidden, 3, 3, padding=1)
-        # The published sampler extends tiles by 8 pixels. Two 3x3 convolutions per block and one at either end see
-        # 6 pixels far, so 8 is enough; only networks deeper than the published ones need more.
-        self.halo = max(8, 2 * cfg.num_blocks + 2)
-
-    @property
-    def layers(self) -> list[tuple[nn.GroupNorm, nn.Conv2d]]:
-        """Every GroupNorm with the convolution that follows it, in the order of the forward pass."""
-        blocks = [pair for b in self.model[1:] for pair in ((b.norm1, b.conv1), (b.norm2, b.conv2))]
-        return [*blocks, (self.norm_out, self.conv_out)]
+        # How many pixels far a pixel sees, one for each 3x3 kernel; and by how many the published
+        # sampler widens a tile, which only networks deeper than the published ones outgrow.
+        self.reach = 2 * cfg.num_blocks + 2
+        self.halo = max(8, self.reach)
 
     @property
     def last_weight(self) -> nn.Parameter:
         """The weight whose gradients balance the adversarial against the reconstruction loss."""
         return self.conv_out.weight
 
-    def forward(self, phi: Tensor, coord: Tensor, cell: Tensor, norm: Norm = own_statistics) -> Tensor:
-        """Colours (B, 3, H, W), about [-1, 1] but not clamped, of a grid of queries.
+    def forward(self, phi: Tensor, coord: Tensor, cell: Tensor,
+                norm: Norm = own_statistics) -> Tensor:
+        """Colours (B, 3, H, W), about [-1, 1] but not clamped, of a grid of pixels.
 
-        phi (B, C, h, w); coord (B, H, W, 2), pixel centres as (y, x) in [-1, 1]; cell (B, 2), pixel size; `norm`
-        applies a GroupNorm layer to a tensor.
+        phi (B, C, h, w); coord (B, H, W, 2), pixel centres as (y, x) in [-1, 1]; cell (B, 2), the
+        pixel size; `norm` applies a GroupNorm layer to a tensor.
         """
-        x = self.model[0](query(phi, coord, cell))                            # (B, C + 4, H, W) -> (B, hidden, H, W)
-        return self.conv_out(self.trunk(x, norm))
-
-    def trunk(self, x: Tensor, norm: Norm = own_statistics) -> Tensor:
-        """All between the first and the last convolution: (B, hidden, H, W) -> (B, hidden, H, W)."""
-        for block in self.model[1:]:
-            x = block(x, norm)
-        return F.silu(norm(self.norm_out, x))
+        first, *blocks = self.model
+        x = query(phi, coord, cell)                                           # (B, C + 4, H, W)
+        x = first(x)                                                          # (B, hidden, H, W)
+        for block in blocks:
+            x = block(x, norm)                                                # (B, hidden, H, W)
+        return self.conv_out(F.silu(norm(self.norm_out, x)))                  # (B, 3, H, W)
 
 
 @dataclass(frozen=True)
@@ -154,21 +184,22 @@ class LIIFConfig:
     hidden: int = 256                 # width of the MLP (LIIF)
     depth: int = 4                    # hidden layers (LIIF)
     unfold: bool = True               # show the MLP the 3x3 neighbourhood of the nearest feature
-    ensemble: bool = True             # blend the answers of the four surrounding features by area
+    ensemble: bool = True             # blend the answers of the four nearest features by area
     cell_decode: bool = True          # tell the MLP the pixel size
 
 
 class LIIF(nn.Module):
-    """Local Implicit Image Function (Chen et al. 2021), the renderer CLIF is compared with in supplementary A."""
+    """Local Implicit Image Function (Chen et al. 2021): supplementary A compares CLIF with it."""
 
-    halo = 0                                                         # every query stands alone
+    reach = 0                         # a pixel does not see its neighbours
+    halo = 0
 
     def __init__(self, cfg: LIIFConfig):
         super().__init__()
         self.cfg = cfg
         self.k = 3 if cfg.unfold else 1
-        layers: list[nn.Module] = []
         c_in = cfg.in_channels * self.k**2 + 2 + 2 * cfg.cell_decode
+        layers: list[nn.Module] = []
         for _ in range(cfg.depth):
             layers += [nn.Linear(c_in, cfg.hidden), nn.ReLU()]
             c_in = cfg.hidden
@@ -179,355 +210,254 @@ class LIIF(nn.Module):
         """The weight whose gradients balance the adversarial against the reconstruction loss."""
         return self.mlp[-1].weight
 
-    def forward(self, phi: Tensor, coord: Tensor, cell: Tensor) -> Tensor:
-        """As `CLIF.forward`: phi (B, C, h, w), coord (B, H, W, 2), cell (B, 2) -> colours (B, 3, H, W)."""
+    def forward(self, phi: Tensor, coord: Tensor, cell: Tensor,
+                norm: Norm = own_statistics) -> Tensor:
+        """As `CLIF.forward`: phi (B, C, h, w), coord (B, H, W, 2), cell (B, 2) -> (B, 3, H, W).
+
+        LIIF has no norms: `norm` is there so that both renderers are called alike.
+        """
         B, C, h, w = phi.shape
         hw = coord.new_tensor([h, w])
-        # The first layer is linear in the unfolded features, that is a convolution of phi. Taking it before the
-        # lookup gives the same numbers as LIIF and never builds the (9C, h, w) unfolded map.
+        size = (cell * hw)[:, None, None].expand_as(coord)                    # (B, H, W, 2)
+
+        # The first layer is linear in the unfolded features, so it is a convolution of phi. Taken
+        # before the lookup it gives the same numbers without the (9C, h, w) unfolded map.
         first = self.mlp[0]
         split = C * self.k**2
         kernel = first.weight[:, :split].view(-1, C, self.k, self.k)
         mixed = F.conv2d(phi, kernel, first.bias, padding=self.k // 2)        # (B, hidden, h, w)
-        size = (cell * hw)[:, None, None].expand_as(coord)                    # (B, H, W, 2)
 
-        shifts = list(product((-1, 1), repeat=2)) if self.cfg.ensemble else [(0, 0)]
-        nudge = 1e-6 if self.cfg.ensemble else 0.0                            # away from ties (LIIF)
-        colours, areas = [], []
-        for shift in shifts:                                                  # half a feature cell each way
-            near = (coord + coord.new_tensor(shift) / hw + nudge).clamp(-1 + 1e-6, 1 - 1e-6)
-            offset = (coord - _nearest_centre(phi, near).movedim(1, -1)) * hw             # (B, H, W, 2), in [-2, 2]
+        colours = []
+        areas = []
+        nudge = 1e-6 if self.cfg.ensemble else 0.0                            # no ties (LIIF)
+        for shift in product((-1, 1), repeat=2) if self.cfg.ensemble else [(0, 0)]:
+            near = coord + coord.new_tensor(shift) / hw + nudge               # half a cell each way
+            near = near.clamp(-1 + 1e-6, 1 - 1e-6)                            # (B, H, W, 2)
+            offset = (coord - _nearest_centre(phi, near).movedim(1, -1)) * hw     # in [-2, 2]
             where = torch.cat([offset, size], dim=-1) if self.cfg.cell_decode else offset
-            hidden = nearest(mixed, near).movedim(1, -1) + F.linear(where, first.weight[:, split:])
-            colours.append(self.mlp[1:](hidden))                              # (B, H, W, hidden) -> (B, H, W, 3)
+            hidden = nearest(mixed, near).movedim(1, -1)                      # (B, H, W, hidden)
+            hidden = hidden + F.linear(where, first.weight[:, split:])        # (B, H, W, hidden)
+            colours.append(self.mlp[1:](hidden))                              # (B, H, W, 3)
             areas.append(offset.prod(dim=-1, keepdim=True).abs() + 1e-9)      # (B, H, W, 1)
+
         # A feature counts by the rectangle between the query and the feature diagonally opposite.
         total = sum(areas)
-        blend = sum(colour * (area / total) for colour, area in zip(colours, reversed(areas)))
-        return blend.movedim(-1, 1)                                           # (B, H, W, 3) -> (B, 3, H, W)
+        weighted = [c * (area / total) for c, area in zip(colours, reversed(areas))]
+        return sum(weighted).movedim(-1, 1)                                   # (B, 3, H, W)
+
+
+# ---- Frame statistics ----
+
+class FrameNorm:
+    """Normalise every tile of a field by the same statistics, so that tiles fit together.
+
+    GroupNorm is all that ties a tile to the rest of the picture. Its mean and variance are taken
+    once per picture, from one rendering of the whole plane at twice phi's height and width, and
+    serve every tile, window and resolution after that. So the picture is one function of coordinate
+    and pixel size. Twice phi is twice the encoder's input; statistics of a smaller rendering, at
+    the encoder's input, cost up to 0.3 dB. An instance is the `norm` of `CLIF.forward`. The
+    published code takes the statistics of each tile instead (`own_statistics`).
+    """
+
+    def __init__(self, renderer: nn.Module, phi: Tensor, grad: bool = False):
+        """phi (B, C, h, w). With grad, gradients also pass through the statistics."""
+        self.frozen: dict[nn.Module, Tensor] = {}     # layer -> (B, 2, C, 1, 1): scale and shift
+        if not any(isinstance(layer, nn.GroupNorm) for layer in renderer.modules()):
+            return
+
+        taken: dict[nn.Module, list[Tensor]] = {}
+
+        def record(layer: nn.GroupNorm, x: Tensor) -> Tensor:
+            frozen = _scale_and_shift(layer, x)                               # (1, 2, C, 1, 1)
+            taken.setdefault(layer, []).append(frozen)
+            return (x * frozen[:, 0]).add_(frozen[:, 1])
+
+        h, w = phi.shape[-2:]
+        coord = coord_grid((2 * h, 2 * w), device=phi.device)[None]           # (1, 2h, 2w, 2)
+        cell = coord.new_tensor([[1 / h, 1 / w]])                             # (1, 2)
+        with torch.set_grad_enabled(grad):
+            for one in phi.split(1):                                          # bounds the memory
+                renderer(one, coord, cell, record)                            # (1, 3, 2h, 2w)
+            self.frozen = {layer: torch.cat(parts) for layer, parts in taken.items()}
+
+    def __call__(self, layer: nn.GroupNorm, x: Tensor) -> Tensor:
+        """Apply `layer` to x (B, C, H, W) with the statistics of the whole pictures."""
+        scale, shift = self.frozen[layer].unbind(dim=1)                       # (B, C, 1, 1) each
+        return (x * scale).add_(shift)                                        # (B, C, H, W)
+
+    def __getitem__(self, index: slice) -> FrameNorm:
+        """The statistics of some of the pictures."""
+        part = FrameNorm.__new__(FrameNorm)
+        part.frozen = {layer: both[index] for layer, both in self.frozen.items()}
+        return part
+
+
+def _scale_and_shift(layer: nn.GroupNorm, x: Tensor) -> Tensor:
+    """GroupNorm of x (B, C, H, W) as x * scale + shift, (B, 2, C, 1, 1)."""
+    groups = x.float().reshape(len(x), layer.num_groups, -1)                  # (B, G, C/G * H * W)
+    mean = groups.mean(dim=-1, keepdim=True)                                  # (B, G, 1)
+    var = (groups - mean).square().mean(dim=-1, keepdim=True)                 # var_mean: 8x slower
+    rstd = (var + layer.eps).rsqrt()                                          # (B, G, 1)
+
+    width = layer.num_channels // layer.num_groups
+    scale = rstd.repeat_interleave(width, dim=1) * layer.weight[:, None]      # (B, C, 1)
+    shift = layer.bias[:, None] - mean.repeat_interleave(width, dim=1) * scale
+    return torch.stack([scale, shift], dim=1)[..., None]                      # (B, 2, C, 1, 1)
 
 
 # ---- Tiles ----
 
 @dataclass(frozen=True)
 class _Span:
-    """A tile along one axis: the pixels it draws and a halo."""
+    """A tile along one axis, in pixels of the frame: drawn from left to right, kept from a to b."""
 
-    centres: Tensor                   # coordinates (n,) of the pixels, float32 on the CPU
-    inside: Tensor                    # (n,): 1 for pixels of the frame, 0 for those that fill a tile of fixed shape up
-    cell: float                       # pixel size
-    reach: slice                      # which pixels of the frame these are
-    crop: slice                       # what remains without the halo and what lies outside the window
-    place: int                        # where that goes in the window
+    left: int
+    right: int
+    a: int
+    b: int
+
+    @property
+    def kept(self) -> slice:
+        """What is kept of the pixels drawn."""
+        return slice(self.a - self.left, self.b - self.left)
 
 
 @dataclass(frozen=True)
 class _Axis:
-    """The row of pixels that frame, tiles and window share along one axis; the frame is the plane at that density."""
+    """A window along one axis, as part of a frame: the whole plane at the window's pixel size.
+
+    Windows cut along the pixels of a picture share its frame, so that they equal its slices.
+    """
 
     density: float                    # pixels across the plane, seldom a fraction
-    shift: float                      # of the row against the plane's edge, in pixels
+    shift: float                      # from the plane's edge to the edge of pixel 0, in pixels
     size: int                         # pixels of the frame: those whose centres lie on the plane
     start: int                        # the window is pixels start to stop - 1 of the frame
     stop: int
 
     @classmethod
     def of(cls, n: int, lo: float, hi: float) -> _Axis:
-        """n pixels over [lo, hi]. A window cut along the pixels of a frame gets exactly that frame's coordinates."""
+        """n pixels over [lo, hi]."""
         density = _snap(2 * n / (hi - lo))
-        offset = _snap((lo + 1) / 2 * density)                       # from the plane's edge to the window's
+        offset = _snap((lo + 1) / 2 * density)        # from the plane's edge to the window's
         start = math.floor(offset + 0.5)
-        shift = offset - start                                       # in [-0.5, 0.5)
+        shift = offset - start                        # in [-0.5, 0.5)
         return cls(density, shift, math.ceil(density - shift - 0.5), start, start + n)
 
-    def frame(self) -> _Axis:
-        """The same row of pixels with a window that is all of it."""
-        return replace(self, start=0, stop=self.size)
+    def centres(self, span: _Span) -> Tensor:
+        """Coordinates (n,) of the pixels drawn, float32 on the CPU: equal on every device."""
+        index = torch.arange(span.left, span.right, dtype=torch.float32)
+        return _centres(index + self.shift, self.density, -1.0, 1.0)
 
-    def part(self, span: _Span) -> _Axis:
-        """A tile and its halo as a frame of its own; the window is what the tile draws."""
-        return replace(self, shift=self.shift + span.reach.start, size=span.reach.stop - span.reach.start,
-                       start=span.crop.start, stop=span.crop.stop)
+    def tiles(self, tile: int, halo: int) -> Iterator[_Span]:
+        """Tiles of one size that cover the window and see `halo` pixels of the frame around it.
 
-    def tiles(self, tile: int, halo: int, fixed: bool) -> Iterator[_Span]:
-        """The tiles that touch the window. They are counted from the frame's first pixel, not the window's.
+        A tile that would leave the frame is moved back inside, and what is new of it is kept.
+        They keep up to `tile` pixels each, fewer where that takes no more of them.
+        """
+        lo = max(self.start - halo, 0)
+        hi = min(self.stop + halo, self.size)
+        inner = max(hi - lo - 2 * halo, 1)
+        even = math.ceil(inner / math.ceil(inner / tile))
+        even = min(tile, math.ceil(even / 32) * 32)   # few sizes: a compiled renderer has one shape
+        side = min(even + 2 * halo, hi - lo)
 
-        fixed fills every tile up to tile + 2 halo pixels, which `inside` tells from the frame's.
+        a = self.start
+        while a < self.stop:
+            left = min(max(a - halo, 0), hi - side)
+            right = left + side
+            b = self.stop if right == hi else right - halo
+            yield _Span(left, right, a, b)
+            a = b
+
+    def published_tiles(self, tile: int, halo: int) -> Iterator[_Span]:
+        """The published sampler's tiles: counted from the frame's first pixel, each with a halo.
+
+        One that touches the window is drawn whole, because its statistics are its own.
         """
         for a in range(self.start // tile * tile, self.stop, tile):
             b = min(a + tile, self.size)
-            left, right = max(a - halo, 0), min(b + halo, self.size)
-            index = torch.arange(left, left + tile + 2 * halo if fixed else right, dtype=torch.float32)
-            centres = _centres(index.clamp(max=right - 1) + self.shift, self.density, -1.0, 1.0)
-            a, b = max(a, self.start), min(b, self.stop)
-            yield _Span(centres, (index < right).float(), 2 / self.density, slice(left, right),
-                        slice(a - left, b - left), a - self.start)
+            left = max(a - halo, 0)
+            right = min(b + halo, self.size)
+            yield _Span(left, right, max(a, self.start), min(b, self.stop))
 
 
 def _snap(pixels: float) -> float:
-    """Make a number whole if it is so to a thousandth of a pixel: windows are often written with few decimals."""
+    """Make a number whole if it is so to a thousandth of a pixel: few decimals are typed."""
     return float(round(pixels)) if abs(pixels - round(pixels)) < 1e-3 else pixels
-
-
-# ---- A tile is a grid: CLIF for less ----
-# `CLIF.forward` takes any coordinates. Those of a tile form a grid, so the nearest feature is a row and a column of
-# phi; of the four channels beside the feature two are constant, and two vary along one axis only.
-
-def _axis_query(span: _Span, n: int) -> tuple[Tensor, Tensor]:
-    """`query` along an axis of n features: the nearest feature's index (P,); and (3, P), inside, offset and size.
-
-    Offset and size are 0 where `inside` is. All on the CPU: ties then fall alike on every device.
-    """
-    ramp = torch.arange(n, dtype=torch.float32)
-    xy = torch.stack([span.centres, torch.zeros_like(span.centres)], dim=-1)              # (P, 2)
-    # Asked of grid_sample as in `nearest`, so that ties agree; border: no rounding leads off the plane.
-    index = F.grid_sample(ramp[None, None, None], xy[None, None], "nearest", "border", align_corners=False)
-    index = index[0, 0, 0].long()                                    # (P,)
-    offset = (span.centres - _centres(ramp, n, -1.0, 1.0)[index]) * n
-    return index, torch.stack([span.inside, offset * span.inside, span.inside * span.cell * n])
-
-
-def _tile_query(phi: Tensor, row: _Span, col: _Span) -> tuple[Tensor, Tensor, Tensor]:
-    """What `query` tells of a tile, in parts: features (B, C, H, W), down (3, H) and across (3, W)."""
-    (iy, down), (ix, across) = _axis_query(row, phi.shape[2]), _axis_query(col, phi.shape[3])
-    top, bottom = int(iy[0]), int(iy[-1]) + 1
-    features = phi[:, :, top:bottom].index_select(3, ix.to(phi.device))                   # (B, C, few, W)
-    features = features.index_select(2, (iy - top).to(phi.device))                        # last: it copies whole rows
-    return features, down.to(phi), across.to(phi)
-
-
-def _first_conv(weight: Tensor, bias: Tensor, features: Tensor, down: Tensor, across: Tensor) -> Tensor:
-    """The first convolution of what `query` returns: (B, C, H, W), (3, H), (3, W) -> (B, hidden, H, W).
-
-    A channel that varies along one axis only is convolved along that axis; along the other its kernel is summed over
-    the taps inside the frame. Both sizes and offsets together are six outer products of a column and a row.
-    """
-    B, C = features.shape[:2]
-    x = F.conv2d(features, weight[:, :C], bias, padding=1)
-    down, across = (F.pad(v, (1, 1)).unfold(1, 3, 1) for v in (down, across))             # (3, H, 3), (3, W, 3): taps
-    vary_down = torch.einsum("ocij,chi->ohj", weight[:, C::2], down[1:])                  # (hidden, H, 3)
-    vary_across = torch.einsum("ocij,cwj->oiw", weight[:, C + 1::2], across[1:])          # (hidden, 3, W)
-    columns = torch.cat([vary_down, down[0].expand_as(vary_down)], dim=2).repeat(B, 1, 1).to(x.dtype)
-    rows = torch.cat([across[0].mT.expand_as(vary_across), vary_across], dim=1).repeat(B, 1, 1).to(x.dtype)
-    return x.flatten(0, 1).baddbmm_(columns, rows).view(x.shape)     # in place: a pass over x costs as much as this
-
-
-def _inside_statistics(mask: Tensor, layer: nn.GroupNorm, x: Tensor) -> Tensor:
-    """`own_statistics` of the pixels where mask (H, W) is 1, and 0 elsewhere: the padding of the next convolution."""
-    g = x.unflatten(1, (layer.num_groups, -1)).float()               # (B, G, C / G, H, W)
-    count = mask.sum() * g.shape[2]
-    mean = (g * mask).sum(dim=(2, 3, 4), keepdim=True) / count
-    g = (g - mean) * mask
-    g = g * (g.square().sum(dim=(2, 3, 4), keepdim=True) / count + layer.eps).rsqrt()
-    return ((g.flatten(1, 2) * layer.weight[:, None, None] + layer.bias[:, None, None]) * mask).to(x.dtype)
-
-
-def _whole_tile(renderer: CLIF, features: Tensor, down: Tensor, across: Tensor, fixed: bool) -> Tensor:
-    """`CLIF.forward` from `_tile_query`. fixed: the tile is filled up, and what fills it must count for nothing."""
-    norm = own_statistics
-    if fixed:
-        mask = down[0, :, None] * across[0]                          # (H, W)
-        features, norm = features * mask, partial(_inside_statistics, mask)
-    first = renderer.model[0]
-    x = _first_conv(first.weight, first.bias, features, down, across)
-    return renderer.conv_out(renderer.trunk(x, norm))
-
-
-# ---- A frame in pieces, with the statistics of the whole ----
-
-@dataclass(frozen=True)
-class Means:
-    """What drawing may use: time and memory. The picture changes by rounding alone."""
-
-    piece: int | None = None          # side in pixels of what is computed at once, a halo apart (default: the tile)
-    keep: int = 2 * 2**30             # bytes of activations that may be kept from layer to layer for norm="global"
-    compile: Callable | None = None   # torch.compile or the like; everything compiled then has one fixed shape
-
-
-def _frozen_layer(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
-    """conv(act(norm(x))) with given statistics: scale and shift (B, C, 1, 1)."""
-    x = (x * scale).add_(shift)
-    x = F.silu(x if mask is None else x.mul_(mask), inplace=True)    # zeros beyond the frame, as a convolution pads
-    return F.conv2d(x, weight, bias, padding=1)
-
-
-def _moments(x: Tensor, groups: int, out: Tensor) -> int:
-    """Mean and variance of each group of channels, x (B, C, H, W) into `out` (2, B, G); returns H * W * C / G."""
-    x = x.reshape(len(x), groups, -1).float()
-    mean = x.mean(dim=-1, keepdim=True)
-    out[0], out[1] = mean[..., 0], (x - mean).square().mean(dim=-1)       # var_mean is 8 times slower on a CPU
-    return x.shape[-1]
-
-
-def _freeze(layer: nn.GroupNorm, counts: list[int], moments: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and shift (B, C, 1, 1) that normalise like `layer`, from the moments (N, 2, B, G) of a frame in pieces."""
-    n = torch.tensor(counts, dtype=torch.float64)[:, None, None]
-    mean, var = moments.cpu().double().unbind(dim=1)                 # cpu: MPS has no float64
-    share, centre = n / n.sum(), (n * mean).sum(dim=0) / n.sum()
-    var = (share * (var + (mean - centre) ** 2)).sum(dim=0)          # no cancellation as in E[x^2] - E[x]^2
-    rstd, centre = (v.repeat_interleave(layer.num_channels // layer.num_groups, dim=1)
-                    for v in ((var + layer.eps).rsqrt(), centre))    # (B, C)
-    scale = rstd * layer.weight.cpu().double()
-    shift = layer.bias.cpu().double() - centre * scale
-    return tuple(v[..., None, None].to(layer.weight) for v in (scale, shift))
-
-
-class _Frame:
-    """Draws a frame with the GroupNorm statistics of all its pixels.
-
-    Layer by layer: the statistics of a layer's input are gathered over all pieces, then frozen, and the next layer sees
-    what it would see in an undivided frame. Where `means.keep` allows, the activations of the frame are kept from one
-    layer to the next, and each is computed once. Otherwise every piece starts from phi again at each of them.
-    """
-
-    def __init__(self, renderer: CLIF, phi: Tensor, rows: _Axis, cols: _Axis, piece: int, means: Means):
-        self.layers, self.first = renderer.layers, renderer.model[0]
-        self.phi, self.rows, self.cols, self.piece = phi, rows, cols, piece
-        self.fixed, compile = means.compile is not None, means.compile or (lambda function: function)
-        self.first_conv, self.frozen_layer = compile(_first_conv), compile(_frozen_layer)
-        self.frozen: list[tuple[Tensor, Tensor]] = []                # of the norms so far
-        # Two maps: the residual stream, which the norms of even number read, and the inside of a block.
-        shape = (2, len(phi), self.first.out_channels, rows.size, cols.size)
-        self.kept = phi.new_empty(shape) if math.prod(shape) * phi.element_size() <= means.keep else None
-        self.halo = 1 if self.kept is not None else renderer.halo
-
-    def spans(self, rows: _Axis, cols: _Axis) -> Iterator[tuple[_Span, _Span]]:
-        return product(*(axis.tiles(self.piece, self.halo, self.fixed) for axis in (rows, cols)))
-
-    def start(self, row: _Span, col: _Span) -> Tensor:
-        """The first convolution."""
-        features, down, across = _tile_query(self.phi, row, col)
-        if self.fixed:
-            features = features * (down[0, :, None] * across[0])
-        return self.first_conv(self.first.weight, self.first.bias, features, down, across)
-
-    def run(self, k: int, x: Tensor, row: _Span, col: _Span) -> Tensor:
-        """Norm k, whose statistics are frozen, activation and convolution."""
-        mask = (row.inside[:, None] * col.inside).to(x) if self.fixed else None
-        conv = self.layers[k][1]
-        return self.frozen_layer(x, *self.frozen[k], conv.weight, conv.bias, mask)
-
-    def input(self, k: int, row: _Span, col: _Span) -> Tensor:
-        """What norm k sees in a piece and its halo."""
-        if self.kept is not None:
-            x = self.kept[k % 2][..., row.reach, col.reach]
-            return F.pad(x, (0, len(col.inside) - x.shape[3], 0, len(row.inside) - x.shape[2])) if self.fixed else x
-        x = h = self.start(row, col)
-        for j in range(k):
-            h = self.run(j, h, row, col)
-            if j % 2:
-                h = x = x + h
-        return h
-
-    def advance(self, k: int, row: _Span, col: _Span) -> Tensor:
-        """The input of norm k in a piece without halo; kept, if it may be."""
-        if self.kept is None:
-            return self.input(k, row, col)[..., row.crop, col.crop]
-        x = self.run(k - 1, self.input(k - 1, row, col), row, col) if k else self.start(row, col)
-        x = x[..., row.crop, col.crop]
-        place = self.kept[k % 2][..., row.place:row.place + x.shape[2], col.place:col.place + x.shape[3]]
-        return place.add_(x) if k and k % 2 == 0 else place.copy_(x)          # every second layer is a block's second
-
-    def tiles(self) -> Tiles:
-        """The window, as `render_tiles` yields it."""
-        for k, (norm, _) in enumerate(self.layers):
-            spans = list(self.spans(self.rows.frame(), self.cols.frame()))
-            # One array: a small tensor per piece would pin a hole in the heap each, gigabytes in a large frame.
-            moments = self.phi.new_empty(len(spans), 2, len(self.phi), norm.num_groups, dtype=torch.float32)
-            counts = [_moments(self.advance(k, row, col), norm.num_groups, out)
-                      for (row, col), out in zip(spans, moments)]
-            self.frozen.append(_freeze(norm, counts, moments))
-        last = len(self.layers) - 1
-        for row, col in self.spans(self.rows, self.cols):
-            rgb = self.run(last, self.input(last, row, col), row, col)
-            yield row.place, col.place, rgb[..., row.crop, col.crop]
 
 
 # ---- Drawing ----
 
-def _queries(phi: Tensor, row: _Span, col: _Span) -> tuple[Tensor, Tensor]:
-    """coord (B, H, W, 2) and cell (B, 2) of one tile with its halo."""
-    coord = _pairs(row.centres, col.centres).to(phi.device)          # (H, W, 2)
-    cell = coord.new_tensor([row.cell, col.cell])                    # (2,)
-    return coord.expand(len(phi), -1, -1, -1), cell.expand(len(phi), 2)
+@dataclass(eq=False)
+class Field:
+    """B pictures as functions of position: draw them at any resolution, aspect and window.
 
+    Every tile is one call renderer(phi, coord, cell, norm) with coordinates made for it alone, so
+    that memory does not grow with the picture. There are two rules for the norms' statistics:
 
-def _paste(tiles: Tiles, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    image = torch.empty(shape, device=device)                        # (B, 3, H, W)
-    for y, x, rgb in tiles:
-        image[..., y:y + rgb.shape[-2], x:x + rgb.shape[-1]] = rgb
-    return image
+    frame   (default) those of `FrameNorm`: tiles, windows and the whole picture agree to rounding,
+            and a window costs its own pixels and a margin as wide as the receptive field.
+    paper   those of each tile with its halo, as in the published sampler (256 px and 8 px), where
+            training sees patches of that size. Each tile is normalised a little differently.
 
-
-def _plain_tiles(renderer: nn.Module, phi: Tensor, rows: _Axis, cols: _Axis, tile: int) -> Tiles:
-    """Tiles of a renderer without norms."""
-    for row, col in product(*(axis.tiles(tile, renderer.halo, fixed=False) for axis in (rows, cols))):
-        rgb = renderer(phi, *_queries(phi, row, col))                # (B, 3, tile + halos, tile + halos)
-        yield row.place, col.place, rgb[..., row.crop, col.crop]
-
-
-def _paper_tiles(renderer: CLIF, phi: Tensor, rows: _Axis, cols: _Axis, tile: int, means: Means) -> Tiles:
-    """Tiles with their own statistics. One that is drawn in pieces is a frame of its own."""
-    fixed = means.compile is not None
-    whole_tile = means.compile(_whole_tile) if fixed else _whole_tile
-    for row, col in product(*(axis.tiles(tile, renderer.halo, fixed) for axis in (rows, cols))):
-        if means.piece is None or means.piece >= tile:
-            rgb = whole_tile(renderer, *_tile_query(phi, row, col), fixed)[..., row.crop, col.crop]
-        else:
-            shape = (len(phi), 3, row.crop.stop - row.crop.start, col.crop.stop - col.crop.start)
-            pieces = _Frame(renderer, phi, rows.part(row), cols.part(col), means.piece, means).tiles()
-            rgb = _paste(pieces, shape, phi.device)
-        yield row.place, col.place, rgb
-
-
-@torch.no_grad()
-def _draw(renderer: CLIF | LIIF, phi: Tensor, rows: _Axis, cols: _Axis, tile: int, norm: str, means: Means) -> Tiles:
-    piece = min(means.piece or tile, tile)
-    if not isinstance(renderer, CLIF):
-        yield from _plain_tiles(renderer, phi, rows, cols, piece)
-    elif norm == "paper":
-        yield from _paper_tiles(renderer, phi, rows, cols, tile, means)
-    else:
-        yield from _Frame(renderer, phi, rows, cols, piece, means).tiles()
-
-
-def render_tiles(renderer: CLIF | LIIF, phi: Tensor, res: int | tuple[int, int], window: Window | None = None,
-                 tile: int = 256, norm: str = "paper", means: Means = Means(), first: int = 0) -> Tiles:
-    """Draw the field phi (B, C, h, w) tile by tile, row by row: yields (y, x, rgb (B, 3, h, w)), y and x in pixels.
-
-    `res` is the size in pixels, int or (H, W), of `window` = (y0, x0, y1, x1), a rectangle of the plane [-1, 1]^2
-    (default: all of it). Tiles are drawn with a halo that is cropped off; beyond `means.keep` bytes memory does not
-    grow with `res`.
-    CLIF's GroupNorms make every pixel depend on all others, so tiles need a rule for the statistics:
-
-    paper    those of each tile with its halo. The published sampler does so (256 px tiles, 8 px halo), and training
-             sees 256 px patches; each tile is normalised a little differently from its neighbours.
-    global   those of the whole frame: tile size then changes nothing but rounding. Costs about as much as "paper" while
-             two maps of the frame's activations fit into `means.keep` bytes, and about 4 times as much beyond.
-
-    The frame is the whole plane at the window's pixel density, also for a window: tiles lie on the frame's lattice and
-    statistics are the frame's, so that a window equals the slice of the full picture. In global mode a window hence
-    costs the passes over the whole frame at that density, which rules out deep zooms.
-    `means` bounds time and memory, see there. `first` leaves out the rows of the window above it; y counts from there.
-    Raises ValueError for an empty resolution, a window that is empty or leaves the plane, a bad tile or norm.
+    replace(field, renderer=compiled) draws by a compiled renderer: by the rule `frame`, the tiles
+    of a picture have one shape, and the statistics are inputs.
+    Raises ValueError for an empty tile.
     """
-    height, width = (res, res) if isinstance(res, int) else res
-    y0, x0, y1, x1 = WHOLE_PLANE if window is None else window
-    if height < 1 or width < 1:
-        raise ValueError(f"resolution {height}x{width}: both sides must be at least 1 pixel")
-    if not (-1 <= y0 < y1 <= 1 and -1 <= x0 < x1 <= 1):
-        raise ValueError(f"window {y0:g},{x0:g},{y1:g},{x1:g}: need -1 <= y0 < y1 <= 1 and -1 <= x0 < x1 <= 1")
-    if tile < 1:
-        raise ValueError(f"tile {tile}: must be at least 1 pixel")
-    if norm not in ("paper", "global"):
-        raise ValueError(f"norm {norm!r}: choose paper or global")
-    rows, cols = _Axis.of(height, y0, y1), _Axis.of(width, x0, x1)
-    return _draw(renderer, phi, replace(rows, start=rows.start + first), cols, tile, norm, means)
 
+    renderer: Callable[..., Tensor]   # CLIF or LIIF
+    phi: Tensor                       # (B, C, h, w)
+    tile: int = 256                   # side of a tile in pixels; with paper, of a training patch
+    paper: bool = False
+    norm: Norm | None = None          # default: by the rule
+    halo: int | None = None           # pixels drawn around a tile and cut off; default: by the rule
 
-def render(renderer: CLIF | LIIF, phi: Tensor, res: int | tuple[int, int], window: Window | None = None,
-           tile: int = 256, norm: str = "paper", means: Means = Means()) -> Tensor:
-    """The whole picture (B, 3, H, W); arguments and errors as in `render_tiles`."""
-    tiles = render_tiles(renderer, phi, res, window, tile, norm, means)
-    height, width = (res, res) if isinstance(res, int) else res
-    return _paste(tiles, (len(phi), 3, height, width), phi.device)
+    def __post_init__(self):
+        if self.tile < 1:
+            raise ValueError(f"tile {self.tile}: must be at least 1 pixel")
+        if self.halo is None:
+            self.halo = self.renderer.halo if self.paper else self.renderer.reach
+        if self.norm is None:
+            self.norm = own_statistics if self.paper else FrameNorm(self.renderer, self.phi)
+
+    def __len__(self) -> int:
+        return len(self.phi)
+
+    def __getitem__(self, index: int | slice) -> Field:
+        """Some of the pictures; an int keeps the batch dimension."""
+        if isinstance(index, int):
+            first = range(len(self))[index]           # negative ones too; IndexError beyond the end
+            index = slice(first, first + 1)
+        norm = self.norm[index] if isinstance(self.norm, FrameNorm) else self.norm
+        return replace(self, phi=self.phi[index], norm=norm)
+
+    def tiles(self, res: int | tuple[int, int], window: Window | None = None) -> Tiles:
+        """Draw tile by tile, row by row: yields (y, x, rgb (B, 3, h, w)), y and x in pixels.
+
+        res and window, and the ValueError they raise at the call, are those of `check_frame`.
+        No gradients.
+        """
+        (height, width), (y0, x0, y1, x1) = check_frame(res, window)
+        return self._tiles(_Axis.of(height, y0, y1), _Axis.of(width, x0, x1))
+
+    @torch.no_grad()
+    def _tiles(self, rows: _Axis, cols: _Axis) -> Tiles:
+        cut = _Axis.published_tiles if self.paper else _Axis.tiles
+        B = len(self)
+        cell = self.phi.new_tensor([2 / rows.density, 2 / cols.density], dtype=torch.float32)
+        cell = cell.expand(B, 2)                                              # (B, 2)
+        for row, col in product(cut(rows, self.tile, self.halo), cut(cols, self.tile, self.halo)):
+            y = rows.centres(row).to(cell.device)                             # (h,)
+            x = cols.centres(col).to(cell.device)                             # (w,)
+            coord = _pairs(y, x).expand(B, -1, -1, -1)                        # (B, h, w, 2)
+            rgb = self.renderer(self.phi, coord, cell, self.norm)             # (B, 3, h, w)
+            yield row.a - rows.start, col.a - cols.start, rgb[..., row.kept, col.kept]
+
+    def draw(self, res: int | tuple[int, int], window: Window | None = None) -> Tensor:
+        """Whole pictures (B, 3, H, W), about [-1, 1] but not clamped; arguments as in `tiles`."""
+        (height, width), window = check_frame(res, window)
+        pictures = torch.empty(len(self), 3, height, width, device=self.phi.device)
+        for y, x, rgb in self.tiles((height, width), window):
+            pictures[..., y:y + rgb.shape[2], x:x + rgb.shape[3]] = rgb
+        return pictures
