@@ -1,5 +1,5 @@
 """The neural field autoencoder: image -> latent z -> feature field phi -> image at any coordinates.
-Paper: Image Neural Field Diffusion Models (INFD), supplementary J.1; encoder and decoder are LDM's, f4.
+Paper: Image Neural Field Diffusion Models (INFD), supplementary J.1; E and D are LDM's, f4.
 Read next: ldm.py, which generates z; clif.py holds the renderer.
 """
 
@@ -10,58 +10,66 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
-from clif import CLIF, LIIF, CLIFConfig, LIIFConfig, ResBlock, Window, render
+from clif import CLIF, LIIF, CLIFConfig, Field, LIIFConfig, ResBlock
 
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """Architecture of encoder, latent, decoder and renderer; the defaults are the published FFHQ model (J.1)."""
+    """Architecture of encoder, latent, decoder and renderer.
 
-    ch: int = 128                     # base channels, a multiple of groups (supplementary J.1)
-    ch_mult: tuple[int, ...] = (1, 2, 4)    # width of each level in units of ch (supplementary J.1)
+    The defaults are the published FFHQ model (supplementary J.1).
+    """
+
+    ch: int = 128                     # base channels, a multiple of groups (J.1)
+    ch_mult: tuple[int, ...] = (1, 2, 4)      # width of each level in units of ch (J.1)
     num_res_blocks: int = 2           # per encoder level; the decoder has one more (published code)
-    z_channels: int = 3               # channels of the latent (supplementary J.1)
-    kl: bool = False                  # Gaussian latent with a KL loss in place of vector quantisation
-    kl_logvar: float = 0.0            # added to its log-variance at the start; 0, as published, is noise of about 1,
-                                      # in which most channels of a short training drown: see the presets
-    lowres: bool = False              # z is the picture itself at size/f, not learned: the baseline of supplementary C,
-                                      # Table 1 ("LR-DM + SR"), where decoder and renderer are left a super-resolution
+    z_channels: int = 3               # channels of the latent (J.1)
+    kl: bool = False                  # Gaussian latent with a KL loss, no vector quantisation
+    kl_logvar: float = 0.0            # added to its log-variance at the start. 0, as published, is
+                                      # noise of about 1, in which most channels of a short training
+                                      # are lost: see the presets
+    lowres: bool = False              # z is the picture itself at size/f, not learned: the baseline
+                                      # of supplementary C, Table 1 ("LR-DM + SR"), where decoder
+                                      # and renderer do super-resolution
     n_embed: int = 8192               # codes in the codebook (LDM VQ-f4)
     vq_beta: float = 0.25             # weight inside the quantisation loss (published code)
     renderer: str = "clif"            # clif, or liif, the baseline of supplementary A
     hidden: int = 256                 # width of the renderer (published code)
-    num_blocks: int = 2               # residual blocks of CLIF (supplementary J.1)
-    groups: int = 32                  # of every GroupNorm (published code); with one channel a group, levels are lost
+    num_blocks: int = 2               # residual blocks of CLIF (J.1)
+    groups: int = 32                  # of every GroupNorm (published code); with one channel a
+                                      # group, levels are lost
 
     def __post_init__(self):
         object.__setattr__(self, "ch_mult", tuple(self.ch_mult))     # a checkpoint may hold a list
         if self.renderer not in ("clif", "liif"):
             raise ValueError(f"renderer {self.renderer!r}: choose clif or liif")
         if self.lowres and (self.kl or self.z_channels != 3):
-            raise ValueError("lowres=true: z is a picture, which goes with z_channels=3 and kl=false")
-        widths = {"ch": [self.ch * m for m in self.ch_mult], "hidden": [self.hidden] * (self.renderer == "clif")}
+            raise ValueError("lowres=true: z is a picture, which goes with z_channels=3 and "
+                             "kl=false")
+        widths = {"ch": [self.ch * m for m in self.ch_mult]}
+        if self.renderer == "clif":
+            widths["hidden"] = [self.hidden]
         for name, values in widths.items():
             if any(v < 1 or v % self.groups for v in values):
-                raise ValueError(f"{name} gives {values} channels; GroupNorm needs multiples of groups={self.groups}")
+                raise ValueError(f"{name} gives {values} channels; GroupNorm needs multiples of "
+                                 f"groups={self.groups}")
 
     @property
     def f(self) -> int:
-        """Downsampling factor from image to latent: 4 for three levels, there is none after the last."""
+        """Downsampling factor from image to latent: 4 for three levels, none after the last."""
         return 2 ** (len(self.ch_mult) - 1)
 
 
 # ---- Encoder and decoder ----
-# Module names are LDM's (down, mid, up, ...), so that published checkpoints map key by key. The paper calls the two
-# symmetric, without attention; the published networks, followed here, have three residual blocks per decoder level
-# and self-attention between the middle blocks.
+# Module names are LDM's (down, mid, up, ...), so that published checkpoints map key by key. The
+# paper calls the two symmetric, without attention; the published networks, followed here, have
+# three residual blocks per decoder level and self-attention between the middle blocks.
 
 class Attention(nn.Module):
-    """x + self-attention over all positions with a single head."""
+    """Self-attention over all positions with a single head, added to its input."""
 
     def __init__(self, c: int, groups: int):
         super().__init__()
@@ -72,10 +80,19 @@ class Attention(nn.Module):
         self.proj_out = nn.Conv2d(c, c, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
-        q, k, v = (layer(h).flatten(2).mT[:, None] for layer in (self.q, self.k, self.v))    # (B, 1, h*w, C)
-        h = F.scaled_dot_product_attention(q, k, v)                  # (B, 1, h*w, C)
+        """x (B, C, h, w) -> (B, C, h, w)."""
+        h = self.norm(x)                                                      # (B, C, h, w)
+        q = _tokens(self.q(h))                                                # (B, 1, h*w, C)
+        k = _tokens(self.k(h))                                                # (B, 1, h*w, C)
+        v = _tokens(self.v(h))                                                # (B, 1, h*w, C)
+        h = F.scaled_dot_product_attention(q, k, v)                           # (B, 1, h*w, C)
         return x + self.proj_out(h[:, 0].mT.unflatten(2, x.shape[2:]))        # (B, C, h, w)
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """(B, C, h, w) -> one head of tokens (B, 1, h*w, C)."""
+    # Contiguous, because the fused kernels of attention want the channels of a token side by side.
+    return x.flatten(2).mT.contiguous()[:, None]
 
 
 class Downsample(nn.Module):
@@ -86,7 +103,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(c, c, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))                     # right and bottom only, as in LDM; (h/2, w/2)
+        return self.conv(F.pad(x, (0, 1, 0, 1)))      # right and bottom only, as in LDM; (h/2, w/2)
 
 
 class Upsample(nn.Module):
@@ -97,14 +114,17 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(c, c, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (2h, 2w)
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B, C, 2h, 2w)
 
 
 def _blocks(c_in: int, c_out: int, n: int, groups: int) -> nn.ModuleList:
-    return nn.ModuleList([ResBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(n)])
+    """n residual blocks, the first from c_in to c_out channels."""
+    widths = [c_in] + [c_out] * (n - 1)
+    return nn.ModuleList([ResBlock(width, c_out, groups) for width in widths])
 
 
 def _middle(c: int, groups: int) -> nn.Sequential:
+    """The blocks at the lowest resolution."""
     return nn.Sequential(OrderedDict(block_1=ResBlock(c, c, groups), attn_1=Attention(c, groups),
                                      block_2=ResBlock(c, c, groups)))
 
@@ -119,82 +139,92 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(3, cfg.ch, 3, padding=1)
         self.down = nn.ModuleList()
         for i, (c, width) in enumerate(zip([cfg.ch, *widths], widths)):
-            level = nn.ModuleDict({"block": _blocks(c, width, cfg.num_res_blocks, cfg.groups)})
-            if i < len(widths) - 1:                                  # "after each level" but the last
+            blocks = _blocks(c, width, cfg.num_res_blocks, cfg.groups)
+            level = nn.ModuleDict({"block": blocks})
+            if i < len(widths) - 1:                   # "after each level" (J.1) but the last
                 level["downsample"] = Downsample(width)
             self.down.append(level)
         self.mid = _middle(widths[-1], cfg.groups)
         self.norm_out = nn.GroupNorm(cfg.groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], c_out, 3, padding=1)
-        self.quant_conv = nn.Conv2d(c_out, c_out, 1)                 # published as encoder.1, the rest as encoder.0
+        self.quant_conv = nn.Conv2d(c_out, c_out, 1)  # published as encoder.1, the rest encoder.0
         if cfg.kl:
             self.quant_conv.bias.data[cfg.z_channels:] += cfg.kl_logvar
 
     def forward(self, image: Tensor) -> Tensor:
-        """image (B, 3, H, W) in [-1, 1], sides multiples of f -> (B, z_channels, H/f, W/f); KL: twice the channels."""
-        x = self.conv_in(image)                                      # (B, ch, H, W)
+        """image (B, 3, H, W) in [-1, 1], sides multiples of f -> (B, z_channels, H/f, W/f).
+
+        KL: twice the channels.
+        """
+        x = self.conv_in(image)                                               # (B, ch, H, W)
         for level in self.down:
             for block in level["block"]:
-                x = block(x)                                         # (B, width, h, w)
+                x = block(x)                                                  # (B, width, h, w)
             if "downsample" in level:
-                x = level["downsample"](x)                           # (B, width, h/2, w/2)
-        x = self.mid(x)
+                x = level["downsample"](x)                                    # (B, width, h/2, w/2)
+        x = self.mid(x)                                                       # (B, width, H/f, W/f)
         return self.quant_conv(self.conv_out(F.silu(self.norm_out(x))))       # (B, c_out, H/f, W/f)
 
 
 class Decoder(nn.Module):
-    """D: quantised latent -> feature field phi. It ends at LDM's last features: the renderer takes the place of the
-    final norm and convolution to RGB."""
+    """D: quantised latent -> feature field phi.
+
+    It ends at LDM's last features: the renderer takes the place of the last norm and convolution.
+    """
 
     def __init__(self, cfg: AutoencoderConfig):
         super().__init__()
         widths = [cfg.ch * m for m in cfg.ch_mult]
-        self.post_quant_conv = nn.Conv2d(cfg.z_channels, cfg.z_channels, 1)   # published as decoder.0, rest decoder.1
+        # Published as decoder.0, the rest as decoder.1.
+        self.post_quant_conv = nn.Conv2d(cfg.z_channels, cfg.z_channels, 1)
         self.conv_in = nn.Conv2d(cfg.z_channels, widths[-1], 3, padding=1)
         self.mid = _middle(widths[-1], cfg.groups)
-        levels = []
+        self.up = nn.ModuleList()                     # up[0] is the finest level and runs last
         for i, (c, width) in enumerate(zip([*widths[1:], widths[-1]], widths)):
-            level = nn.ModuleDict({"block": _blocks(c, width, cfg.num_res_blocks + 1, cfg.groups)})
+            blocks = _blocks(c, width, cfg.num_res_blocks + 1, cfg.groups)
+            level = nn.ModuleDict({"block": blocks})
             if i > 0:
                 level["upsample"] = Upsample(width)
-            levels.append(level)
-        self.up = nn.ModuleList(levels)                              # up[0] is the finest level and runs last
+            self.up.append(level)
 
     def forward(self, z: Tensor) -> Tensor:
         """z (B, z_channels, h, w) -> phi (B, ch * ch_mult[0], f*h, f*w)."""
-        x = self.mid(self.conv_in(self.post_quant_conv(z)))          # (B, widths[-1], h, w)
+        x = self.conv_in(self.post_quant_conv(z))                             # (B, width, h, w)
+        x = self.mid(x)                                                       # (B, width, h, w)
         for level in reversed(self.up):
             for block in level["block"]:
-                x = block(x)                                         # (B, width, h, w)
+                x = block(x)                                                  # (B, width, h, w)
             if "upsample" in level:
-                x = level["upsample"](x)                             # (B, width, 2h, 2w)
+                x = level["upsample"](x)                                      # (B, width, 2h, 2w)
         return x
 
 
 # ---- Regularising the latent ----
 
 class VectorQuantizer(nn.Module):
-    """Replace each latent vector by the nearest of `n_embed` learned codes; gradients pass straight through.
+    """Replace each latent vector by the nearest of `n_embed` learned codes.
 
-    loss = |sg(z_q) - z|^2 + beta |z_q - sg(z)|^2, averaged over all elements: the weight beta is on the codebook, as
-    in the published model. VQ-VAE has it on the other term, which `legacy=False` gives. The value is the same, the
-    gradients are not.
+    Gradients pass straight through. loss = |sg(z_q) - z|^2 + beta |z_q - sg(z)|^2, averaged over
+    all elements: the weight beta is on the codebook, as in the published model. VQ-VAE has it on
+    the other term, which `legacy=False` gives. The value is the same, the gradients are not.
     """
 
     def __init__(self, n_embed: int, dim: int, beta: float = 0.25, legacy: bool = True):
         super().__init__()
-        self.beta, self.legacy = beta, legacy
+        self.beta = beta
+        self.legacy = legacy
         self.embedding = nn.Embedding(n_embed, dim)
         nn.init.uniform_(self.embedding.weight, -1 / n_embed, 1 / n_embed)
 
     @torch.no_grad()
     def nearest(self, z: Tensor) -> Tensor:
         """z (B, C, h, w) -> indices of the nearest codes (B*h*w,), in the order b, h, w."""
-        flat = z.movedim(1, -1).flatten(0, -2).float()               # (B*h*w, C)
-        codes = self.embedding.weight.float()                        # (n_embed, C)
-        # |z - e|^2 without |z|^2, which is the same for every code: a single (B*h*w, n_embed) matrix.
+        flat = z.movedim(1, -1).flatten(0, -2).float()                        # (B*h*w, C)
+        codes = self.embedding.weight.float()                                 # (n_embed, C)
+        # |z - e|^2 without |z|^2, which is the same for every code: one (B*h*w, n_embed) matrix.
         with torch.autocast(z.device.type, enabled=False):           # bf16 would confuse near codes
-            return torch.addmm(codes.square().sum(dim=1), flat, codes.T, alpha=-2).argmin(dim=1)
+            distance = torch.addmm(codes.square().sum(dim=1), flat, codes.T, alpha=-2)
+            return distance.argmin(dim=1)
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Indices (B, h, w) -> codes (B, C, h, w)."""
@@ -203,11 +233,15 @@ class VectorQuantizer(nn.Module):
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z (B, C, h, w) -> (z_q (B, C, h, w), loss, indices (B*h*w,))."""
         B, _, h, w = z.shape
-        indices = self.nearest(z)
-        z_q = self.lookup(indices.view(B, h, w))
-        commitment, codebook = F.mse_loss(z, z_q.detach()), F.mse_loss(z_q, z.detach())
-        loss = commitment + self.beta * codebook if self.legacy else self.beta * commitment + codebook
-        return z + (z_q - z).detach(), loss, indices                 # the value of z_q, the gradient of z
+        indices = self.nearest(z)                                             # (B*h*w,)
+        z_q = self.lookup(indices.view(B, h, w))                              # (B, C, h, w)
+        commitment = F.mse_loss(z, z_q.detach())
+        codebook = F.mse_loss(z_q, z.detach())
+        if self.legacy:
+            loss = commitment + self.beta * codebook
+        else:
+            loss = self.beta * commitment + codebook
+        return z + (z_q - z).detach(), loss, indices  # the value of z_q with the gradient of z
 
 
 def split_moments(moments: Tensor) -> tuple[Tensor, Tensor]:
@@ -217,14 +251,14 @@ def split_moments(moments: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def kl_loss(mean: Tensor, logvar: Tensor) -> Tensor:
-    """KL(N(mean, exp(logvar)) || N(0, 1)) per image (B,), summed over its latent."""
+    """KL(N(mean, exp(logvar)) || N(0, 1)) per image (B,), summed over its latent (B, C, h, w)."""
     return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum(dim=(1, 2, 3))
 
 
 # ---- The autoencoder ----
 
 class FieldAutoencoder(nn.Module):
-    """E, VQ (or KL), D and R: an image becomes a latent z, and z a function from coordinates to colours.
+    """E, VQ (or KL), D and R: an image becomes a latent z, and z a function of coordinates.
 
     With lowres, E is the mean of f x f pixels, and nothing regularises z.
     """
@@ -233,55 +267,65 @@ class FieldAutoencoder(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.encoder = nn.AvgPool2d(cfg.f) if cfg.lowres else Encoder(cfg)
-        self.quantizer = None if cfg.kl or cfg.lowres else VectorQuantizer(cfg.n_embed, cfg.z_channels, cfg.vq_beta)
+        self.quantizer = None
+        if not (cfg.kl or cfg.lowres):
+            self.quantizer = VectorQuantizer(cfg.n_embed, cfg.z_channels, cfg.vq_beta)
         self.decoder = Decoder(cfg)
         c_phi = cfg.ch * cfg.ch_mult[0]
-        self.renderer = (CLIF(CLIFConfig(c_phi, cfg.hidden, cfg.num_blocks, cfg.groups)) if cfg.renderer == "clif"
-                         else LIIF(LIIFConfig(c_phi, cfg.hidden)))
+        if cfg.renderer == "clif":
+            self.renderer = CLIF(CLIFConfig(c_phi, cfg.hidden, cfg.num_blocks, cfg.groups))
+        else:
+            self.renderer = LIIF(LIIFConfig(c_phi, cfg.hidden))
 
     def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
-        """image (B, 3, H, W) in [-1, 1] -> z (B, C, H/f, W/f), before quantisation and unscaled: what diffusion learns.
+        """The latent that diffusion learns: before quantisation, unscaled.
 
-        KL: mean + std * noise, with noise (B, C, H/f, W/f) from N(0, 1), or the mean without noise.
+        image (B, 3, H, W) in [-1, 1] -> z (B, C, H/f, W/f). KL: mean + std * noise, with noise
+        (B, C, H/f, W/f) from N(0, 1), or the mean without noise.
         Raises ValueError if H or W is not a multiple of f.
         """
         return self._encode(image, noise)[0]
 
     def _encode(self, image: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """z, and the KL variant's loss, 0 where nothing is to be regularised, None where the quantiser knows it."""
+        """z and the KL loss: 0 where nothing is regularised, None where the quantiser has it."""
         H, W = image.shape[-2:]
         if H % self.cfg.f or W % self.cfg.f:
-            raise ValueError(f"image of {H}x{W} pixels: both sides must be multiples of {self.cfg.f}")
-        z = self.encoder(image)                                      # (B, C, H/f, W/f), or 2C channels
+            raise ValueError(f"image of {H}x{W} pixels: both sides must be multiples of "
+                             f"{self.cfg.f}")
+        z = self.encoder(image)                                               # (B, C, H/f, W/f)
+        if self.cfg.lowres:
+            return z, z.new_zeros(())
         if not self.cfg.kl:
-            return z, z.new_zeros(()) if self.cfg.lowres else None
-        mean, logvar = split_moments(z)
+            return z, None
+        mean, logvar = split_moments(z)                                       # (B, C, H/f, W/f)
         z = mean if noise is None else mean + (0.5 * logvar).exp() * noise
         return z, kl_loss(mean, logvar).mean()
 
     def quantize(self, z: Tensor) -> Tensor:
-        """The latent the decoder gets: the nearest codes, with the gradient of z; without VQ, z as it is."""
+        """The latent the decoder gets: the nearest codes, with the gradient of z; without VQ, z."""
         return z if self.quantizer is None else self.quantizer(z)[0]
 
     def decode(self, z: Tensor) -> Tensor:
         """z (B, C, h, w), not yet quantised -> phi (B, ch * ch_mult[0], f*h, f*w)."""
         return self.decoder(self.quantize(z))
 
-    def render(self, phi: Tensor, res: int | tuple[int, int], window: Window | None = None, tile: int = 256,
-               norm: str = "paper") -> Tensor:
-        """phi -> picture (B, 3, H, W), without gradients; see `clif.render_tiles` for the arguments."""
-        return render(self.renderer, phi, res, window, tile, norm)
+    @torch.no_grad()
+    def field(self, z: Tensor, tile: int = 256, paper: bool = False) -> Field:
+        """z (B, C, h, w), not yet quantised -> the pictures it stands for, see `clif.Field`."""
+        return Field(self.renderer, self.decode(z), tile, paper)
 
-    def forward(self, image: Tensor, coord: Tensor, cell: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """One training pass: image (B, 3, H, W), coord (B, P, Q, 2), cell (B, 2) -> (rgb (B, 3, P, Q), VQ or KL loss).
+    def forward(self, image: Tensor, coord: Tensor, cell: Tensor,
+                noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One training pass: (rgb (B, 3, P, Q), VQ or KL loss).
 
-        `noise` as in `encode`. The KL loss is a mean over the batch of sums over the latent, so its weight in the total
-        must be tiny: LDM has 1e-6; the published default of 1 belongs to VQ.
+        image (B, 3, H, W), coord (B, P, Q, 2), cell (B, 2); `noise` as in `encode`. The KL loss is
+        a mean over the batch of sums over the latent, so its weight in the total must be tiny: LDM
+        has 1e-6; the published default of 1 belongs to VQ.
         """
-        z, reg = self._encode(image, noise)
+        z, reg = self._encode(image, noise)                                   # (B, C, H/f, W/f)
         if self.quantizer is not None:
-            z, reg, _ = self.quantizer(z)
-        return self.renderer(self.decoder(z), coord, cell), reg
+            z, reg, _ = self.quantizer(z)                                     # (B, C, H/f, W/f)
+        return self.renderer(self.decoder(z), coord, cell), reg               # (B, 3, P, Q)
 
 
 # ---- The adversary ----
@@ -294,48 +338,33 @@ class DiscriminatorConfig:
     n_layers: int = 3                 # layers with stride 2; 3 sees 70 pixels (pix2pix)
 
 
-class BatchNorm(nn.BatchNorm2d):
-    """Batch norm over the batches of all processes, as published (nn.SyncBatchNorm, which has no CPU version)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, h, w) -> (B, C, h, w)."""
-        if not (self.training and dist.is_available() and dist.is_initialized()):
-            return super().forward(x)
-        world = dist.get_world_size()
-        local = torch.stack([x.mean(dim=(0, 2, 3)), x.square().mean(dim=(0, 2, 3))])     # (2, C)
-        mean, square = all_reduce(local) / world
-        var = square - mean.square()
-        n = world * x.numel() // x.shape[1]
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * n / (n - 1), self.momentum)
-        scale = self.weight * (var + self.eps).rsqrt()
-        return x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]
-
-
 class PatchDiscriminator(nn.Module):
     """The PatchGAN of pix2pix: one real-or-fake logit per overlapping patch of the picture."""
 
     def __init__(self, cfg: DiscriminatorConfig):
         super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(3, cfg.ndf, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        layers: list[nn.Module] = [nn.Conv2d(3, cfg.ndf, 4, stride=2, padding=1),
+                                   nn.LeakyReLU(0.2)]
         c = cfg.ndf
         for n in range(1, cfg.n_layers + 1):
             width = cfg.ndf * min(2**n, 8)
             stride = 2 if n < cfg.n_layers else 1
             layers += [nn.Conv2d(c, width, 4, stride=stride, padding=1, bias=False),
-                       BatchNorm(width), nn.LeakyReLU(0.2)]
+                       nn.BatchNorm2d(width), nn.LeakyReLU(0.2)]
             c = width
         self.main = nn.Sequential(*layers, nn.Conv2d(c, 1, 4, padding=1))
-        for layer in self.main:                                      # pix2pix; biases keep PyTorch's default
+
+        for layer in self.main:                       # pix2pix; biases keep PyTorch's default
             if isinstance(layer, nn.Conv2d):
                 nn.init.normal_(layer.weight, 0.0, 0.02)
-            elif isinstance(layer, BatchNorm):
+            elif isinstance(layer, nn.BatchNorm2d):
                 nn.init.normal_(layer.weight, 1.0, 0.02)
 
     def forward(self, image: Tensor) -> Tensor:
-        """image (B, 3, H, W) -> logits (B, 1, h, w); 256 px give 30x30. Batch norm runs in the mode of the module."""
+        """image (B, 3, H, W) -> logits (B, 1, h, w); 256 px give 30x30.
+
+        Batch norm follows the mode of the module (train or eval).
+        """
         return self.main(image)
 
 
@@ -344,14 +373,27 @@ def hinge_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
     return 0.5 * (F.relu(1.0 - logits_real).mean() + F.relu(1.0 + logits_fake).mean())
 
 
-def adaptive_weight(nll: Tensor, g_loss: Tensor, last_weight: Tensor,
-                    average: Callable = lambda grads: grads) -> Tensor:
-    """lambda = |grad nll| / (|grad g_loss| + 1e-4), at most 1e4: equal pull of both losses on the last layer's weight.
+def first_order(loss: Tensor, x: Tensor) -> Tensor:
+    """Replace loss(x) by (dloss/dx).detach() * x, summed over x.
 
-    Detached; the graphs of both losses stay alive for the backward pass that follows. average: takes the means of the
-    gradients over several processes, which then agree on lambda.
+    It has the same gradient for everything before x, so that LPIPS and the discriminator are
+    back-propagated once, not twice: once for the adaptive weight and once for the step. The value
+    is another one. loss is a scalar computed from x.
+    """
+    slope, = torch.autograd.grad(loss, x)
+    return (slope * x).sum()
+
+
+def adaptive_weight(nll: Tensor, g_loss: Tensor, last_weight: Tensor,
+                    average: Callable[[list[Tensor]], list[Tensor]] | None = None) -> Tensor:
+    """Balance the adversarial against the reconstruction loss (published code; VQGAN).
+
+    lambda = |grad nll| / (|grad g_loss| + 1e-4), at most 1e4, with gradients of both losses for the
+    last layer's weight. Detached; the graphs of both losses stay alive for the backward pass.
+    average: takes the means of the gradients over several processes, which then agree on lambda.
     """
     g_nll, = torch.autograd.grad(nll, last_weight, retain_graph=True)
     g_gan, = torch.autograd.grad(g_loss, last_weight, retain_graph=True)
-    g_nll, g_gan = average([g_nll, g_gan])
+    if average is not None:
+        g_nll, g_gan = average([g_nll, g_gan])
     return (g_nll.norm() / (g_gan.norm() + 1e-4)).clamp(0.0, 1e4).detach()
