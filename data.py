@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from clif import coord_grid
 from files import (META, PIXELS, PREPARED, BadImage, Cifar10, Copy, DataError, Files, Photo, Photos,
-                   Prepared, decode, import_torchvision, open_photos, sha256, shown, to_rgb)
+                   Prepared, open_photos, sha256, shown, to_rgb)
 from landscapes import Box, Landscapes, Scene
 from runs import cli, rng, torch_noise
 
@@ -74,6 +74,7 @@ class Source(Protocol):
     """
 
     classes: tuple[str, ...] = ()                    # their names; empty: there are none
+    passed_over: str = ""                            # what of the files is not in the set, in words
 
     def __len__(self) -> int: ...
 
@@ -124,8 +125,8 @@ def as_source(dataset) -> Source:
     if not hasattr(first, "draw"):
         raise DataError(f"{type(dataset).__name__}[0] is a {type(first).__name__}, which cannot be "
                         f"drawn at any size: return a PIL image, and the class from label(i)")
-    complete = all(hasattr(dataset, name) for name in ("classes", "label", "caption"))
-    return dataset if complete else Own(dataset)
+    wanted = ("classes", "passed_over", "label", "caption")
+    return dataset if all(hasattr(dataset, name) for name in wanted) else Own(dataset)
 
 
 def fingerprint(source: Source) -> dict[str, int | str]:
@@ -154,7 +155,7 @@ class SixKMix(Source):
             raise DataError(f"ffhq-6k-mix needs at least 6000 pictures, there are {len(photos)}")
         self.photos = photos
         self.size = size
-        self.passed_over = getattr(photos, "passed_over", "")
+        self.passed_over = photos.passed_over
 
     def __len__(self) -> int:
         return len(self.photos) + 6000
@@ -220,7 +221,7 @@ def prepare(name: str, folder: Path, size: int, workers: int = 0) -> dict:
                         f"was prepared before")
     meta = {"format": PREPARED, "source": name, "size": size, "filter": "lanczos", "count": 0,
             "sha256": "", "enlarged": 0, "skipped": [], "classes": sources["train"].classes,
-            "passed_over": getattr(sources["train"], "passed_over", ""),
+            "passed_over": sources["train"].passed_over,
             "labels": {"train": [], "val": []}, "captions": {"train": [], "val": []}}
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -261,8 +262,7 @@ def prepare(name: str, folder: Path, size: int, workers: int = 0) -> dict:
 def open_data(name: str, split: str = "train") -> Source:
     """Open a data set: one of NAMES, or the path of a folder, a zip, or what `prepare` made.
 
-    split: train, val (held out) or all. What of the files is not in the set is said by
-    `passed_over`, where the source has it. Raises FileNotFoundError, and DataError with what to do.
+    split: train, val (held out) or all. Raises FileNotFoundError, and DataError with what to do.
     """
     if split not in ("train", "val", "all"):
         raise ValueError(f"unknown split {split!r}: train, val or all")
@@ -272,9 +272,9 @@ def open_data(name: str, split: str = "train") -> Source:
         return Landscapes(split) if split == "val" else SixKMix(Landscapes(split), 64)
 
     root = _find(name)
-    if root.is_dir() and (root / META).exists() and (root / PIXELS).exists():
-        return Prepared(root, split)
     files = Files(root)
+    if not files.zipped and {META, PIXELS} <= files.members.keys():
+        return Prepared(root, split)
     batches = [file for file in files.names if file.split("/")[-1] == "data_batch_1"]
     if batches and files.zipped:
         raise DataError(f"{shown(root)}: the batches of CIFAR-10 are read from a folder; unpack it")
@@ -353,7 +353,7 @@ class DataConfig:
     flip: bool = False        # mirror half of the pictures; the published code does not
     smallest: int = 0         # smallest ground truth; 0: the encoder's input (published code)
     edge: int = 0             # crops are drawn up to so many pixels past the border and moved back
-                              # inside, so that the border is learnt as often as the rest
+                              # inside, so that the border is learnt about as often as the rest
 
     def __post_init__(self):
         smallest = self.smallest or self.size

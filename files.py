@@ -32,6 +32,8 @@ MAX_PIXELS = 2**26                                   # 8192 x 8192: below Pillow
 MAX_BYTES = 2**28                                    # of one file, packed or not
 MAX_TEXT = 2**26                                     # of a file of labels or captions
 HELD_OUT = 0.05                                      # share of a set that has no split of its own
+FFHQ, CELEBA = "images1024x1024", "img_align_celeba"         # of several copies the one that counts
+PARTITIONS = ("list_eval_partition.txt", "list_eval_partition.csv")            # CelebA's, Kaggle's
 
 
 class DataError(ValueError):
@@ -60,8 +62,8 @@ class Files:
 
     names: all but the hidden ones, sorted, relative to the folder, or in a zip to the one folder
     that holds all; pictures: those of them that are read; passed_over: what else looks like a
-    picture, counted, in words; denied: folders without permission. Raises DataError for what is
-    neither folder nor zip.
+    picture, counted, in words; denied: folders without permission. Links are followed. Raises
+    DataError for what is neither folder nor zip.
     """
 
     def __init__(self, root: Path):
@@ -84,7 +86,7 @@ class Files:
         if self.denied:
             folders = "folder" if len(self.denied) == 1 else "folders"
             notes.append(f"{len(self.denied)} {folders} without permission ({self.denied[0]})")
-        for main in ("images1024x1024", "img_align_celeba"):         # FFHQ, CelebA: several copies
+        for main in (FFHQ, CELEBA):
             inside = [name for name in self.pictures if main in name.split("/")[:-1]]
             if 0 < len(inside) < len(self.pictures):
                 notes.append(f"{len(self.pictures) - len(inside)} outside {main}")
@@ -359,8 +361,7 @@ def open_photos(store: Files, name: str, split: str) -> Photos:
         raise DataError(f"{shown(store.root)} holds no {', '.join(EXTENSIONS)} files{over}")
     deepest = sorted(store.names, key=lambda file: file.count("/"), reverse=True)
     files = {posixpath.basename(file): file for file in deepest}     # the one nearest to the top
-    celeba = name == "celeba" or not {"list_eval_partition.txt", "list_eval_partition.csv"
-                                      }.isdisjoint(files)
+    celeba = name == "celeba" or any(listed in files for listed in PARTITIONS)
 
     top = posixpath.commonpath([posixpath.dirname(n) for n in pictures])
     below = [n.removeprefix(top).lstrip("/") for n in pictures]
@@ -433,13 +434,13 @@ def _listed_labels(store: Files, files: dict[str, str]) -> dict[str, int]:
 def _held_out(store: Files, name: str, files: dict[str, str]) -> np.ndarray:
     """Say which pictures are held out, bool (N,): an official split, else by the hash of each name.
 
-    By hash a picture stays where it is, whatever is added to the set. About 5 % are held out; of
-    fewer than some dozens, where that may be none, the one of lowest hash.
+    By hash a picture stays where it is, whatever is added to the set. About 5 % are held out; where
+    that is none, as it may be of fewer than a hundred, the one of lowest hash.
     """
     stems = [_stem(picture) for picture in store.pictures]
     numbers = [int(stem) if re.fullmatch(r"\d{1,9}", stem) else -1 for stem in stems]
     if name == "celeba":                             # 0 train, 1 validation, 2 test
-        for listed in ("list_eval_partition.txt", "list_eval_partition.csv"):
+        for listed in PARTITIONS:
             if listed in files:
                 lines = [re.split(r"[,\s]+", line.strip())
                          for line in store.text(files[listed]).splitlines()]
@@ -447,7 +448,7 @@ def _held_out(store: Files, name: str, files: dict[str, str]) -> np.ndarray:
                 return np.array([stem in held for stem in stems])
         if len(stems) == 202_599 and min(numbers) > 0:
             return np.array(numbers) > 162_770
-    if name == "ffhq" or any("images1024x1024/" in picture for picture in store.pictures):
+    if name == "ffhq" or FFHQ in f"{store.root.name}/{store.pictures[0]}".split("/"):
         # The published code uses the lists of taming-transformers (ffhqtrain.txt,
         # ffhqvalidation.txt), a random 60,000 and 10,000. Without them: the split that the FFHQ
         # authors recommend, the first 60,000 and the rest.
@@ -495,6 +496,8 @@ def import_torchvision():
 class Cifar10:
     """The official python batches, read and checked (MD5) by torchvision, all in memory; a
     `data.Source`."""
+
+    passed_over = ""
 
     def __init__(self, folder: Path, split: str):
         official = import_torchvision().datasets.CIFAR10
