@@ -91,7 +91,7 @@ def lpips_network(net: str = "vgg",
             return lpips.LPIPS(net=net, verbose=False).requires_grad_(False).eval()
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             cause = first_line(error)
-            raise ValueError(f"{file} is damaged ({cause}): put {HUB[net]} there") from error
+            raise ValueError(f"{file} cannot be read ({cause}): put {HUB[net]} there") from error
 
 
 # ---- Inception -----------------------------------------------------------------------------------
@@ -423,15 +423,16 @@ class ImageSet:
         return content
 
     def sha(self) -> str:
-        """Hash the contents of all files by name (SHA-256); a folder and a zip of it agree."""
+        """Hash the contents of all files in order (SHA-256); a folder and a zip of it agree."""
         for name in self.names:
             self.content(name)
         return self.seen()
 
     def seen(self) -> str:
         """Give what `sha` would have given for the contents as they were last read."""
-        digests = b"".join(self.digests[name] for name in sorted(self.names))
-        return hashlib.sha256(digests).hexdigest()
+        shape = b"" if self.rows is None else str(self.rows.shape[1:]).encode()
+        digests = b"".join(self.digests[name] for name in self.names)
+        return hashlib.sha256(shape + digests).hexdigest()
 
     def read(self, i: int, protocol: Protocol) -> np.ndarray:
         """Read picture i as uint8 (3, H, W), as `protocol` says. ValueError names the file."""
