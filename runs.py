@@ -1,10 +1,8 @@
-"""What every program shares that is not about pictures: random numbers, processes, signals,
-options, run folders.
+"""What a run is: random numbers, processes, signals, options, the run folder and its checkpoints.
 
-A run is a folder that one process writes: its lock, its log, its checkpoints. The same command
-continues it bit for bit, because every random number is a function of (seed, index) and nothing has
-to be restored but weights, averages and optimisers. Read next: train.py, whose `fit` is the loop
-that uses all this.
+One process writes a run's folder, and the same command continues it bit for bit: every random
+number is a function of (seed, index), so that only weights, averages and optimisers are restored.
+Read next: train.py, whose `fit` is the loop.
 """
 from __future__ import annotations
 
@@ -13,6 +11,7 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import functools
 import hashlib
 import importlib
 import json
@@ -34,8 +33,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-# Windows has no such locks.
-fcntl = importlib.import_module("fcntl") if os.name == "posix" else None
+fcntl = importlib.import_module("fcntl") if os.name == "posix" else None     # none on Windows
 
 
 # ---- random numbers ------------------------------------------------------------------------------
@@ -52,22 +50,19 @@ def rng(*key: int | str) -> np.random.Generator:
 
 
 def torch_noise(shape: tuple[int, ...], *key: int | str) -> Tensor:
-    """Give the standard normal noise that belongs to `key`: float32, made on the CPU for all."""
+    """Give the standard normal float32 noise that belongs to `key`; made on the CPU."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(_digest(key) >> 65))
 
 
 # ---- several processes ---------------------------------------------------------------------------
-# Every rank draws its share of the same global batch, and all take the same step: weights, averages
-# and optimisers are equal on all ranks, bit for bit. DistributedDataParallel would hide the
-# reduction in hooks, which the adaptive weight of the GAN (a gradient inside the forward pass) goes
-# around; here it is one call, once per optimiser step.
+# Every rank draws its share of one batch, and all take the same step. DistributedDataParallel would
+# hide the reduction in hooks, which the adaptive weight of the GAN goes around.
 
 
 def ranks() -> tuple[int, int]:
     """Say which process this is, and of how many: (rank, world); (0, 1) without torchrun."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+    started = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if started else (0, 1)
 
 
 @contextlib.contextmanager
@@ -76,16 +71,11 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield device
         return
-
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-
-    # A dead rank closes its connections, which gloo sees at once, and torchrun ends the others; the
-    # time-out is for a rank that hangs, and must outlast what rank 0 does alone: previews, scores,
-    # checkpoints.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    dist.init_process_group(backend, timeout=timedelta(minutes=30))  # rank 0 draws and saves alone
     try:
         yield device
     finally:
@@ -93,7 +83,7 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
 
 
 def all_mean(tensors: list[Tensor]) -> list[Tensor]:
-    """Average tensors over all ranks by one reduction; one process gets them back as they are."""
+    """Average tensors over all ranks, in one reduction."""
     world = ranks()[1]
     if world == 1 or not tensors:
         return tensors
@@ -103,8 +93,8 @@ def all_mean(tensors: list[Tensor]) -> list[Tensor]:
     return [part.view_as(t) for part, t in zip(parts, tensors)]
 
 
-def together(flag: int) -> int:
-    """Give every rank the largest flag of all, so that they agree, say on when to stop."""
+def together(flag: int = 0) -> int:
+    """Give every rank the largest flag of all, so that they agree; also a barrier."""
     if ranks()[1] == 1:
         return flag
     value = torch.tensor(flag)
@@ -114,7 +104,7 @@ def together(flag: int) -> int:
 
 def barrier() -> None:
     """Wait until every rank has come here."""
-    together(0)
+    together()
 
 
 def print_once(text: str) -> None:
@@ -149,56 +139,50 @@ def on_signals(handler: Callable) -> Iterator[None]:
             signal.signal(s, old)
 
 
-def _raise_stopped(number: int, frame: object) -> None:
+def _stop(number: int, frame: object) -> None:
     raise Stopped(128 + number)
 
 
 def cli(run: Callable[[argparse.Namespace], int | None], args: argparse.Namespace,
         stopped: str = "stopped", memory: str = "take a smaller batch or size") -> int:
-    """Run a program and turn what ends it into an exit code and one line; every `main` is this
-    call.
+    """Run a program; what ends it becomes one line and an exit code. Every `main` calls this.
 
-    0: done, or what `run` returns. 2: bad input (ValueError, OSError): the line names file or
-    option and the cause. 1: numbers, disk or memory gave out; `memory` says what needs less. 143,
-    130: a signal; `stopped` says what stands. Names that the terminal cannot show are printed
-    escaped, so that no finished work is lost by printing.
+    0: done. 2: bad input (ValueError, OSError). 1: numbers, disk or memory gave out (`memory` says
+    what needs less). 143, 130: a signal (`stopped` says what is left).
     """
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):                           # a test's stand-in may lack it
+        if hasattr(stream, "reconfigure"):                   # names it cannot show print escaped
             stream.reconfigure(errors="backslashreplace")
     try:
-        with on_signals(_raise_stopped):                     # `RunFolder` sets a flag instead
+        with on_signals(_stop):                              # `RunFolder` sets a flag instead
             code = run(args) or 0
             sys.stdout.flush()
             return code
     except Stopped as stop:
-        return _ended(stopped, stop.args[0])
-    except BrokenPipeError:                                          # `| head`: nobody reads on
+        code, line = stop.args[0], stopped
+    except BrokenPipeError:                                  # `| head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except (NotFinite, NotSaved) as error:
-        return _ended(f"error: {error}", 1)
+        code, line = 1, f"error: {error}"
     except (torch.OutOfMemoryError, MemoryError) as error:
-        return _ended(f"error: out of memory ({first_line(error)}): {memory}", 1)
+        code, line = 1, f"error: out of memory ({first_line(error)}): {memory}"
     except (ValueError, OSError) as error:
-        return _ended(f"error: {first_line(error)}", 2)
-
-
-def _ended(text: str, code: int) -> int:
-    print(text, file=sys.stderr, flush=True)
+        code, line = 2, f"error: {first_line(error)}"
+    print(line, file=sys.stderr, flush=True)
     return code
 
 
 def first_line(error: BaseException) -> str:
-    """Say in one line what went wrong; of an error of the system the path and the cause."""
+    """Say in one line what went wrong; of an error of the system, the path and the cause."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{os.fsdecode(error.filename)}: {error.strerror}"
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
 # ---- options -------------------------------------------------------------------------------------
-# Options are frozen dataclasses, nested ones by a dotted name: "ae.ch". Flat dicts of such names
-# are what the command line, the presets and the checkpoints hold.
+# Frozen dataclasses, nested ones by a dotted name ("ae.ch"). Flat dicts of such names are what the
+# command line, the presets and the checkpoints hold.
 
 
 def flatten(cfg, prefix: str = "") -> dict[str, object]:
@@ -218,47 +202,42 @@ def option_types(cls: type, prefix: str = "") -> dict[str, type]:
     """List every option of a (nested) dataclass by its dotted name, with its type."""
     found = {}
     for name, kind in typing.get_type_hints(cls).items():
-        if dataclasses.is_dataclass(kind):
-            found |= option_types(kind, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = kind
+        nested = dataclasses.is_dataclass(kind)
+        found |= option_types(kind, f"{prefix}{name}.") if nested else {prefix + name: kind}
     return found
 
 
 def unflatten(cls: type, values: dict, base=None):
-    """Build a (nested) dataclass from dotted names, or from nested dicts; what is not given is as
-    in `base`.
-
-    base: an instance of cls (default: cls()). Raises ValueError for an unknown name.
-    """
+    """Build a dataclass from dotted names or nested dicts; what is not given is as in `base`."""
     flat = flatten(values)
-    known = option_types(cls)
-    for name in flat:
-        if name not in known:
-            raise ValueError(f"{cls.__name__} has no option {name}{nearest(name, known)}")
-
+    check_names(cls.__name__, flat, option_types(cls))
     base = cls() if base is None else base
     changes = {}
     for name, kind in typing.get_type_hints(cls).items():
-        if dataclasses.is_dataclass(kind):
-            inner = {k.split(".", 1)[1]: v for k, v in flat.items() if k.startswith(f"{name}.")}
+        inner = {k[len(name) + 1:]: v for k, v in flat.items() if k.startswith(f"{name}.")}
+        if inner:
             changes[name] = unflatten(kind, inner, getattr(base, name))
         elif name in flat:
             changes[name] = tuple(flat[name]) if isinstance(flat[name], list) else flat[name]
     return dataclasses.replace(base, **changes)
 
 
-def nearest(name: str, known) -> str:
-    """Name the known words most like `name`, as the end of a message; empty where none is."""
-    whole = difflib.get_close_matches(name, known, 3, 0.6)
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """Name the known words that are like `name`, as the end of a message."""
     ends = [k for k in known if k.rpartition(".")[2] == name.rpartition(".")[2]]
-    like = list(dict.fromkeys([*ends, *whole]))[:3]
-    return f"; did you mean {', '.join(like)}?" if like else ""
+    like = [*ends, *difflib.get_close_matches(name, known)]
+    return f"; did you mean {', '.join(dict.fromkeys(like))}?" if like else ""
+
+
+def check_names(what: str, names: typing.Iterable[str], known: dict[str, type]) -> None:
+    """Raise ValueError for a name that is no option."""
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{what} has no option {name}{nearest(name, known)}")
 
 
 def convert(name: str, kind: type, text: str):
     """Read the value of option `name` from its text; ValueError says what was expected."""
-    expected = getattr(kind, "__name__", "integers like 1,2,4")
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
@@ -271,31 +250,26 @@ def convert(name: str, kind: type, text: str):
             return kind(text)
         return tuple(int(v) for v in text.strip("()").split(",") if v.strip())
     except (KeyError, ValueError, OverflowError):
+        expected = getattr(kind, "__name__", "integers like 1,2,4")
         raise ValueError(f"option {name}={text}: expected {expected}") from None
 
 
 def parse_options(cls: type, texts: list[str], what: str) -> dict[str, object]:
-    """Read key=value texts as options of a dataclass: a flat dict of dotted names.
-
-    Raises ValueError for an unknown name (with the nearest ones), for a value of the wrong type,
-    and for no key=value; `what` says whose options they are.
-    """
+    """Read key=value texts as options of a dataclass (`what` names it): a flat dict."""
     known = option_types(cls)
     given = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals:
             raise ValueError(f"cannot read {text!r}: options are written key=value")
-        if name not in known:
-            like = nearest(name, known) or f": it has {', '.join(known)}"
-            raise ValueError(f"{what} has no option {name}{like}")
+        check_names(what, [name], known)
         given[name] = convert(name, known[name], value)
     return given
 
 
 # ---- checkpoint files ----------------------------------------------------------------------------
 
-FORMAT = 1                # of our own checkpoints; a file of a later one is refused, not guessed at
+FORMAT = 1               # of our own checkpoints; a file of a later one is refused, not guessed at
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -304,29 +278,22 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """Read one checkpoint file. Nothing in it is executed, and a flipped byte is found by the
-    archive's checksums.
-
-    Reads torch.save's old format too, which has none. Raises FileNotFoundError, PermissionError,
-    and ValueError where the file is damaged or no checkpoint.
-    """
+    """Read a checkpoint file. Nothing in it is executed, and a flipped byte is found (ValueError)."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; name a file or a run folder of train.py")
-    path.open("rb").close()                                  # says so where it may not be read
-
+    path.open("rb").close()                                  # a lack of permission says so itself
     if zipfile.is_zipfile(path):
-        verify_archive(path)
+        verify_archive(path)                                 # torch.save's old format has no sums
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} is no checkpoint, or is cut short, or holds more than tensors "
-                         f"and plain values; it was not opened") from error
-    except Exception as error:                               # damage can raise anything
-        raise ValueError(f"{path} cannot be read as a checkpoint: {first_line(error)}") from error
-
+        raise ValueError(f"{path} was not opened: it is no checkpoint, cut short, or holds more "
+                         f"than tensors and plain values") from error
+    except Exception as error:                               # damage can make it raise anything
+        raise ValueError(f"{path} cannot be read: {first_line(error)}") from error
     if not isinstance(ckpt, dict):
-        raise ValueError(f"{path} is no checkpoint: expected a dict, found {type(ckpt).__name__}")
+        raise ValueError(f"{path} is no checkpoint: expected a dict, not {type(ckpt).__name__}")
     if "stage" in ckpt and ckpt.get("format", 1) != FORMAT:
         raise ValueError(f"{path} has checkpoint format {ckpt['format']}, this version reads "
                          f"{FORMAT}; update the code")
@@ -337,19 +304,16 @@ def verify_archive(path: Path) -> None:
     """Compare a file's checksums, which torch.load does not look at. Raises ValueError."""
     try:
         with zipfile.ZipFile(path) as archive:
-            if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
-                raise ValueError(f"{path} is compressed, which torch.save never does: not opened")
-            bad = archive.testzip()
+            packed = any(info.compress_type for info in archive.infolist())
+            bad = "packed, as torch.save never does" if packed else archive.testzip()
     except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, RuntimeError) as error:
-        cause = first_line(error)
-        raise ValueError(f"{path} is damaged: {cause}; use an older checkpoint") from error
+        bad = first_line(error)
     if bad is not None:
-        raise ValueError(f"{path} is damaged: the checksum of {bad} does not match; use an older "
-                         f"checkpoint")
+        raise ValueError(f"{path} is damaged (the checksum or header of {bad}); use an older one")
 
 
 def newest_checkpoint(run: Path) -> tuple[Path, dict]:
-    """Read a run folder's newest checkpoint; a damaged one is named and the one before used."""
+    """Read a run's newest checkpoint; a damaged one is named and the one before it is used."""
     files = checkpoints(run)
     if not files:
         raise FileNotFoundError(f"no checkpoint (step-*.pt) in {run}; train one with train.py")
@@ -362,10 +326,7 @@ def newest_checkpoint(run: Path) -> tuple[Path, dict]:
 
 
 def write_checkpoint(path: Path, content: dict) -> None:
-    """Write a checkpoint whole or not at all.
-
-    Temporary name, fsync, checksums read back, rename, fsync of the folder.
-    """
+    """Write a checkpoint whole or not at all: temporary name, fsync, checksums, rename, fsync."""
     part = path.with_suffix(".part")
     try:
         with open(part, "wb") as file:
@@ -385,20 +346,16 @@ def write_checkpoint(path: Path, content: dict) -> None:
 
 def load_weights(module: nn.Module, weights: dict[str, Tensor], what: str) -> None:
     """Load weights by name and shape; a ValueError names what does not fit, or is not finite."""
-    own = module.state_dict()
-    wrong = [f"missing {k}" for k in own if k not in weights]
-    wrong += [f"left over {k}" for k in weights if k not in own]
-    for name, value in own.items():
-        if name not in weights:
-            continue
-        given = weights[name]
-        if given.shape != value.shape:
-            wrong.append(f"{name} is {tuple(given.shape)}, not {tuple(value.shape)}")
-        elif not torch.isfinite(given).all():
+    shapes = {k: tuple(v.shape) for k, v in module.state_dict().items()}
+    wrong = [f"missing {k}" for k in shapes if k not in weights]
+    wrong += [f"left over {k}" for k in weights if k not in shapes]
+    for name in shapes.keys() & weights.keys():
+        if shapes[name] != tuple(weights[name].shape):
+            wrong.append(f"{name} is {tuple(weights[name].shape)}, not {shapes[name]}")
+        elif not torch.isfinite(weights[name]).all():
             wrong.append(f"{name} is not finite")
     if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise ValueError(f"{what} does not fit: {'; '.join(wrong[:5])}{more}")
+        raise ValueError(f"{what} does not fit, in {len(wrong)} places: {'; '.join(wrong[:5])}")
     module.load_state_dict(weights)
 
 
@@ -406,12 +363,15 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], what: str) -> No
 
 
 class Meter:
-    """Averages what steps report between two log lines; reads the device every 20 steps at most."""
+    """Averages what the steps report between two log lines; reads the device every 20 steps."""
 
     def __init__(self):
         self.sums: dict[str, tuple] = {}              # name -> (sum, count); goes into checkpoints
         self.unread: list[tuple] = []                 # (logs, step, samples) still on the device
         self.bad = 0                                  # skipped steps in a row
+        self.restart()
+
+    def restart(self) -> None:
         self.images = 0
         self.waited = 0.0
         self.since = time.perf_counter()
@@ -425,26 +385,20 @@ class Meter:
 
     def add(self, logs: dict[str, Tensor], images: int, k: int, index: Tensor) -> None:
         """Take in what step k reports, () tensors with "taken" among them; index: its samples."""
-        detached = {name: value.detach() for name, value in logs.items()}
-        self.unread.append((detached, k, index))
+        self.unread.append(({name: value.detach() for name, value in logs.items()}, k, index))
         self.images += images
         if len(self.unread) == 20:
             self.read()
 
     def read(self) -> None:
-        """Fetch what is unread: here alone training waits for the device.
-
-        Raises NotFinite after 20 skipped steps in a row.
-        """
+        """Fetch what is unread: here alone training waits. NotFinite after 20 skipped in a row."""
         rows = self.unread
         self.unread = []
         names = dict.fromkeys(name for logs, _, _ in rows for name in logs)
         for name in names:
             having = [logs for logs, _, _ in rows if name in logs]
-            values = torch.stack([logs[name] for logs in having]).tolist()
-            for logs, value in zip(having, values):
+            for logs, value in zip(having, torch.stack([logs[name] for logs in having]).tolist()):
                 logs[name] = value
-
         for logs, k, index in rows:
             taken = logs.pop("taken")
             self.bad = 0 if taken else self.bad + 1
@@ -452,21 +406,16 @@ class Meter:
                 raise NotFinite(f"the gradients of 20 steps in a row are not finite; last batch: "
                                 f"images {index.tolist()} of step {k}. The newest checkpoint is "
                                 f"good; lower lr")
-            if not taken:
-                skipped, _ = self.sums.get("skipped", (0, 1))
-                self.sums["skipped"] = (skipped + 1, 1)              # counted, not averaged
-                continue
-            for name, value in logs.items():
+            for name, value in (logs if taken else {"skipped": 1}).items():
                 total, n = self.sums.get(name, (0, 0))
-                self.sums[name] = (total + value, n + 1)
+                self.sums[name] = (total + value, n + 1 if taken else 1)     # skipped: a count
 
     def all_ranks(self) -> dict[str, tuple]:
         """Give the sums as means over all ranks: what one process would have."""
         self.read()
-        names = list(self.sums)
-        sums = [torch.as_tensor(self.sums[name][0], dtype=torch.float64).cpu() for name in names]
-        totals = all_mean(sums)
-        return {name: (total.item(), self.sums[name][1]) for name, total in zip(names, totals)}
+        sums = [torch.tensor(total, dtype=torch.float64) for total, _ in self.sums.values()]
+        totals = zip(self.sums.items(), all_mean(sums))
+        return {name: (total.item(), n) for (name, (_, n)), total in totals}
 
     def means(self) -> dict[str, float]:
         """Give means, images/s and the share of time spent waiting for data; starts anew."""
@@ -475,9 +424,7 @@ class Meter:
         line["images_per_s"] = round(self.images / elapsed, 2)
         line["data_wait"] = round(self.waited / elapsed, 4)
         self.sums = {}
-        self.images = 0
-        self.waited = 0.0
-        self.since = time.perf_counter()
+        self.restart()
         return line
 
     @contextlib.contextmanager
@@ -490,18 +437,15 @@ class Meter:
 
 # ---- the run folder ------------------------------------------------------------------------------
 
-# What file systems without locks answer: Lustre, some NFS.
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)      # Lustre, some NFS
 
 
 class RunFolder:
-    """Holds the folder of one run: its lock, its log, its checkpoints. `with RunFolder(...) as
-    folder:` owns it.
+    """Holds the folder of one run: its lock, log and checkpoints. `with RunFolder(...)` owns it.
 
-    Every rank makes one; rank 0 alone locks and writes. cfg: the options, a dataclass; free: names
-    of those with which a run may be continued although they changed; data: what the run is trained
-    on, {"pictures": n, "digest": hex}. In the block the first SIGTERM or SIGINT sets `stopping`; a
-    second one ends the process at once.
+    Every rank makes one; rank 0 alone writes. free: names of options that may change in a continued
+    run; data: what is trained on, {"pictures": n, "digest": hex}. The first SIGTERM or SIGINT makes
+    `stopping` true, a second one ends the process.
     """
 
     def __init__(self, path: Path, stage: str, cfg, free: frozenset[str] = frozenset(),
@@ -525,7 +469,7 @@ class RunFolder:
                     part.unlink()
             stack.enter_context(on_signals(self._note))
             self.held = stack.pop_all()
-        barrier()                                            # rank 0 holds it before any reads
+        together()                                           # rank 0 holds it before any reads
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -543,11 +487,10 @@ class RunFolder:
         return together(self.signalled)
 
     def resume(self, state: dict) -> int:
-        """Restore the newest checkpoint into `state` and the meter; returns the step to go on from,
-        or 0.
+        """Restore the newest checkpoint; returns the step to go on from, 0 without one.
 
         state: name -> module, optimiser, or list of optimisers. Raises ValueError where the folder
-        holds a run of another stage, of other options or other data: nothing of it is touched.
+        holds a run of another stage, options or data.
         """
         step = 0
         if checkpoints(self.path):
@@ -560,15 +503,13 @@ class RunFolder:
             print_once(f"continuing {self.path} from step {step}")
         if ranks()[0] == 0:
             cut_log(self.path / "log.jsonl", step)           # 0: killed before its first checkpoint
-        barrier()                                            # all have read; rank 0 may write now
+        together()                                           # all have read; rank 0 may write now
         return step
 
     def _check(self, ckpt: dict) -> None:
         """Raise ValueError where a checkpoint is of another run."""
-        if ckpt["stage"] != self.stage:
-            changed = [f"stage: {ckpt['stage']} -> {self.stage}"]
-        else:
-            # Options that the checkpoint does not know yet had their default.
+        changed = [f"stage: {ckpt['stage']} -> {self.stage}"] if ckpt["stage"] != self.stage else []
+        if not changed:                                      # options it lacks had their default
             old = flatten(unflatten(type(self.cfg), ckpt["config"]))
             new = flatten(self.cfg)
             other = [k for k in sorted(new) if old[k] != new[k] and k not in self.free]
@@ -576,13 +517,11 @@ class RunFolder:
         if changed:
             raise ValueError(f"{self.path} holds another run ({'; '.join(changed)}); choose "
                              f"another --out, or those options")
-        trained_on = ckpt.get("data")
-        if self.data and trained_on and trained_on != self.data:
-            then = trained_on["pictures"]
-            now = self.data["pictures"]
-            what = f"{then} pictures then, {now} now" if then != now else f"{now} others now"
-            raise ValueError(f"{self.path} was trained on other data ({what}); give what it was "
-                             f"trained on, or choose another --out")
+        then = ckpt.get("data")
+        if self.data and then and then != self.data:
+            raise ValueError(f"{self.path} was trained on {then['pictures']} pictures, the data "
+                             f"has {self.data['pictures']} now, not the same ones; give what it "
+                             f"was trained on, or choose another --out")
 
     def log(self, line: dict) -> None:
         """Add a line to log.jsonl (rank 0)."""
@@ -591,12 +530,10 @@ class RunFolder:
                 file.write(json.dumps(line) + "\n")
 
     def save(self, step: int, state: dict, extra: dict, last: bool) -> None:
-        """Write step-<number>.pt (rank 0), then delete all but the last two, or those that
-        keep_every keeps.
+        """Write step-<number>.pt (rank 0); the last two stay, and those that keep_every divides.
 
-        extra: plain values beside the state. A run outlives a full disk: it warns, and saves at the
-        next interval. Raises NotFinite where the weights are no longer numbers (the older
-        checkpoints are good), and NotSaved where this was the `last` chance.
+        extra: plain values beside the state. A failure is a warning, NotSaved if it was the `last`
+        chance. NotFinite where weights are no longer numbers: the older checkpoints are good.
         """
         sums = self.meter.all_ranks()
         if not all_finite(state):
@@ -611,12 +548,11 @@ class RunFolder:
         try:
             write_checkpoint(self.path / f"step-{step:08d}.pt", content)
         except (OSError, RuntimeError, ValueError) as error:         # torch.save: a full disk
-            reason = first_line(error)
+            line = f"step {step} could not be saved in {self.path} ({first_line(error)})"
             if last:
-                raise NotSaved(f"step {step} could not be saved in {self.path} ({reason}); what is "
-                               f"there is older") from error
-            warnings.warn(f"step {step} could not be saved ({reason}); training goes on and tries "
-                          f"again at the next save; older checkpoints are untouched")
+                raise NotSaved(f"{line}; what is there is older") from error
+            warnings.warn(f"{line}; training goes on and tries again at the next save; older "
+                          f"checkpoints are untouched")
             return
         for old in checkpoints(self.path)[2:]:
             if not self.keep_every or int(old.stem.split("-")[1]) % self.keep_every:
@@ -627,11 +563,9 @@ class RunFolder:
 def locked(folder: Path) -> Iterator[None]:
     """Hold a run folder; ValueError where another process does.
 
-    A POSIX record lock belongs to the process that trains: it ends with it, however it ends, and
-    loader processes do not inherit it. Where the file system has no locks, a warning says so and
-    the run goes on.
+    A POSIX record lock ends with the process that trains; loader processes do not inherit it.
     """
-    with open(folder / "lock", "a") as file:                         # opening leaves it unchanged
+    with open(folder / "lock", "a") as file:                 # opening leaves it unchanged
         try:
             if fcntl is not None:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -655,36 +589,32 @@ def restore(part: nn.Module | torch.optim.Optimizer | list, content, what: str) 
     """Load what `stored` gave; ValueError where weights do not fit."""
     if isinstance(part, nn.Module):
         load_weights(part, content, what)
-    elif isinstance(part, list):
-        for one, own in zip(part, content, strict=True):
-            one.load_state_dict(own)
-    else:
-        part.load_state_dict(content)
+        return
+    parts, contents = (part, content) if isinstance(part, list) else ([part], [content])
+    for one, own in zip(parts, contents, strict=True):
+        one.load_state_dict(own)
 
 
 def all_finite(state: dict) -> bool:
     """Say whether every parameter and buffer of the modules in `state` is finite."""
-    modules = [part for part in state.values() if isinstance(part, nn.Module)]
     tensors = []
-    for module in modules:
-        tensors += [t for t in module.state_dict().values() if t.is_floating_point()]
+    for part in state.values():
+        if isinstance(part, nn.Module):
+            tensors += [t for t in part.state_dict().values() if t.is_floating_point()]
     return bool(torch.isfinite(torch.stack(torch._foreach_norm(tensors))).all())
 
 
 def cut_log(log: Path, step: int) -> None:
     """Keep the lines of a log up to a step; those after that checkpoint will come again."""
-    if not log.exists():
-        return
     kept = []
-    for line in log.read_text().splitlines():
-        try:
+    for line in log.read_text().splitlines() if log.exists() else ():
+        with contextlib.suppress(ValueError):                # a line that a kill cut short
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except ValueError:                                           # cut short by a kill
-            continue
-    part = log.with_suffix(".part")
-    part.write_text("".join(kept))
-    part.replace(log)
+    if log.exists():
+        part = log.with_suffix(".part")
+        part.write_text("".join(kept))
+        part.replace(log)
 
 
 # ---- what the device gives -----------------------------------------------------------------------
@@ -709,18 +639,14 @@ def autocast_for(dtype: str, device: torch.device) -> Callable:
     """
     if dtype not in ("auto", "bf16", "fp32"):
         raise ValueError(f"option dtype={dtype}: choose auto, bf16 or fp32")
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    if dtype == "fp32" or (dtype == "auto" and not has_bf16):
-        return contextlib.nullcontext
-
-    def autocast() -> contextlib.AbstractContextManager:
-        return torch.autocast(device.type, torch.bfloat16)
-
-    return autocast
+    auto = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    if dtype == "bf16" or (dtype == "auto" and auto):
+        return functools.partial(torch.autocast, device.type, torch.bfloat16)
+    return contextlib.nullcontext
 
 
 def set_tf32(on: bool, device: torch.device) -> None:
-    """Allow fp32 products with 10 bits of mantissa, for the whole process; only CUDA knows them."""
+    """Allow fp32 products with 10 bits of mantissa in the whole process; only CUDA knows them."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if on else "highest")
         torch.backends.cudnn.allow_tf32 = on
@@ -735,10 +661,10 @@ def wants_compile(option: str, device: torch.device) -> bool:
 
 
 def compiled(function: Callable, strict: bool = False) -> Callable:
-    """Compile a function of tensors for the shapes of its first call; other shapes run as they are.
+    """Compile a function of tensors for the shapes of its first call; others run as they are.
 
-    Training has one shape, and so have tiles: what differs is a preview. Where the compiler fails,
-    `strict` raises its error; otherwise the function goes on without it after one warning.
+    Training has one shape, and so have tiles. Where the compiler fails, `strict` raises its error;
+    otherwise the function goes on without it after one warning.
     """
     quick = torch.compile(function, dynamic=False)
     first: list[list] = []
@@ -746,8 +672,7 @@ def compiled(function: Callable, strict: bool = False) -> Callable:
 
     def call(*args, **options):
         shapes = [a.shape for a in (*args, *options.values()) if isinstance(a, Tensor)]
-        if not first:
-            first.append(shapes)
+        first.extend([] if first else [shapes])
         if broken or shapes != first[0]:
             return function(*args, **options)
         try:
