@@ -278,7 +278,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """Read a checkpoint file. Nothing in it is executed, and a flipped byte is found (ValueError)."""
+    """Read a checkpoint file: nothing in it is executed, a flipped byte is a ValueError."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; name a file or a run folder of train.py")
