@@ -111,7 +111,7 @@ class Schedule:
         return sigmas[index], sigmas[index + 1]
 
     def weight(self, t: Tensor, r: Tensor) -> Tensor:
-        return torch.ones_like(t)                                        # open; published CT code
+        return torch.ones_like(t)                        # left open; 1 in the published CT code
 
     def log(self, k: int, K: int) -> dict[str, float]:
         return {"N": float(self.N(k, K)), "mu": self.mu(k, K)}

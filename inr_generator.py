@@ -93,7 +93,7 @@ def colours(weights: tuple[Tensor, ...], code: Tensor, columns: Tensor | None = 
     weights: beta, see ImageFunction. code (B or 1, n, in): the encoding of n points -> (B, n, 3).
     Of a grid, code (1, H, in) and columns (1, W, in) are the shares of its rows and its columns in
     the encoding -> (B, H W, 3): the first layer is linear, so it is applied to the H + W shares and
-    added up for the H W points. dtype: of the layers after the first.
+    added up for the H W points. dtype: of all layers but the first.
     """
     with without_autocast(code.device):
         first = weights[0].float()
@@ -146,18 +146,18 @@ class ImageFunction:
         tile = (64 if device.type == "cpu" else 256) if tile is None else tile
         if tile < 1:
             raise ValueError(f"resolution {height}x{width}, tile {tile}: at least 1 pixel each")
-        wide = min(max(1, math.isqrt(tile**2 // len(self))), width)
-        tall = max(1, tile**2 // (len(self) * wide))
+        group = max(1, tile**2 // (min(tile, height) * min(tile, width)))        # images at a time
+        parts = [self[i:i + group].weights for i in range(0, len(self), group)]
 
         rows = pixel_coord((height, 1), window, self.corners, device)[None, :, 0]        # (1, H, 2)
         cols = pixel_coord((1, width), window, self.corners, device)                     # (1, W, 2)
         rows = share_of_axis(positional_encoding(rows, self.pe_dim, self.pe_sigma), 0)
         cols = share_of_axis(positional_encoding(cols, self.pe_dim, self.pe_sigma), 1)
-        for top in range(0, height, tall):
-            down = rows[:, top:top + tall]
-            for left in range(0, width, wide):
-                across = cols[:, left:left + wide]
-                rgb = colours(self.weights, down, across, dtype)         # (B, h w, 3)
+        for top in range(0, height, tile):
+            down = rows[:, top:top + tile]                               # (1, h, in)
+            for left in range(0, width, tile):
+                across = cols[:, left:left + tile]                       # (1, w, in)
+                rgb = torch.cat([colours(part, down, across, dtype) for part in parts])
                 yield top, left, rgb.unflatten(1, (down.shape[1], -1)).movedim(-1, 1)
 
     def draw(self, res: int | tuple[int, int], window: Window | None = None,
@@ -165,9 +165,8 @@ class ImageFunction:
         """The images (B, 3, H, W) at any resolution and aspect.
 
         res and window, and the ValueError they raise, are those of clif.check_frame. Points do not
-        see one another: tiles only bound the memory, to that of tile^2 pixels of all B images
-        together (default: 64, which suits the caches of a CPU, or 256). dtype: of the layers after
-        the first.
+        see one another: tiles only bound the memory, to the layers of tile^2 points at a time
+        (default: 64, which suits the caches of a CPU, or 256). dtype: of all layers but the first.
         """
         (height, width), window = check_frame(res, window)
         out = self.weights[0].new_empty(len(self), 3, height, width, dtype=torch.float32)
@@ -351,11 +350,11 @@ class Block(nn.Module):
 
 
 def check_sizes(size: int, patch: int, dim: int, heads: int) -> None:
-    """ValueError where patches do not tile the picture or heads do not divide the width."""
+    """ValueError where patches do not tile the picture, or heads do not divide the width."""
     if size < 1 or patch < 1 or size % patch:
         raise ValueError(f"patch size {patch} does not divide resolution {size}; choose another "
                          f"patch or size")
-    if dim % heads:
+    if heads < 1 or dim % heads:
         raise ValueError(f"width {dim} must be a multiple of the number of heads, {heads}")
 
 
@@ -402,11 +401,10 @@ class GeneratorConfig:
     corners: bool = False            # coordinates as Section 3.3 prints them, see pixel_coord
 
     def __post_init__(self) -> None:
-        divided = self.encoder_depth or not self.head_dim
+        divided = self.encoder_depth or not self.head_dim or self.heads < 1
         check_sizes(self.size, self.patch, self.dim, self.heads if divided else 1)
-        if self.heads < 1 or self.head_dim < 0:
-            raise ValueError(f"heads {self.heads} must be at least 1, and head_dim {self.head_dim} "
-                             f"at least 0")
+        if self.head_dim < 0:
+            raise ValueError(f"head_dim {self.head_dim} must be at least 1, or 0 for dim / heads")
         if self.hidden % min(self.groups, self.hidden):
             raise ValueError(f"{self.groups} groups do not divide the image function's width "
                              f"{self.hidden}")
@@ -418,7 +416,10 @@ class GeneratorConfig:
 
 
 class FunctionPrediction(nn.Module):
-    """Data tokens -> beta, the weights of the image function (Section 3.3). PyTorch's own init."""
+    """Predict beta, the weights of the image functions, from data tokens (Section 3.3).
+
+    Initialised as PyTorch does it.
+    """
 
     def __init__(self, cfg: GeneratorConfig):
         super().__init__()
@@ -640,10 +641,10 @@ class UViT(nn.Module):
         check_inputs(x, y, self.cfg.size, self.cfg.num_classes)
         time = self.time(timestep_embedding(t, self.cfg.dim))[:, None]   # (B, 1, D)
         patches = self.patch(x).flatten(2).transpose(1, 2)               # (B, T, D)
-        tokens = [time, patches]
+        h = torch.cat([time, patches], dim=1)                            # (B, 1 + T, D)
         if self.label is not None:
-            tokens = [self.label(y)[:, None], *tokens]                   # (B, 1, D) in front
-        h = torch.cat(tokens, dim=1) + self.position                     # (B, extras + T, D)
+            h = torch.cat([self.label(y)[:, None], h], dim=1)            # (B, 2 + T, D)
+        h = h + self.position                                            # (B, extras + T, D)
 
         skips = []
         for block in self.down:
