@@ -681,7 +681,8 @@ def compiled(function: Callable, strict: bool = False) -> Callable:
             if strict:
                 raise
             broken.append(True)
-            warnings.warn(f"torch.compile failed, going on without it ({first_line(error)}); "
+            cause = " ".join(str(error).splitlines()[:2])         # which backend, and what it said
+            warnings.warn(f"torch.compile failed, going on without it ({cause}); "
                           f"compile=off is silent, compile=on stops")
         return function(*args, **options)
 
