@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -67,6 +67,7 @@ class AERun(Run):
     p_whole: float = 0.0              # chance of the whole picture at `size`: 4x shows 1/16 of z
     p_original: float = 0.0           # chance of the largest size (J.2: 0.5 on Mountains)
     original_from: int = 0            # from this step on
+    edge: int = 0                     # also draw crops up to so many pixels past the border
     lpips: str = "vgg"                # vgg | alex | squeeze | none
     lpips_weight: float = 1.0         # not in the paper; these four are the published code's
     gan_weight: float = 0.75          # times the adaptive weight; 0: no discriminator
@@ -124,12 +125,10 @@ class AEStage(Stage):
     def batches(self, start: int) -> Iterator[dict]:
         """Random patches at random scales; from original_from on, often at the largest (J.2)."""
         cfg = self.cfg
+        shared = {f.name: getattr(cfg, f.name) for f in fields(DataConfig)}
         for end, p_original in ((cfg.original_from, 0.0), (sys.maxsize, cfg.p_original)):
             if start < end:
-                shape = DataConfig(
-                    size=cfg.size, patch=cfg.patch, max_size=cfg.max_size, smallest=cfg.smallest,
-                    p_whole=cfg.p_whole, p_original=p_original, downsample=cfg.downsample,
-                    flip=cfg.flip)
+                shape = DataConfig(**shared | {"p_original": p_original})
                 item = functools.partial(data.random_patch, cfg=shape)
                 stream = self.loaded(self.source, item, start, kl_noise(cfg.ae, cfg.size))
                 yield from itertools.islice(stream, end - start)
@@ -314,13 +313,15 @@ class LDMStage(Stage):
         The KL variant keeps the mean: its standard deviation is a small fraction of the spread
         between pictures.
         """
-        n = min(self.cfg.pictures or len(self.source), len(self.source))
+        cfg = self.cfg
+        n = min(cfg.pictures or len(self.source), len(self.source))
         print_once(f"encoding {n:,} pictures")
-        pictures = torch.utils.data.DataLoader(Whole(self.source, n, self.cfg.size), 32,
-                                               num_workers=self.cfg.workers)
+        pictures = torch.utils.data.DataLoader(
+            torch.utils.data.Subset(self.source, range(n)), 32, num_workers=cfg.workers,
+            collate_fn=functools.partial(drawn_at, size=cfg.size))
         z = []
         for x in pictures:
-            views = (x, x.flip(-1)) if self.cfg.flip else (x,)
+            views = (x, x.flip(-1)) if cfg.flip else (x,)
             drawn = [self.base.autoencoder.encode(view.to(self.device)).cpu() for view in views]
             z.append(torch.stack(drawn, dim=1))                  # (32, 1 or 2, C, h, w)
         return Latents(torch.cat(z), self.source)
@@ -379,44 +380,25 @@ class LDMStage(Stage):
         self.sheet(rows, side, folder, k)
 
 
-@dataclass
-class Whole(torch.utils.data.Dataset):
-    """The first n pictures at one size (3, S, S), for a DataLoader that goes through them once."""
+class Latents(list):
+    """Latents in place of the pictures of `source`, for `data.loader`.
 
-    source: Source
-    n: int
-    size: int
-
-    def __len__(self) -> int:
-        return self.n
-
-    def __getitem__(self, i: int) -> Tensor:
-        return to_tensor(self.source[i].draw(self.size))
-
-
-@dataclass
-class Latents:
-    """What `data.loader` needs of a source, with latents in place of pictures.
-
-    z (N, 1, C, h, w), or (N, 2, C, h, w) where the second is that of the mirrored picture.
+    [i] is (1, C, h, w), or (2, C, h, w) where the second is that of the mirrored picture.
     """
 
-    z: Tensor
-    source: Source
-
-    def __len__(self) -> int:
-        return len(self.z)
-
-    def label(self, i: int) -> int:
-        return self.source.label(i)
-
-    def __getitem__(self, i: int) -> Tensor:
-        return self.z[i]
+    def __init__(self, z: Tensor, source: Source):
+        super().__init__(z)
+        self.label = source.label
 
 
 def latent_item(z: Tensor, gen) -> dict:
     """One latent; mirrored for the samples for which `picture_item` mirrors."""
     return {"latent": z[int(len(z) > 1 and gen.random() < 0.5)]}
+
+
+def drawn_at(pictures: list[data.Picture], size: int) -> Tensor:
+    """Pictures at one size, (B, 3, S, S)."""
+    return torch.stack([to_tensor(picture.draw(size)) for picture in pictures])
 
 
 def frozen_autoencoder(cfg: LDMRun, device: torch.device) -> INFD:

@@ -236,30 +236,23 @@ def configure(stage: str, preset: str = "paper", data_name: str = "synthetic",
 # ---- from a configuration to a trained model ----
 
 
-def train(stage: str, cfg: Run, out: Path, device: torch.device, source: data.Source | None = None,
-          held_out: data.Source | None = None, loss: Callable | None = None) -> Stage:
+def train(stage: str, cfg: Run, out: str | Path, device: str | torch.device,
+          source: data.Source | None = None, held_out: data.Source | None = None,
+          loss: Callable | None = None) -> Stage:
     """Train a stage into a run folder, score it, and say what to do next; returns the stage.
 
     source, held_out, loss: pictures and a loss of one's own, see `Stage`. What a stage starts from
     is by default the run of the stage before it, in the folder beside `out`.
     """
     check(cfg)
+    out = Path(out)
+    device = torch.device(device)
     before = {"ldm": "ae", "cm": "pretrain"}.get(stage)
     if before and not cfg.init and getattr(cfg, "generator", "func") == "func":
         cfg = replace(cfg, init=str(out.parent / before))
     set_tf32(cfg.tf32, device)
     made = STAGES[stage](cfg, device, source, held_out, loss)
-    cfg = made.cfg
-    classes = list(made.source.classes)
-    kinds = f"{len(classes)} classes ({', '.join(classes[:4])}{', ...' * (len(classes) > 4)})"
-    used = "not used" if stage in ("ae", "pretrain") or not made.extra["classes"] else "used"
-    print_once(f"stage {stage}: {len(made.source):,} pictures of {cfg.data} to train on, "
-               f"{len(made.held_out):,} held out, as squares of {cfg.size} px, "
-               f"{f'{kinds}, {used}' if classes else 'no classes'}")
-    parameters = sum(p.numel() for p in made.net.parameters())
-    print_once(f"{parameters:,} parameters, {cfg.steps:,} steps of batch {cfg.batch}, {device}, "
-               f"into {out}")
-
+    introduce(made, out)
     fit(made, out)
     scores = made.scores() if ranks()[0] == 0 else {}
     if scores:
@@ -267,6 +260,23 @@ def train(stage: str, cfg: Run, out: Path, device: torch.device, source: data.So
         print(score_lines(scores))
     print_once(f"done; next: {NEXT[stage].format(out=out)}")
     return made
+
+
+def introduce(stage: Stage, out: Path) -> None:
+    """Say what a run learns from, how large it is and where it goes."""
+    cfg = stage.cfg
+    names = stage.source.classes
+    classes = "no classes"
+    if names:
+        more = ", ..." if len(names) > 4 else ""
+        used = "" if stage.extra.get("classes") else ", which it is not told"
+        classes = f"{len(names)} classes ({', '.join(names[:4])}{more}){used}"
+    over = f"; passed over: {stage.source.passed_over}" if stage.source.passed_over else ""
+    parameters = sum(p.numel() for p in stage.net.parameters())
+    print_once(f"stage {stage.name}: {len(stage.source):,} pictures of {data.shown(cfg.data)} to "
+               f"train on and {len(stage.held_out):,} held out, centre squares at {cfg.size} px, "
+               f"{classes}{over}\n{parameters:,} parameters, {cfg.steps:,} steps of batch "
+               f"{cfg.batch}, {stage.device}, into {data.shown(out)}")
 
 
 NEXT = {"ae": "python train.py --stage ldm init={out}, with the same --data and --preset",
@@ -346,16 +356,17 @@ def option_help(stage: str) -> str:
     return "\n".join(lines)
 
 
-def refuse_unknown(stage: str, unknown: list[str]) -> None:
+def refuse_unknown(args: argparse.Namespace, unknown: list[str]) -> None:
     """Raise ValueError for flags that there are not, with what to write instead."""
     flag, _, value = unknown[0].lstrip("-").partition("=")
-    known = option_types(STAGES[stage].options) if stage in STAGES else {}
     if flag in MOVED:
         raise ValueError(f"--{flag} has moved: {MOVED[flag]}")
-    name = flag if flag in known else flag.replace("-", "_")
+    known = option_types(STAGES[args.stage].options) if args.stage in STAGES else {}
+    name = flag.replace("-", "_")
     if name in known:
-        raise ValueError(f"--{flag}: options of a stage are written {name}={value or 'VALUE'}")
-    raise ValueError(f"there is no flag {unknown[0]}{nearest(flag, known)}")
+        loose = [text for text in (*args.options, *unknown[1:]) if "=" not in text]
+        raise ValueError(f"there is no flag --{flag}; write {name}={value or [*loose, 'VALUE'][0]}")
+    raise ValueError(f"there is no flag {unknown[0]}{nearest(name, known)}")
 
 
 def check_data(name: str) -> int:
@@ -385,12 +396,11 @@ def run(argv: argparse.Namespace) -> int:
     if args.stage in MOVED:
         raise ValueError(f"--stage {args.stage} has moved: {MOVED[args.stage]}")
     if unknown:
-        refuse_unknown(args.stage, unknown)
+        refuse_unknown(args, unknown)
     if args.check_data:
         return check_data(args.data)
 
     cfg = configure(args.stage, args.preset, args.data, args.options)
-    check(cfg)
     device = pick_device(args.device)
     if args.preset not in ("small", "tiny") and device.type == "cpu" and args.device != "cpu":
         raise ValueError(f"preset {args.preset} of stage {args.stage} is {COST[args.stage]}; there "
