@@ -169,7 +169,8 @@ class AEStage(Stage):
         for part in parts:
             rgb, reg = self.draw(part)                           # (B, 3, P, P), ()
             nll, terms = self.distance(rgb, part["patch"])       # ()
-            value = loss = nll + cfg.reg_weight * reg
+            loss = nll + cfg.reg_weight * reg
+            value = loss
             if gan:
                 with self.autocast():
                     g = -self.disc(rgb).float().mean()
@@ -215,7 +216,10 @@ class AEStage(Stage):
                         self.lpips)
 
     def preview(self, folder: Path, k: int) -> None:
-        self.sheet(reconstructions(self, [1, 2, 4]), min(4 * self.cfg.size, 512), folder, k)
+        rows = reconstructions(self, [1, 2, 4])
+        side = min(4 * self.cfg.size, 512)
+        self.sheet(rows, side, folder, k, "input, then render | truth at 1x, 2x, 4x")
+
 
 # ---- stage ldm: diffusion of latents ----
 
@@ -377,7 +381,7 @@ class LDMStage(Stage):
         drawn = model.decode(model.sample(range(8), self.cfg.seed, self.cfg.preview_steps))
         side = min(4 * base.size, 512)
         rows = [list(to_uint8(drawn.draw(min(scale * base.size, side)))) for scale in (1, 2, 4)]
-        self.sheet(rows, side, folder, k)
+        self.sheet(rows, side, folder, k, "the same eight samples at 1x, 2x, 4x")
 
 
 class Latents(list):
@@ -521,7 +525,8 @@ class PretrainStage(Stage):
                         self.device)
 
     def preview(self, folder: Path, k: int) -> None:
-        self.sheet(reconstructions(self, [1, 2]), 2 * self.cfg.size, folder, k)
+        rows = reconstructions(self, [1, 2])
+        self.sheet(rows, 2 * self.cfg.size, folder, k, "input, then render | truth at 1x, 2x")
 
 
 # ---- stage cm: consistency training ----
@@ -659,7 +664,7 @@ class CMStage(Stage):
             logs = accumulate(logs, {"loss": loss, "difference": d.mean()}, cfg.accum)
         taken = descend(self.opts)
         if self.target is not self.f and taken:      # theta^- <- mu theta^- + (1 - mu) theta
-            ema_update(self.target, self.f, self.schedule.mu(k, self.K))         # Eq. (8)
+            ema_update(self.target, self.f, self.schedule.mu(k, self.K))
         place = self.schedule.log(k, self.K)
         return logs | {n: torch.tensor(v) for n, v in place.items()} | {"taken": taken}
 
@@ -696,7 +701,9 @@ class CMStage(Stage):
         sigmas = self.cfg.cm.karras_sigmas(18, self.device)[:14:2]               # (7,)
         columns = [x, *(f(x + sigma * noise, sigma.expand(len(x)), y) for sigma in sigmas)]
         rows += [list(row) for row in zip(*(to_uint8(column) for column in columns))]
-        self.sheet(rows, 2 * size, folder, k)
+        drawn = "samples at 1x, 2x, 1x enlarged" if self.makes_functions else "samples"
+        self.sheet(rows, 2 * size, folder, k, f"{drawn}; then held-out pictures, denoised from "
+                   f"noise {sigmas[0]:.3g} to {sigmas[-1]:.2g}")
 
 
 def cm_config(cfg: CMRun, classes: int) -> CMRun:
@@ -724,7 +731,8 @@ def frozen_denoiser(cfg: CMRun, device: torch.device) -> ConsistencyModel:
     """Load the denoiser of `distil`; it may be another generator than the one that learns."""
     made = load(cfg.distil, device)
     classes = getattr(cfg, GENERATORS[cfg.generator][2]).num_classes
-    if not isinstance(made, OneStep) or made.size != cfg.size or len(made.classes) != classes:
+    fits = isinstance(made, OneStep) and made.size == cfg.size
+    if not fits or made.f.net.cfg.num_classes != classes:
         raise ValueError(f"distil={cfg.distil} must be a run of stage cm at {cfg.size} px, "
                          f"with{'' if classes else 'out'} classes")
     return made.f

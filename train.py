@@ -246,7 +246,7 @@ def train(stage: str, cfg: Run, out: str | Path, device: str | torch.device,
     """
     check(cfg)
     out = Path(out)
-    device = torch.device(device)
+    device = pick_device(device) if isinstance(device, str) else device
     before = {"ldm": "ae", "cm": "pretrain"}.get(stage)
     if before and not cfg.init and getattr(cfg, "generator", "func") == "func":
         cfg = replace(cfg, init=str(out.parent / before))
@@ -269,14 +269,17 @@ def introduce(stage: Stage, out: Path) -> None:
     classes = "no classes"
     if names:
         more = ", ..." if len(names) > 4 else ""
-        used = "" if stage.extra.get("classes") else ", which it is not told"
-        classes = f"{len(names)} classes ({', '.join(names[:4])}{more}){used}"
+        used = "used" if stage.extra.get("classes") else "not used"
+        classes = f"{len(names)} classes ({', '.join(names[:4])}{more}), {used}"
+    held = f"{len(stage.held_out):,} held out"
+    if stage.held_out is stage.source:
+        held = "none held out, so that scores are of the same pictures"
     over = f"; passed over: {stage.source.passed_over}" if stage.source.passed_over else ""
     parameters = sum(p.numel() for p in stage.net.parameters())
     print_once(f"stage {stage.name}: {len(stage.source):,} pictures of {data.shown(cfg.data)} to "
-               f"train on and {len(stage.held_out):,} held out, centre squares at {cfg.size} px, "
-               f"{classes}{over}\n{parameters:,} parameters, {cfg.steps:,} steps of batch "
-               f"{cfg.batch}, {stage.device}, into {data.shown(out)}")
+               f"train on and {held}, centre squares at {cfg.size} px, {classes}{over}")
+    print_once(f"{parameters:,} parameters, {cfg.steps:,} steps of batch {cfg.batch}, "
+               f"{stage.device}, into {data.shown(out)}")
 
 
 NEXT = {"ae": "python train.py --stage ldm init={out}, with the same --data and --preset",
@@ -375,7 +378,8 @@ def check_data(name: str) -> int:
     for split in ("train", "val"):
         source = data.open_data(name, split)
         found = data.check_data(source)
-        print(f"{split}: {len(source):,} pictures, {len(found)} bad")
+        over = f"; passed over: {source.passed_over}" if source.passed_over else ""
+        print(f"{split}: {len(source):,} pictures, {len(found)} bad{over}")
         bad += found
     for file, reason in bad:
         print(f"bad: {file}: {reason}")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -159,6 +159,7 @@ def speed_up(cfg: Run, device: torch.device, nets: list[nn.Module],
 
 # ---- what a stage is ----
 
+STRIP = 16                            # pixels, height of the caption of a sheet
 
 class Stage:
     """What `fit` trains: networks with their pictures, one iteration, and what shows how they do.
@@ -192,7 +193,7 @@ class Stage:
     def hold(self, net: nn.Module, **parts) -> None:
         """Name what learns, and all else that a checkpoint restores; makes the moving average."""
         self.net = net
-        self.ema = copy.deepcopy(net).requires_grad_(False) if self.cfg.ema else None
+        self.ema = copy.deepcopy(net).requires_grad_(False).eval() if self.cfg.ema else None
         self.shown = net if self.ema is None else self.ema
         self.state = {"model": net, **parts}
         if self.ema is not None:
@@ -220,9 +221,14 @@ class Stage:
     def preview(self, folder: Path, k: int) -> None:
         """Draw the sheet of step k."""
 
-    def sheet(self, rows: list[list], side: int, folder: Path, k: int) -> None:
-        """Write rows of pictures (h, w, 3) as the sheet of step k."""
-        Image.fromarray(contact_sheet(rows, side)).save(folder / f"grid-{k:08d}.png")
+    def sheet(self, rows: list[list], side: int, folder: Path, k: int, caption: str) -> None:
+        """Write rows of pictures (h, w, 3) as the sheet of step k, with a caption above."""
+        picture = Image.fromarray(contact_sheet(rows, side))
+        page = Image.new("RGB", (picture.width, picture.height + STRIP), "white")
+        page.paste(picture, (0, STRIP))
+        text = f"step {k:,}, seed {self.cfg.seed}: {caption}"
+        ImageDraw.Draw(page).text((4, 2), text, "black")
+        page.save(folder / f"grid-{k:08d}.png")
 
     def held_image(self, i: int) -> Tensor:
         """Held-out picture i at the training size, (1, 3, S, S)."""
