@@ -269,9 +269,7 @@ def load(path: str | Path, device: torch.device | str = "cpu", raw: bool = False
     """
     path, ckpt = find_checkpoint(Path(path))
     try:
-        made = rebuild(without_prefixes(ckpt, path), path.name, raw)
-    except KeyError as error:
-        raise ValueError(f"{path} lacks {error}: it is no whole checkpoint") from error
+        made = rebuild(parts(ckpt, path), path.name, raw)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     except (TypeError, AttributeError, IndexError, RuntimeError, ArithmeticError) as error:
@@ -290,16 +288,23 @@ def find_checkpoint(path: Path) -> tuple[Path, dict]:
     return newest_checkpoint(path)
 
 
+class Part(dict):
+    """A part of a checkpoint's content, which says what it lacks."""
+
+    def __missing__(self, name: object) -> None:
+        raise ValueError(f"it lacks {name!r}, so it is no whole checkpoint")
+
+
 PREFIX = re.compile(r"^(module\.|_orig_mod\.)+")    # of DistributedDataParallel and torch.compile
 
 
-def without_prefixes(content: dict, path: Path) -> dict:
-    """Strip what wrappers put before the names of weights, and say so."""
+def parts(content: dict, path: Path) -> Part:
+    """Take a checkpoint's content apart; strips what wrappers put before names, and says so."""
     if any(isinstance(name, str) and PREFIX.match(name) for name in content):
         print(f"{path}: left module. and _orig_mod. out of the names of weights", file=sys.stderr)
         content = {PREFIX.sub("", name): value for name, value in content.items()}
-    return {name: without_prefixes(value, path) if isinstance(value, dict) else value
-            for name, value in content.items()}
+    return Part({name: parts(value, path) if isinstance(value, dict) else value
+                 for name, value in content.items()})
 
 
 def rebuild(ckpt: dict, name: str, raw: bool) -> INFD | OneStep:
@@ -309,8 +314,9 @@ def rebuild(ckpt: dict, name: str, raw: bool) -> INFD | OneStep:
         if ckpt["stage"] not in makers:
             raise ValueError(f"a checkpoint of stage {ckpt['stage']}; expected ae, ldm or cm")
         return makers[ckpt["stage"]](ckpt, raw)
-    if isinstance(ckpt.get("model"), dict):
-        return published_infd(ckpt["model"], raw)
+    model = ckpt.get("model")
+    if isinstance(model, dict) and {"args", "sd"} & set(model):
+        return published_infd(model, raw)
     if {"time_embed.0.weight", "input_blocks.0.0.weight", "out.2.weight"} <= set(ckpt):
         return openai_onestep(ckpt, name)
     raise ValueError(f"neither a checkpoint of train.py nor a published INFD or OpenAI file (its "
@@ -337,7 +343,7 @@ def section(name: str, config: type, options: dict):
     flat = flatten(options)
     inner = {k.removeprefix(f"{name}."): flat[k] for k in flat if k.startswith(f"{name}.")}
     if not inner:
-        raise KeyError(f"config.{name}")
+        raise ValueError(f"its config lacks {name!r}")
     return unflatten(config, inner)
 
 
@@ -377,7 +383,7 @@ OLD_SCHEDULE = {"s0", "s1", "mu0", "printed_mu", "metric", "doubling", "lognorma
 
 def onestep_of(ckpt: dict, raw: bool) -> OneStep:
     """The model of a checkpoint of stage cm."""
-    options = flatten(ckpt["config"])
+    options = Part(flatten(ckpt["config"]))
     weights, kind = pick_weights(ckpt["state"], raw)
     name = options["generator"]
 

@@ -74,6 +74,8 @@ def write_png(path: Path, size: tuple[int, int], info: dict, bands: Iterable[np.
                 above = rows[-1:]
             file.write(png_chunk(b"IDAT", deflate.flush()) + png_chunk(b"IEND", b""))
         part.rename(path)
+    except OSError as error:                                         # a full disk names no file
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -123,7 +125,7 @@ def write_sheet(path: Path, files: Sequence[Path]) -> None:
     rows = [pictures[at:at + columns] for at in range(0, len(pictures), columns)]
     part = path.with_name(f"part-{path.name}")                       # the suffix says the format
     try:
-        Image.fromarray(contact_sheet(rows, side)).save(part)
+        Image.fromarray(contact_sheet(rows, side)).save(part, quality=92)
         part.rename(path)
     finally:
         part.unlink(missing_ok=True)
@@ -235,8 +237,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise ValueError("--window takes four numbers, y0,x0,y1,x1; the whole is -1,-1,1,1")
     if args.norm not in (None, "frame", "paper"):
         raise ValueError(f"--norm {args.norm}: choose frame or paper")
-    if args.sheet and Path(args.sheet).suffix.lower() not in (".png", ".jpg", ".jpeg"):
-        raise ValueError(f"--sheet {args.sheet}: name a .png or .jpg file")
     return args
 
 
@@ -344,6 +344,17 @@ def make_folder(folder: Path) -> None:
         raise PermissionError(f"{folder}: no permission to write there")
 
 
+def check_sheet(file: Path, sizes: list[tuple[int, int]]) -> None:
+    """Raise ValueError or OSError before any work where pictures cannot go onto this sheet."""
+    if file.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise ValueError(f"--sheet {file}: name a .png or .jpg file")
+    if file.exists():
+        raise FileExistsError(f"--sheet {file} exists; choose another file")
+    if any(max(size) > SHEET for size in sizes):
+        raise ValueError(f"--sheet takes pictures of up to {SHEET} pixels a side")
+    make_folder(file.parent)
+
+
 def run(argv: list[str]) -> None:
     """Draw what the command line asks for. Raises ValueError and OSError before any work."""
     args = parse(argv)
@@ -362,13 +373,10 @@ def run(argv: list[str]) -> None:
     for size in sizes:
         check_frame(size, args.window)
 
+    if args.sheet:
+        check_sheet(Path(args.sheet), sizes)
     out = Path(args.out) if args.out else new_folder()
     make_folder(out)
-    if args.sheet:
-        make_folder(Path(args.sheet).parent)
-        if Path(args.sheet).exists() or max(max(size) for size in sizes) > SHEET:
-            raise FileExistsError(f"--sheet {args.sheet}: the file exists, or a picture is larger "
-                                  f"than {SHEET} pixels")
     common = {"ckpt": model.file.name, "sha256": file_hash(model.file), "weights": model.weights,
               "seed": args.seed, "window": args.window, "label": args.label, **described}
     files = {}
