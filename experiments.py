@@ -1,0 +1,263 @@
+"""Programs that use training and sampling; demo and compare train by changes to preset tiny.
+
+    python experiments.py demo                      both systems from nothing: 20 minutes, 2 cores
+    python experiments.py compare NAME              what the papers compare, small: COMPARISONS
+    python experiments.py bench STAGE [key=value]   what training costs; bench sample [RUN ...]
+"""
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
+
+import data
+from metrics import frechet_distance
+from runs import Meter, cli, parse_options, pick_device, set_tf32, unflatten
+from sample import INFD, OneStep, bundled, contact_sheet, load
+from train import STAGES, configure, train
+
+# The function generator learns as the bundled one did (weights/README.md): to reconstruct, to
+# denoise (r = 0), and, distilled from that denoiser, to do it in one step. It cannot draw the white
+# noise that F owes x at sigma_data 0.5: with both scales as here, f = M.
+FUNC = {"func.position_base": 10.0, "func.position_scale": 4.0, "beta2": 0.99}
+SCALES = FUNC | {"func.out_scale": 20.0, "cm.sigma_data": 0.05, "cm.sigma_max": 20.0}
+DENOISER = {"steps": 300, "muon": 4e-3, "lr": 7e-4, "ect.k": 1e9, "ect.b": 0.0, "ect.P_mean": 0.3,
+            "ect.P_std": 1.5}
+ONE_STEP = {"steps": 180, "muon": 2e-3, "lr": 3e-4, "ect.stages": 1, "ect.q": 2.0, "ect.k": 9.0,
+            "ect.b": 10.0, "ect.mu0": 0.98, "ect.P_mean": 1.2, "ect.P_std": 1.4,
+            "init": "cm-denoiser", "distil": "cm-denoiser"}
+AE = {"steps": 1500, "ae.kl_logvar": -6.0, "grid_every": 500, "eval_n": 64}
+LDM = {"ae": AE | {"steps": 800}, "ldm": {"steps": 1000, "pictures": 2048, "grid_every": 500}}
+HALF = {"size": 32, "func.patch": 4, "vit.patch": 4}     # stage cm at half the size, to afford it
+LEARNED = {"pretrain": {"steps": 1500, "size": 32, "func.patch": 4}}
+TUNED = {"steps": 500, "cm.sigma_data": 0.1, "func.out_scale": 10.0, "ect.stages": 1,
+         "ect.P_mean": 1.5, "ect.P_std": 1.5}            # as in the paper, with scales of f = M
+
+# Name -> side -> its runs, STAGE or STAGE-WORD, in order. In the last all sides, but for the demo,
+# take as many steps of as many pictures.
+COMPARISONS = {
+    "demo": {"INFD": {"ae": AE | {"steps": 900, "eval_n": 16}, "ldm": LDM["ldm"] | {"steps": 900}},
+             "CM-Func": {"pretrain": FUNC | {"steps": 1000, "muon": 4e-3, "eval_n": 16},
+                         "cm-denoiser": SCALES | DENOISER, "cm": SCALES | ONE_STEP}},
+    "renderer": {"clif": {"ae": AE}, "liif": {"ae": AE | {"ae.renderer": "liif"}}},      # INFD A
+    "downsampling": {"with": {"ae": AE | {"p_whole": 0.0}},                              # INFD E
+                     "without": {"ae": AE | {"p_whole": 0.0, "downsample": False}}},
+    "mix": {name: {"ae": AE | {"data": name}} for name in ("synthetic", "synthetic-6k-mix")},
+    "latent": {"learned": LDM,                                                           # INFD C
+               "lowres": LDM | {"ae": LDM["ae"] | {"ae.lowres": True, "ae.kl": False}}},
+    "generators": {name: {"cm": HALF | {"steps": 500, "generator": name, "init": "none"}}
+                   for name in ("func", "unet", "uvit", "dit")},     # CM-Func, Tables 1, 2, 5
+    "pretraining": {"with": LEARNED | {"cm": TUNED | HALF},          # CM-Func, Figure 8
+                    "without": {"cm": TUNED | HALF | {"init": "none"}}},
+    "resolution": {"64px": {"pretrain": {"steps": 1500}, "cm": TUNED},
+                   "32px": LEARNED | {"cm": TUNED | HALF}},          # Table 7: as many tokens
+}
+
+
+def train_side(side: dict[str, dict], data_name: str, out: Path, device: torch.device, seed: int,
+               texts: Sequence[str]) -> tuple[dict[str, float], INFD | OneStep]:
+    """Train a side's runs, the last with options key=value; returns its numbers and its model."""
+    row = {}
+    for name, changes in side.items():
+        stage = name.split("-")[0]
+        base = configure(stage, "tiny", data_name)
+        own = changes | {"seed": seed}
+        own |= {key: str(out / own[key]) for key in ("init", "distil") if own.get(key) in side}
+        if name == list(side)[-1]:
+            own |= parse_options(type(base), texts, f"stage {stage}")
+        made = train(stage, unflatten(type(base), own, base), out / name, device)
+
+        row["parameters"] = sum(p.numel() for p in made.net.parameters())
+        last = json.loads((out / name / "log.jsonl").read_text().splitlines()[-1])
+        wanted = ("step", "images_per_s", "denoising_distance")
+        row |= {key: last[key] for key in wanted if key in last}
+        file = out / name / "eval.json"
+        for score in json.loads(file.read_text()).values() if file.exists() else ():
+            row[f"PSNR {score['px']}px"] = score.get("psnr_render", np.nan)
+    return row, load(out / name, device)
+
+
+def draw_some(model: INFD | OneStep, sizes: Sequence[int], n: int) -> list[Tensor]:
+    """The first n samples at some sizes, (n, 3, S, S) each; of pixel generators at their own."""
+    if isinstance(model, INFD):
+        drawn = model.decode(model.sample(range(n), sampler="dpm++"))
+    elif hasattr(model.f.net, "function"):
+        drawn = model.functions(range(n))
+    else:
+        return [model.sample(range(n))]
+    return [drawn.draw(size) for size in sizes]
+
+
+def colour_moments(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (48,) and covariance (48, 48) of the 4 x 4 mean colours of (n, 3, S, S)."""
+    colours = F.adaptive_avg_pool2d(images.cpu().clamp(-1, 1), 4).flatten(1)
+    return colours.mean(dim=0), torch.cov(colours.T)
+
+
+def compare(name: str, data_name: str, out: Path, device: torch.device, seeds: int = 1,
+            texts: Sequence[str] = (), n: int = 128) -> dict[str, dict[str, list]]:
+    """Train every side for every seed; write NAME.png and NAME.json into `out`, print a table.
+
+    Returns side -> column -> a number per seed. colour distance: Frechet distance of n samples'
+    4 x 4 mean colours to those of held-out pictures, for which no network is needed.
+    """
+    if name not in COMPARISONS:
+        raise ValueError(f"there is no comparison {name}; there are: {', '.join(COMPARISONS)}")
+    held_out = data.open_data(data_name, "val")
+    n = min(n, len(held_out) // 2)
+    if n < 2:
+        raise ValueError(f"{data_name} has {len(held_out)} held-out pictures, fewer than 4")
+    truth = torch.stack([data.to_tensor(held_out[i].draw(64)) for i in range(2 * n)])
+    rows = {}
+    samples = {"other pictures": [truth[n:]]}
+    sheets = []
+    for seed, (side, stages) in itertools.product(range(seeds), COMPARISONS[name].items()):
+        here = out / f"{side}-seed{seed}"
+        row, model = train_side(stages, data_name, here, device, seed, texts)
+        for column, value in row.items():
+            rows.setdefault(side, {}).setdefault(column, []).append(value)
+        if isinstance(model, OneStep) or model.unet:
+            samples.setdefault(side, []).extend(draw_some(model, [model.size], n))
+        sheets.append(np.asarray(Image.open(max(model.file.parent.glob("grid-*.png")))))
+
+    goal = colour_moments(truth[:n])
+    for side, drawn in samples.items():
+        found = [frechet_distance(*colour_moments(images), *goal) for images in drawn]
+        rows.setdefault(side, {})["colour distance"] = found
+    sheet = contact_sheet([sheets], max(max(pixels.shape) for pixels in sheets))
+    Image.fromarray(sheet).save(out / f"{name}.png")
+    (out / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
+    print(f"{as_table(rows)}\n{out / name}.png: the last sheet of each side")
+    return rows
+
+
+def as_table(rows: dict[str, dict]) -> str:
+    """Rows of named numbers, or of lists whose means count, as text."""
+    columns = list(dict.fromkeys(itertools.chain(*rows.values())))
+    lines = [["", *columns]]
+    for name, row in rows.items():
+        lines.append([name, *(f"{np.mean(row[c]):.5g}" if c in row else "-" for c in columns)])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
+
+
+def cost(call: Callable, images: int, n: int, device: torch.device,
+         autocast: Callable = nullcontext) -> dict[str, float]:
+    """What a call for so many images costs, by the mean of n.
+
+    gflop: 2 per multiply-add, of matrix products and convolutions. of_ceiling: the share of what a
+    large matrix product does in that time. compile_s: what a first call takes more.
+    """
+    def seconds(what: Callable, n: int) -> float:
+        timer = Timer("what()", globals={"what": what}, num_threads=torch.get_num_threads())
+        return timer.timeit(n).mean                          # of the device's work; warms up
+
+    with (torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH),
+          FlopCounterMode(display=False) as counter):        # it knows no fused attention
+        call()
+    begin = time.perf_counter()
+    call()
+    first = time.perf_counter() - begin
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    each = seconds(call, n)
+    peak = torch.cuda.max_memory_allocated()                 # 0 without a GPU
+
+    side = 1536 if device.type == "cpu" else 8192
+    with autocast():
+        a = torch.eye(side, device=device) @ torch.eye(side, device=device)  # of the calls' dtype
+    product = seconds(lambda: a @ a, 5)
+    rate = counter.get_total_flops() / each
+    return {"ms": 1000 * each, "images_per_s": images / each, "gflop": rate * each / 1e9,
+            "tflop_per_s": rate / 1e12, "of_ceiling": rate * product / (2 * side**3),
+            "peak_gb": peak / 1e9, "compile_s": max(0, first - each)}
+
+
+def bench_samples(files: Sequence[str], n: int, device: torch.device) -> dict[str, dict]:
+    """What a picture costs at 1, 4 and 16 times its model's size; default: the bundled models."""
+    rows = {}
+    for file in files or (bundled("infd"), bundled("cm")):
+        model = load(file, device)
+        for size in (model.size, 4 * model.size, 16 * model.size):
+            call = functools.partial(draw_some, model, [size], 1)
+            rows[f"{Path(file).stem} {size}px"] = cost(call, 1, n, device)
+    return rows
+
+
+def bench(what: str, preset: str, data_name: str, texts: Sequence[str], n: int,
+          device: torch.device) -> dict[str, dict]:
+    """What a step of a stage costs (ae: with its GAN); of stage cm by generator=func,dit.
+
+    multi_res_fps (CM-Func 4.3): pictures per second where each is wanted at 32, 64 and 128 px, by
+    one function or by a network for each size.
+    """
+    rows = {}
+    sizes = (32, 64, 128)
+    cfg = configure(what, preset, data_name, texts)
+    set_tf32(cfg.tf32, device)
+    for name in getattr(cfg, "generator", what).split(","):
+        own = [*texts, f"generator={name}"] if what == "cm" else texts
+        made = STAGES[what](configure(what, preset, data_name, own), device)
+        k = getattr(cfg, "gan_start", 0)
+        stream = made.batches(k)
+        meter = Meter()
+        rows[name] = row = cost(lambda: made.step(meter.wait_for(stream), k), cfg.batch, n, device,
+                                made.autocast)
+        row["data_wait"] = meter.waited / (n + 4) / row["ms"] * 1000
+        row["parameters"] = sum(p.numel() for p in made.net.parameters())
+        if what == "cm":
+            models = []
+            for size in [cfg.size] if made.makes_functions else sizes:
+                other = configure(what, preset, data_name, [*own, f"size={size}"])
+                models.append(OneStep(STAGES[what](other, device).f, size).to(device))
+            several = cost(lambda: [draw_some(model, sizes, 1) for model in models], 3, n, device)
+            row["multi_res_fps"] = several["images_per_s"]
+    return rows
+
+
+def run(argv: list[str]) -> None:
+    """Do what the command line says."""
+    p = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False)
+    p.add_argument("program", choices=("demo", "compare", "bench"))
+    p.add_argument("words", nargs="*", help="NAME or STAGE, then key=value")
+    p.add_argument("--data", default="synthetic", help="a name, or the path of a folder or .zip")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    p.add_argument("--out", default="runs", help="demo, compare: where a folder NAME goes (runs)")
+    p.add_argument("--seeds", type=int, default=1, help="compare: runs of each side (1)")
+    p.add_argument("--preset", default="tiny", help="bench: tiny, small, paper (tiny)")
+    p.add_argument("--steps", type=int, default=20, help="bench: how many are measured (20)")
+    args = p.parse_intermixed_args(argv)
+    name, *texts = ["demo"] if args.program == "demo" else args.words or [""]
+    device = pick_device(args.device)
+    if args.program != "bench":
+        compare(name, args.data, Path(args.out, name), device, args.seeds, texts)
+        return
+    rows = (bench_samples(texts, args.steps, device) if name == "sample" else
+            bench(name, args.preset, args.data, texts, args.steps, device))
+    for row, values in rows.items():
+        print(json.dumps({"name": row, "device": str(device), **values}))
+    print(as_table(rows))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code: see `runs.cli`."""
+    return cli(run, sys.argv[1:] if argv is None else argv, "stopped; the same command continues")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
