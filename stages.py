@@ -699,8 +699,10 @@ class CMStage(Stage):
             rows = [list(to_uint8(model.sample(range(8), self.cfg.seed)))]
         x, noise, y = (v if v is None else v[:4] for v in self.judged)
         sigmas = self.cfg.cm.karras_sigmas(18, self.device)[:14:2]               # (7,)
-        columns = [x, *(f(x + sigma * noise, sigma.expand(len(x)), y) for sigma in sigmas)]
-        rows += [list(row) for row in zip(*(to_uint8(column) for column in columns))]
+        columns = [to_uint8(x)]
+        for sigma in sigmas:
+            columns.append(to_uint8(f(x + sigma * noise, sigma.expand(len(x)), y)))
+        rows += [list(row) for row in zip(*columns)]
         drawn = "samples at 1x, 2x, 1x enlarged" if self.makes_functions else "samples"
         self.sheet(rows, 2 * size, folder, k, f"{drawn}; then held-out pictures, denoised from "
                    f"noise {sigmas[0]:.3g} to {sigmas[-1]:.2g}")

@@ -18,7 +18,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,6 +85,7 @@ def fit(stage: Stage, out: Path) -> None:
                 if judged and ranks()[0] == 0:
                     stage.preview(out, done)
             if signalled:
+                bar.close()
                 barrier()                            # torchrun ends all as soon as one has ended
                 raise Stopped(128 + signalled)
         bar.close()
@@ -110,8 +111,6 @@ def show(bar: tqdm, line: dict, cfg: Run) -> None:
 def ema_rate(cfg: Run, k: int) -> float:
     """Rate of the moving average at step k."""
     return min(cfg.ema, (1 + k) / (10 + k)) if cfg.ema_warmup else cfg.ema
-
-
 
 
 # ---- presets ----
@@ -209,7 +208,7 @@ COST = {"ae": "1,000,000 steps of batch 8: about 4 days on 4 A100",
 
 
 def configure(stage: str, preset: str = "paper", data_name: str = "synthetic",
-              texts: list[str] = []) -> Run:
+              texts: Sequence[str] = ()) -> Run:
     """Put the options of a run together: defaults, the preset, then key=value texts.
 
     Raises ValueError for an unknown stage, preset or option and for a value of the wrong type.
@@ -224,7 +223,7 @@ def configure(stage: str, preset: str = "paper", data_name: str = "synthetic",
             raise ValueError(f"{text}: write --data {text.removeprefix('data=')}")
     cls = STAGES[stage].options
     known = option_types(cls)
-    given = parse_options(cls, texts, f"stage {stage}")
+    given = parse_options(cls, list(texts), f"stage {stage}")
     chosen = dict(PRESETS[stage][preset])
     if preset not in ("small", "tiny"):
         chosen = PAPER_DATA.get((stage, data_name), {}) | chosen
@@ -378,9 +377,10 @@ def check_data(name: str) -> int:
     for split in ("train", "val"):
         source = data.open_data(name, split)
         found = data.check_data(source)
-        over = f"; passed over: {source.passed_over}" if source.passed_over else ""
-        print(f"{split}: {len(source):,} pictures, {len(found)} bad{over}")
+        print(f"{split}: {len(source):,} pictures, {len(found)} bad")
         bad += found
+    if source.passed_over:
+        print(f"passed over: {source.passed_over}")
     for file, reason in bad:
         print(f"bad: {file}: {reason}")
     return 2 if bad else 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,8 +24,8 @@ from data import Source, to_tensor, to_uint8
 from inr_generator import AdaLNBlock, Block, ImageFunction
 from ldm import SelfAttention, TimeResBlock
 from metrics import psnr
-from runs import (all_mean, autocast_for, compiled, newest_checkpoint, print_once, ranks,
-                  read_checkpoint, wants_compile)
+from runs import (NotFinite, all_mean, autocast_for, compiled, newest_checkpoint, print_once,
+                  ranks, read_checkpoint, wants_compile)
 from sample import contact_sheet
 
 Optimiser = torch.optim.Optimizer
@@ -131,8 +131,11 @@ def ema_update(ema: nn.Module, model: nn.Module, rate: float) -> None:
 
 def micro_batches(batch: dict, accum: int) -> list[dict]:
     """Cut a batch into `accum` equal parts."""
-    parts = {name: value.chunk(accum) for name, value in batch.items()}
-    return [{name: part[j] for name, part in parts.items()} for j in range(accum)]
+    parts: list[dict] = [{} for _ in range(accum)]
+    for name, value in batch.items():
+        for part, piece in zip(parts, value.chunk(accum)):
+            part[name] = piece
+    return parts
 
 
 def accumulate(logs: dict, part: dict, accum: int) -> dict:
@@ -177,6 +180,8 @@ class Stage:
         if source is None:
             source = data.open_data(cfg.data, "train")
             held_out = data.open_data(cfg.data, "val")
+        else:
+            cfg = replace(cfg, data=type(source).__name__)
         self.cfg = cfg                               # `build` adds what follows from the data
         self.device = device
         self.source = data.as_source(source)
@@ -310,7 +315,11 @@ def evaluate(reconstruct: Callable[[Tensor], Field | ImageFunction], source: Sou
             res = scale * size
             if res > picture.size:
                 continue
-            rgb = to_tensor(to_uint8(drawn.draw(res)[0]))[None].to(device)       # (1, 3, res, res)
+            rgb = drawn.draw(res)                                # (1, 3, res, res)
+            if not torch.isfinite(rgb).all():
+                raise NotFinite("what is drawn is not finite; the newest checkpoint is good; "
+                                "lower lr")
+            rgb = to_tensor(to_uint8(rgb[0]))[None].to(device)
             base = rgb if base is None else base
             bicubic = F.interpolate(base, (res, res), mode="bicubic")
             truth = to_tensor(picture.draw(res))[None].to(device)
