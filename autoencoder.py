@@ -18,55 +18,43 @@ from clif import CLIF, LIIF, CLIFConfig, Field, LIIFConfig, ResBlock
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """Architecture of encoder, latent, decoder and renderer.
-
-    The defaults are the published FFHQ model (supplementary J.1).
-    """
+    """Architecture of encoder, latent, decoder and renderer; the defaults are the FFHQ model."""
 
     ch: int = 128                     # base channels, a multiple of groups (J.1)
     ch_mult: tuple[int, ...] = (1, 2, 4)      # width of each level in units of ch (J.1)
     num_res_blocks: int = 2           # per encoder level; the decoder has one more (published code)
     z_channels: int = 3               # channels of the latent (J.1)
     kl: bool = False                  # Gaussian latent with a KL loss, no vector quantisation
-    kl_logvar: float = 0.0            # added to its log-variance at the start. 0, as published, is
-                                      # noise of about 1, in which most channels of a short training
-                                      # are lost: see the presets
-    lowres: bool = False              # z is the picture itself at size/f, not learned: the baseline
-                                      # of supplementary C, Table 1 ("LR-DM + SR"), where decoder
-                                      # and renderer do super-resolution
+    kl_logvar: float = 0.0            # added to its log-variance; at 0 short runs lose channels
+    lowres: bool = False              # z is the picture at size/f (C, Table 1, "LR-DM + SR")
     n_embed: int = 8192               # codes in the codebook (LDM VQ-f4)
     vq_beta: float = 0.25             # weight inside the quantisation loss (published code)
     renderer: str = "clif"            # clif, or liif, the baseline of supplementary A
     hidden: int = 256                 # width of the renderer (published code)
     num_blocks: int = 2               # residual blocks of CLIF (J.1)
-    groups: int = 32                  # of every GroupNorm (published code); with one channel a
-                                      # group, levels are lost
+    groups: int = 32                  # of every GroupNorm; one channel a group loses its level
 
     def __post_init__(self):
         object.__setattr__(self, "ch_mult", tuple(self.ch_mult))     # a checkpoint may hold a list
         if self.renderer not in ("clif", "liif"):
             raise ValueError(f"renderer {self.renderer!r}: choose clif or liif")
         if self.lowres and (self.kl or self.z_channels != 3):
-            raise ValueError("lowres=true: z is a picture, which goes with z_channels=3 and "
-                             "kl=false")
-        widths = {"ch": [self.ch * m for m in self.ch_mult]}
-        if self.renderer == "clif":
-            widths["hidden"] = [self.hidden]
-        for name, values in widths.items():
-            if any(v < 1 or v % self.groups for v in values):
-                raise ValueError(f"{name} gives {values} channels; GroupNorm needs multiples of "
-                                 f"groups={self.groups}")
+            raise ValueError("lowres=true: a picture goes with z_channels=3 and kl=false")
+        widths = [self.ch * m for m in self.ch_mult] + [self.hidden] * (self.renderer == "clif")
+        if any(width < 1 or width % self.groups for width in widths):
+            raise ValueError(f"ch and hidden give {widths} channels; GroupNorm needs multiples of "
+                             f"groups={self.groups}")
 
     @property
     def f(self) -> int:
-        """Downsampling factor from image to latent: 4 for three levels, none after the last."""
+        """Downsampling factor from image to latent: 4 for three levels."""
         return 2 ** (len(self.ch_mult) - 1)
 
 
 # ---- Encoder and decoder ----
-# Module names are LDM's (down, mid, up, ...), so that published checkpoints map key by key. The
-# paper calls the two symmetric, without attention; the published networks, followed here, have
-# three residual blocks per decoder level and self-attention between the middle blocks.
+# Module names are LDM's, so that published checkpoints map key by key. The paper calls the two
+# symmetric, without attention; the published networks, followed here, have three residual blocks
+# per decoder level and self-attention between the middle blocks.
 
 class Attention(nn.Module):
     """Self-attention over all positions with a single head, added to its input."""
@@ -80,7 +68,6 @@ class Attention(nn.Module):
         self.proj_out = nn.Conv2d(c, c, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, h, w) -> (B, C, h, w)."""
         h = self.norm(x)                                                      # (B, C, h, w)
         q = _tokens(self.q(h))                                                # (B, 1, h*w, C)
         k = _tokens(self.k(h))                                                # (B, 1, h*w, C)
@@ -90,41 +77,16 @@ class Attention(nn.Module):
 
 
 def _tokens(x: Tensor) -> Tensor:
-    """(B, C, h, w) -> one head of tokens (B, 1, h*w, C)."""
-    # Contiguous, because the fused kernels of attention want the channels of a token side by side.
+    """(B, C, h, w) -> one head of tokens (B, 1, h*w, C), contiguous for the fused kernels."""
     return x.flatten(2).mT.contiguous()[:, None]
 
 
-class Downsample(nn.Module):
-    """(B, C, h, w) -> (B, C, h/2, w/2) by a strided convolution."""
-
-    def __init__(self, c: int):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))      # right and bottom only, as in LDM; (h/2, w/2)
-
-
-class Upsample(nn.Module):
-    """(B, C, h, w) -> (B, C, 2h, 2w): nearest neighbour, then a convolution."""
-
-    def __init__(self, c: int):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B, C, 2h, 2w)
-
-
 def _blocks(c_in: int, c_out: int, n: int, groups: int) -> nn.ModuleList:
-    """n residual blocks, the first from c_in to c_out channels."""
     widths = [c_in] + [c_out] * (n - 1)
     return nn.ModuleList([ResBlock(width, c_out, groups) for width in widths])
 
 
 def _middle(c: int, groups: int) -> nn.Sequential:
-    """The blocks at the lowest resolution."""
     return nn.Sequential(OrderedDict(block_1=ResBlock(c, c, groups), attn_1=Attention(c, groups),
                                      block_2=ResBlock(c, c, groups)))
 
@@ -139,10 +101,11 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(3, cfg.ch, 3, padding=1)
         self.down = nn.ModuleList()
         for i, (c, width) in enumerate(zip([cfg.ch, *widths], widths)):
-            blocks = _blocks(c, width, cfg.num_res_blocks, cfg.groups)
-            level = nn.ModuleDict({"block": blocks})
+            level = nn.ModuleDict({"block": _blocks(c, width, cfg.num_res_blocks, cfg.groups)})
             if i < len(widths) - 1:                   # "after each level" (J.1) but the last
-                level["downsample"] = Downsample(width)
+                level["downsample"] = nn.Sequential(OrderedDict(
+                    pad=nn.ZeroPad2d((0, 1, 0, 1)),   # right and bottom only, as in LDM
+                    conv=nn.Conv2d(width, width, 3, stride=2)))
             self.down.append(level)
         self.mid = _middle(widths[-1], cfg.groups)
         self.norm_out = nn.GroupNorm(cfg.groups, widths[-1], eps=1e-6)
@@ -152,10 +115,7 @@ class Encoder(nn.Module):
             self.quant_conv.bias.data[cfg.z_channels:] += cfg.kl_logvar
 
     def forward(self, image: Tensor) -> Tensor:
-        """image (B, 3, H, W) in [-1, 1], sides multiples of f -> (B, z_channels, H/f, W/f).
-
-        KL: twice the channels.
-        """
+        """image (B, 3, H, W) in [-1, 1], sides multiples of f -> z, or with KL its moments."""
         x = self.conv_in(image)                                               # (B, ch, H, W)
         for level in self.down:
             for block in level["block"]:
@@ -167,24 +127,21 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """D: quantised latent -> feature field phi.
-
-    It ends at LDM's last features: the renderer takes the place of the last norm and convolution.
-    """
+    """D: quantised latent -> feature field phi, LDM's features before the last norm."""
 
     def __init__(self, cfg: AutoencoderConfig):
         super().__init__()
         widths = [cfg.ch * m for m in cfg.ch_mult]
-        # Published as decoder.0, the rest as decoder.1.
-        self.post_quant_conv = nn.Conv2d(cfg.z_channels, cfg.z_channels, 1)
-        self.conv_in = nn.Conv2d(cfg.z_channels, widths[-1], 3, padding=1)
+        self.post_quant_conv = nn.Conv2d(cfg.z_channels, cfg.z_channels, 1)   # decoder.0
+        self.conv_in = nn.Conv2d(cfg.z_channels, widths[-1], 3, padding=1)    # the rest decoder.1
         self.mid = _middle(widths[-1], cfg.groups)
         self.up = nn.ModuleList()                     # up[0] is the finest level and runs last
         for i, (c, width) in enumerate(zip([*widths[1:], widths[-1]], widths)):
-            blocks = _blocks(c, width, cfg.num_res_blocks + 1, cfg.groups)
-            level = nn.ModuleDict({"block": blocks})
+            level = nn.ModuleDict({"block": _blocks(c, width, cfg.num_res_blocks + 1, cfg.groups)})
             if i > 0:
-                level["upsample"] = Upsample(width)
+                level["upsample"] = nn.Sequential(OrderedDict(
+                    nearest=nn.Upsample(scale_factor=2.0, mode="nearest"),
+                    conv=nn.Conv2d(width, width, 3, padding=1)))
             self.up.append(level)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -204,9 +161,8 @@ class Decoder(nn.Module):
 class VectorQuantizer(nn.Module):
     """Replace each latent vector by the nearest of `n_embed` learned codes.
 
-    Gradients pass straight through. loss = |sg(z_q) - z|^2 + beta |z_q - sg(z)|^2, averaged over
-    all elements: the weight beta is on the codebook, as in the published model. VQ-VAE has it on
-    the other term, which `legacy=False` gives. The value is the same, the gradients are not.
+    loss = |sg(z_q) - z|^2 + beta |z_q - sg(z)|^2, averaged over all elements, as published. VQ-VAE
+    has beta on the other term (`legacy=False`): the value is the same, the gradients are not.
     """
 
     def __init__(self, n_embed: int, dim: int, beta: float = 0.25, legacy: bool = True):
@@ -218,11 +174,11 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def nearest(self, z: Tensor) -> Tensor:
-        """z (B, C, h, w) -> indices of the nearest codes (B*h*w,), in the order b, h, w."""
+        """z (B, C, h, w) -> indices of the nearest codes (B*h*w,)."""
         flat = z.movedim(1, -1).flatten(0, -2).float()                        # (B*h*w, C)
         codes = self.embedding.weight.float()                                 # (n_embed, C)
-        # |z - e|^2 without |z|^2, which is the same for every code: one (B*h*w, n_embed) matrix.
         with torch.autocast(z.device.type, enabled=False):           # bf16 would confuse near codes
+            # |z - e|^2 less |z|^2, (B*h*w, n_embed)
             distance = torch.addmm(codes.square().sum(dim=1), flat, codes.T, alpha=-2)
             return distance.argmin(dim=1)
 
@@ -258,10 +214,7 @@ def kl_loss(mean: Tensor, logvar: Tensor) -> Tensor:
 # ---- The autoencoder ----
 
 class FieldAutoencoder(nn.Module):
-    """E, VQ (or KL), D and R: an image becomes a latent z, and z a function of coordinates.
-
-    With lowres, E is the mean of f x f pixels, and nothing regularises z.
-    """
+    """E, VQ (or KL), D and R: an image becomes a latent z, and z a function of coordinates."""
 
     def __init__(self, cfg: AutoencoderConfig):
         super().__init__()
@@ -280,23 +233,19 @@ class FieldAutoencoder(nn.Module):
     def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
         """The latent that diffusion learns: before quantisation, unscaled.
 
-        image (B, 3, H, W) in [-1, 1] -> z (B, C, H/f, W/f). KL: mean + std * noise, with noise
-        (B, C, H/f, W/f) from N(0, 1), or the mean without noise.
-        Raises ValueError if H or W is not a multiple of f.
+        image (B, 3, H, W) in [-1, 1] -> z (B, C, H/f, W/f). KL: mean + std * noise, N(0, 1) of z's
+        shape, or the mean without noise. Raises ValueError unless f divides H and W.
         """
         return self._encode(image, noise)[0]
 
-    def _encode(self, image: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """z and the KL loss: 0 where nothing is regularised, None where the quantiser has it."""
+    def _encode(self, image: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        """z and the KL loss, without KL 0."""
         H, W = image.shape[-2:]
         if H % self.cfg.f or W % self.cfg.f:
-            raise ValueError(f"image of {H}x{W} pixels: both sides must be multiples of "
-                             f"{self.cfg.f}")
+            raise ValueError(f"image of {H}x{W} pixels: sides must be multiples of {self.cfg.f}")
         z = self.encoder(image)                                               # (B, C, H/f, W/f)
-        if self.cfg.lowres:
-            return z, z.new_zeros(())
         if not self.cfg.kl:
-            return z, None
+            return z, z.new_zeros(())
         mean, logvar = split_moments(z)                                       # (B, C, H/f, W/f)
         z = mean if noise is None else mean + (0.5 * logvar).exp() * noise
         return z, kl_loss(mean, logvar).mean()
@@ -318,9 +267,8 @@ class FieldAutoencoder(nn.Module):
                 noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """One training pass: (rgb (B, 3, P, Q), VQ or KL loss).
 
-        image (B, 3, H, W), coord (B, P, Q, 2), cell (B, 2); `noise` as in `encode`. The KL loss is
-        a mean over the batch of sums over the latent, so its weight in the total must be tiny: LDM
-        has 1e-6; the published default of 1 belongs to VQ.
+        image (B, 3, H, W), coord (B, P, Q, 2), cell (B, 2); `noise` as in `encode`. The KL loss
+        sums over the latent, so its weight must be tiny: LDM has 1e-6, the published 1 is for VQ.
         """
         z, reg = self._encode(image, noise)                                   # (B, C, H/f, W/f)
         if self.quantizer is not None:
@@ -361,10 +309,7 @@ class PatchDiscriminator(nn.Module):
                 nn.init.normal_(layer.weight, 1.0, 0.02)
 
     def forward(self, image: Tensor) -> Tensor:
-        """image (B, 3, H, W) -> logits (B, 1, h, w); 256 px give 30x30.
-
-        Batch norm follows the mode of the module (train or eval).
-        """
+        """image (B, 3, H, W) -> logits (B, 1, h, w); 256 px give 30x30."""
         return self.main(image)
 
 
@@ -376,9 +321,8 @@ def hinge_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
 def first_order(loss: Tensor, x: Tensor) -> Tensor:
     """Replace loss(x) by (dloss/dx).detach() * x, summed over x.
 
-    It has the same gradient for everything before x, so that LPIPS and the discriminator are
-    back-propagated once, not twice: once for the adaptive weight and once for the step. The value
-    is another one. loss is a scalar computed from x.
+    It has the same gradient, not the same value, for everything before x, so that LPIPS and the
+    discriminator are back-propagated once for both the adaptive weight and the step.
     """
     slope, = torch.autograd.grad(loss, x)
     return (slope * x).sum()
@@ -388,9 +332,8 @@ def adaptive_weight(nll: Tensor, g_loss: Tensor, last_weight: Tensor,
                     average: Callable[[list[Tensor]], list[Tensor]] | None = None) -> Tensor:
     """Balance the adversarial against the reconstruction loss (published code; VQGAN).
 
-    lambda = |grad nll| / (|grad g_loss| + 1e-4), at most 1e4, with gradients of both losses for the
-    last layer's weight. Detached; the graphs of both losses stay alive for the backward pass.
-    average: takes the means of the gradients over several processes, which then agree on lambda.
+    lambda = |grad nll| / (|grad g_loss| + 1e-4), at most 1e4, both for the last layer's weight.
+    Detached; the losses' graphs stay alive. average: the means of gradients over processes.
     """
     g_nll, = torch.autograd.grad(nll, last_weight, retain_graph=True)
     g_gan, = torch.autograd.grad(g_loss, last_weight, retain_graph=True)
