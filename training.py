@@ -164,6 +164,7 @@ def speed_up(cfg: Run, device: torch.device, nets: list[nn.Module],
 
 STRIP = 16                            # pixels, height of the caption of a sheet
 
+
 class Stage:
     """What `fit` trains: networks with their pictures, one iteration, and what shows how they do.
 
@@ -177,11 +178,11 @@ class Stage:
 
     def __init__(self, cfg: Run, device: torch.device, source: Source | None = None,
                  held_out: Source | None = None, loss: Callable | None = None):
-        if source is None:
-            source = data.open_data(cfg.data, "train")
-            held_out = data.open_data(cfg.data, "val")
-        else:
+        if source is not None:
             cfg = replace(cfg, data=type(source).__name__)
+        else:
+            source = data.open_data(cfg.data, "train")
+            held_out = data.open_data(cfg.data, "val") if held_out is None else held_out
         self.cfg = cfg                               # `build` adds what follows from the data
         self.device = device
         self.source = data.as_source(source)
