@@ -306,7 +306,7 @@ def verify_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             packed = any(info.compress_type for info in archive.infolist())
             bad = "packed, as torch.save never does" if packed else archive.testzip()
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, RuntimeError) as error:
+    except (zipfile.BadZipFile, ValueError, EOFError, OSError, RuntimeError) as error:
         bad = first_line(error)
     if bad is not None:
         raise ValueError(f"{path} is damaged (the checksum or header of {bad}); use an older one")
