@@ -28,9 +28,8 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import files
-from data import to_uint8
-from files import shown
+import data as files
+from data import shown, to_uint8
 from runs import first_line
 
 HUB = {  # each file name ends in the first eight digits of its SHA-256

@@ -26,7 +26,7 @@ import runs
 from features import (FILTERS, Images, ImageSet, Inception, Moments, Protocol, Squeeze, Statistics,
                       check_finite, image_batches, load_features, lpips_network, read_npz, size_of,
                       statistics)                # all names that a user of this module needs
-from files import shown
+from data import shown
 
 # ---- two pictures: PSNR, scale consistency -------------------------------------------------------
 
