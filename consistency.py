@@ -133,6 +133,10 @@ class ECT:
     gap_weight: bool = True      # weight 1 / (t - r); False: 1
     mu0: float = 0.0             # beyond ECT: constant decay of a teacher; 0: none
 
+    def __post_init__(self) -> None:
+        if self.stages < 1 or not 0 <= self.mu0 < 1:
+            raise ValueError(f"need 1 <= stages and 0 <= mu0 < 1, not {self}")
+
     def stage(self, k: int, K: int) -> int:
         """Stage at step k of K, from 0; the last one goes on beyond K."""
         return min(k * self.stages // K, self.stages - 1)
@@ -210,8 +214,7 @@ def consistency_loss(f: nn.Module, target: nn.Module, x: Tensor, noise: Tensor, 
 
     x (B, 3, H, W) clean images; noise z like x; t > r >= 0 (B,), where r = 0 is the clean image.
     `extra`, shifted coordinates, goes to both: separate draws would leave a floor under the loss.
-    denoiser: consistency distillation (Song et al. 2023, Algorithm 2), whose trajectory leads from
-    x + t z to level r; x + r z lies on it only in the mean.
+    denoiser: distillation (Song et al. 2023, Algorithm 2); x + r z is on its path in the mean only.
     """
     noisy = x + per_image(t) * noise                                     # (B, 3, H, W)
     student = f(noisy, t, y, **extra)                                    # (B, 3, H, W)
@@ -221,8 +224,7 @@ def consistency_loss(f: nn.Module, target: nn.Module, x: Tensor, noise: Tensor, 
             start = x + per_image(r) * noise                             # (B, 3, H, W)
             if denoiser is not None:
                 start = heun_step(denoiser, noisy, t, r, y)
-            made = target(start, r.clamp(min=1e-6), y, **extra)
-            answer = torch.where(per_image(r > 0), made, x)
+            answer = torch.where(per_image(r > 0), target(start, r.clamp(min=1e-6), y, **extra), x)
 
     with torch.autocast(x.device.type, enabled=False):                   # never in bf16
         return metric(student.float(), answer.float())                   # Eq. (5)
@@ -289,8 +291,7 @@ def sample_multistep(f: ConsistencyModel, noises: Sequence[Tensor], sigmas: Sequ
 @torch.no_grad()
 def sample_function(f: ConsistencyModel, noise: Tensor, y: Tensor | None = None):
     """An ImageFunction of B images, for any resolution, from noise (B, 3, S, S) in one step."""
-    sigma = f.cfg.sigma_max
-    return f.function(sigma * noise, noise.new_full((len(noise),), sigma), y)
+    return f.function(f.cfg.sigma_max * noise, noise.new_full((len(noise),), f.cfg.sigma_max), y)
 
 
 @torch.no_grad()

@@ -96,7 +96,7 @@ class ImageFunction:
         """Draw in pieces, row by row: (top, left, colours (B, 3, h, w))."""
         (height, width), window = check_frame(res, window)
         device = self.weights[0].device
-        tile = (64 if device.type == "cpu" else 256) if tile is None else tile
+        tile = max(1, tile or (64 if device.type == "cpu" else 256))
         group = max(1, tile**2 // (min(tile, height) * min(tile, width)))  # images at a time
         parts = [self[i:i + group].weights for i in range(0, len(self), group)]
 
