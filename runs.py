@@ -363,11 +363,10 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], what: str) -> No
 
 
 class Meter:
-    """Averages what the steps report between two log lines; reads the device every 20 steps."""
+    """Averages what the steps report; the host waits for the device at a line of the log alone."""
 
     def __init__(self):
-        self.sums: dict[str, tuple] = {}              # name -> (sum, count); goes into checkpoints
-        self.unread: list[tuple] = []                 # (logs, step, samples) still on the device
+        self.rows: list[tuple] = []                   # (logs, step, samples) since the last line
         self.bad = 0                                  # skipped steps in a row
         self.restart()
 
@@ -385,45 +384,34 @@ class Meter:
 
     def add(self, logs: dict[str, Tensor], images: int, k: int, index: Tensor) -> None:
         """Take in what step k reports, () tensors with "taken" among them; index: its samples."""
-        self.unread.append(({name: value.detach() for name, value in logs.items()}, k, index))
+        self.rows.append(({name: value.detach() for name, value in logs.items()}, k, index))
         self.images += images
-        if len(self.unread) == 20:
-            self.read()
 
-    def read(self) -> None:
-        """Fetch what is unread: here alone training waits. NotFinite after 20 skipped in a row."""
-        rows = self.unread
-        self.unread = []
-        names = dict.fromkeys(name for logs, _, _ in rows for name in logs)
-        for name in names:
-            having = [logs for logs, _, _ in rows if name in logs]
-            for logs, value in zip(having, torch.stack([logs[name] for logs in having]).tolist()):
-                logs[name] = value
-        for logs, k, index in rows:
-            taken = logs.pop("taken")
+    def means(self) -> dict[str, float]:
+        """Give the means over steps and ranks, images/s, and the share of time waiting for data.
+
+        Raises NotFinite after 20 skipped steps in a row.
+        """
+        seen: dict[str, list[float]] = {}
+        for logs, k, index in self.rows:
+            values = {name: float(value) for name, value in logs.items()}
+            taken = values.pop("taken")
             self.bad = 0 if taken else self.bad + 1
             if self.bad == 20:
                 raise NotFinite(f"the gradients of 20 steps in a row are not finite; last batch: "
                                 f"images {index.tolist()} of step {k}. The newest checkpoint is "
                                 f"good; lower lr")
-            for name, value in (logs if taken else {"skipped": 1}).items():
-                total, n = self.sums.get(name, (0, 0))
-                self.sums[name] = (total + value, n + 1 if taken else 1)     # skipped: a count
+            for name, value in (values if taken else {"skipped": 1.0}).items():
+                seen.setdefault(name, []).append(value)
+        self.rows = []
 
-    def all_ranks(self) -> dict[str, tuple]:
-        """Give the sums as means over all ranks: what one process would have."""
-        self.read()
-        sums = [torch.tensor(total, dtype=torch.float64) for total, _ in self.sums.values()]
-        totals = zip(self.sums.items(), all_mean(sums))
-        return {name: (total.item(), n) for (name, (_, n)), total in totals}
-
-    def means(self) -> dict[str, float]:
-        """Give means, images/s and the share of time spent waiting for data; starts anew."""
+        means = [torch.tensor(v).double().mean() for v in seen.values()]
+        line = {name: round(m.item(), 6) for name, m in zip(seen, all_mean(means))}
+        if "skipped" in seen:
+            line["skipped"] = len(seen["skipped"])           # a count, not a mean
         elapsed = time.perf_counter() - self.since
-        line = {name: round(total / n, 6) for name, (total, n) in self.all_ranks().items()}
         line["images_per_s"] = round(self.images / elapsed, 2)
         line["data_wait"] = round(self.waited / elapsed, 4)
-        self.sums = {}
         self.restart()
         return line
 
@@ -498,7 +486,6 @@ class RunFolder:
             self._check(ckpt)
             for name, part in state.items():
                 restore(part, ckpt["state"][name], f"{name} in {path}")
-            self.meter.sums = {name: tuple(value) for name, value in ckpt["log"].items()}
             step = ckpt["step"]
             print_once(f"continuing {self.path} from step {step}")
         if ranks()[0] == 0:
@@ -535,7 +522,6 @@ class RunFolder:
         extra: plain values beside the state. A failure is a warning, NotSaved if it was the `last`
         chance. NotFinite where weights are no longer numbers: the older checkpoints are good.
         """
-        sums = self.meter.all_ranks()
         if not all_finite(state):
             raise NotFinite(f"the weights are not finite at step {step}; the newest checkpoint in "
                             f"{self.path} is good; lower lr")
@@ -544,7 +530,6 @@ class RunFolder:
         content = {"format": FORMAT, "stage": self.stage, "step": step}
         content |= {"config": flatten(self.cfg), "data": self.data, **extra}
         content["state"] = {name: stored(part) for name, part in state.items()}
-        content["log"] = {name: list(value) for name, value in sums.items()}
         try:
             write_checkpoint(self.path / f"step-{step:08d}.pt", content)
         except (OSError, RuntimeError, ValueError) as error:         # torch.save: a full disk
@@ -587,12 +572,13 @@ def stored(part: nn.Module | torch.optim.Optimizer | list):
 
 def restore(part: nn.Module | torch.optim.Optimizer | list, content, what: str) -> None:
     """Load what `stored` gave; ValueError where weights do not fit."""
-    if isinstance(part, nn.Module):
+    if isinstance(part, list):
+        for one, own in zip(part, content, strict=True):
+            one.load_state_dict(own)
+    elif isinstance(part, nn.Module):
         load_weights(part, content, what)
-        return
-    parts, contents = (part, content) if isinstance(part, list) else ([part], [content])
-    for one, own in zip(parts, contents, strict=True):
-        one.load_state_dict(own)
+    else:
+        part.load_state_dict(content)
 
 
 def all_finite(state: dict) -> bool:
@@ -606,15 +592,16 @@ def all_finite(state: dict) -> bool:
 
 def cut_log(log: Path, step: int) -> None:
     """Keep the lines of a log up to a step; those after that checkpoint will come again."""
+    if not log.exists():
+        return
     kept = []
-    for line in log.read_text().splitlines() if log.exists() else ():
+    for line in log.read_text().splitlines():
         with contextlib.suppress(ValueError):                # a line that a kill cut short
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-    if log.exists():
-        part = log.with_suffix(".part")
-        part.write_text("".join(kept))
-        part.replace(log)
+    part = log.with_suffix(".part")
+    part.write_text("".join(kept))
+    part.replace(log)
 
 
 # ---- what the device gives -----------------------------------------------------------------------
