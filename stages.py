@@ -26,7 +26,7 @@ from clif import Field, ResBlock
 from consistency import (ECT, ICT, ConsistencyConfig, ConsistencyModel, Schedule, consistency_loss,
                          denoising_distance, l2, lpips_resized, pseudo_huber)
 from data import DataConfig, Source, to_tensor, to_uint8
-from features import lpips_network
+from metrics import lpips_network
 from inr_generator import (FunctionGenerator, GeneratorConfig, ImageFunction, TransformerConfig,
                            pixel_coord, variational_coord)
 from ldm import DiffusionConfig, GaussianDiffusion, UNet, UNetConfig
