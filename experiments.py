@@ -13,14 +13,12 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
@@ -105,7 +103,7 @@ def draw_some(model: INFD | OneStep, sizes: Sequence[int], n: int) -> list[Tenso
 
 def colour_moments(images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (48,) and covariance (48, 48) of the 4 x 4 mean colours of (n, 3, S, S)."""
-    colours = F.adaptive_avg_pool2d(images.cpu().clamp(-1, 1), 4).flatten(1)
+    colours = nn.AdaptiveAvgPool2d(4)(images.cpu().clamp(-1, 1)).flatten(1)
     return colours.mean(dim=0), torch.cov(colours.T)
 
 
@@ -156,12 +154,11 @@ def as_table(rows: dict[str, dict]) -> str:
     return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
 
 
-def cost(call: Callable, images: int, n: int, device: torch.device,
-         autocast: Callable = nullcontext) -> dict[str, float]:
+def cost(call: Callable, images: int, n: int, device: torch.device) -> dict[str, float]:
     """What a call for so many images costs, by the mean of n.
 
     gflop: 2 per multiply-add, of matrix products and convolutions. of_ceiling: the share of what a
-    large matrix product does in that time. compile_s: what a first call takes more.
+    large product (bf16; CPU: fp32) does in that time. compile_s: what a first call takes more.
     """
     def seconds(what: Callable, n: int) -> float:
         timer = Timer("what()", globals={"what": what}, num_threads=torch.get_num_threads())
@@ -178,13 +175,11 @@ def cost(call: Callable, images: int, n: int, device: torch.device,
     each = seconds(call, n)
     peak = torch.cuda.max_memory_allocated()                 # 0 without a GPU
 
-    side = 1536 if device.type == "cpu" else 8192
-    with autocast():
-        a = torch.eye(side, device=device) @ torch.eye(side, device=device)  # of the calls' dtype
+    a = torch.eye(1536) if device.type == "cpu" else torch.eye(8192).bfloat16().to(device)
     product = seconds(lambda: a @ a, 5)
     rate = counter.get_total_flops() / each
     return {"ms": 1000 * each, "images_per_s": images / each, "gflop": rate * each / 1e9,
-            "tflop_per_s": rate / 1e12, "of_ceiling": rate * product / (2 * side**3),
+            "tflop_per_s": rate / 1e12, "of_ceiling": rate * product / (2 * len(a)**3),
             "peak_gb": peak / 1e9, "compile_s": max(0, first - each)}
 
 
@@ -216,8 +211,7 @@ def bench(what: str, preset: str, data_name: str, texts: Sequence[str], n: int,
         k = getattr(cfg, "gan_start", 0)
         stream = made.batches(k)
         meter = Meter()
-        rows[name] = row = cost(lambda: made.step(meter.wait_for(stream), k), cfg.batch, n, device,
-                                made.autocast)
+        row = cost(lambda: made.step(meter.wait_for(stream), k), cfg.batch, n, device)
         row["data_wait"] = meter.waited / (n + 4) / row["ms"] * 1000
         row["parameters"] = sum(p.numel() for p in made.net.parameters())
         if what == "cm":
@@ -227,6 +221,7 @@ def bench(what: str, preset: str, data_name: str, texts: Sequence[str], n: int,
                 models.append(OneStep(STAGES[what](other, device).f, size).to(device))
             several = cost(lambda: [draw_some(model, sizes, 1) for model in models], 3, n, device)
             row["multi_res_fps"] = several["images_per_s"]
+        rows[name] = row
     return rows
 
 
