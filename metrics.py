@@ -202,6 +202,7 @@ class ImageSet:
         self.path = Path(path)
         self.name = shown(path)
         self.prepared = None                     # the size and filter of a prepared set
+        self.files: Files | None = None
         if self.path.suffix == ".npz":
             rows = read_npz(self.path)
             self.digest = hashlib.sha256(rows).hexdigest()
@@ -212,7 +213,7 @@ class ImageSet:
             self.digest = fingerprint(pictures)["digest"]
             self.prepared = (pictures.size, pictures.filter)
         else:
-            files = Files(self.path)
+            self.files = files = Files(self.path)
             pictures = Photos(files, files.pictures, [0] * len(files.pictures), (), "")
             self.digest = fingerprint(pictures)["digest"]
             if files.passed_over:
@@ -222,6 +223,13 @@ class ImageSet:
         if n < (limit or 1):
             raise ValueError(f"{self.name} holds {n} images, not {limit or 'any'}")
         self.pictures = [pictures[i * n // (limit or n)] for i in range(limit or n)]
+
+    def content(self) -> str:
+        """Hash what the files hold: names and sizes may stay where a picture has changed."""
+        total = hashlib.sha256(self.digest.encode())
+        for name in self.files.pictures if self.files else ():
+            total.update(hashlib.sha256(self.files.read(name)).digest())
+        return total.hexdigest()
 
     def read(self, i: int, protocol: Protocol) -> np.ndarray:
         """Read picture i as uint8 (3, H, W), as `protocol` says."""
@@ -348,11 +356,12 @@ def reference_statistics(source: str | Path, net: nn.Module, protocol: Protocol,
                          cache: str | Path | None = None) -> Statistics:
     """Take a reference's statistics from the file kept beside it (or in `cache`), or make that.
 
-    The file is named by the pictures' fingerprint and the protocol, so that it serves no others.
+    The file is named by what the pictures hold and the protocol, so that it serves no others.
     """
     images = ImageSet(source)
     path = images.path.resolve()
-    key = hashlib.sha256(f"{images.digest} {protocol} {net.name} {VERSION}".encode()).hexdigest()
+    known_by = f"{images.content()} {protocol} {net.name} {VERSION}"
+    key = hashlib.sha256(known_by.encode()).hexdigest()
     file = Path(cache or path.parent, f"{path.stem}-{key[:16]}.stats.pt")
     with contextlib.suppress(OSError, ValueError, TypeError):        # missing, or damaged
         kept = Statistics(**runs.read_checkpoint(file))
