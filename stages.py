@@ -30,7 +30,7 @@ from metrics import lpips_network
 from inr_generator import (FunctionGenerator, GeneratorConfig, ImageFunction, TransformerConfig,
                            pixel_coord, variational_coord)
 from ldm import DiffusionConfig, GaussianDiffusion, UNet, UNetConfig
-from models import GENERATORS, INFD, LatentScale, OneStep, build_generator, load
+from sample import GENERATORS, INFD, LatentScale, OneStep, build_generator, load
 from runs import all_mean, flatten, load_weights, print_once, ranks, rng, torch_noise, unflatten
 from training import (Guard, Run, Stage, accumulate, adam, descend, ema_update, evaluate, groups_of,
                       micro_batches, psnr_at_1x, reconstructions, speed_up, starting_point,
