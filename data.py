@@ -231,9 +231,8 @@ class Files:
 
     def _in_zip(self) -> dict[str, str]:
         with reading(f"{shown(self.root)} is not a readable zip"):
-            found = {posixpath.normpath(member.replace("\\", "/")): member  # of Windows
-                     for member in self.archive(os.getpid()).namelist()}
-        return {name: member for name, member in found.items() if member[-1] not in "/\\"}
+            return {posixpath.normpath(member.replace("\\", "/")): member  # of Windows
+                    for member in self.archive(os.getpid()).namelist() if member[-1] not in "/\\"}
 
     @functools.lru_cache(maxsize=8)
     def archive(self, process: int) -> zipfile.ZipFile:
@@ -282,10 +281,10 @@ class Photos(Source):
 
     def caption(self, i: int) -> str:
         beside = os.path.splitext(self.items[i])[0] + ".txt"
-        text = self.listed.get(self.items[i])
+        text = self.listed.get(self.items[i], "")
         if not text and beside in self.store.members:
             text = self.store.text(beside)
-        return " ".join((text or "").encode("utf-8", "replace").decode().split())
+        return " ".join(text.encode("utf-8", "replace").decode().split())
 
     @functools.cached_property
     def listed(self) -> dict[str, str]:
@@ -304,8 +303,7 @@ class Photos(Source):
 
 
 def open_photos(store: Files, name: str, split: str) -> Photos:
-    """Find one split of a set, train, val or all, with its classes: those of StyleGAN's and EDM's
-    dataset.json, else the folders, where each picture lies in one that is no number."""
+    """Find one split of a set, with the classes of a dataset.json, else of the folders."""
     pictures = store.pictures
     over = store.passed_over
     if not pictures:
@@ -338,8 +336,7 @@ def open_photos(store: Files, name: str, split: str) -> Photos:
 
 
 def held_out(store: Files, name: str) -> set[str]:
-    """Choose the held-out pictures: those of an official list or number, else 5 % by their names'
-    hash, so that a picture stays whatever is added, and at least one of 4."""
+    """Choose the held-out pictures: the official ones, else 5 % by the hash of their own names."""
     stems = {picture: Path(picture).stem for picture in store.pictures}
     listed = store.nearest(*HELD_OUT)
     lines = store.text(listed).splitlines() if listed else []
@@ -363,16 +360,12 @@ def listed_labels(store: Files) -> list[int]:
     file = store.nearest("dataset.json")
     if not file:
         return []
-    with reading(f"{store.where(file)} is damaged", remedy="; mend it, or go on without labels"):
-        content = json.loads(store.text(file))
-        rows = content.get("labels") if isinstance(content, dict) else None
-        found = {posixpath.join(posixpath.dirname(file), name.replace("\\", "/")): label
-                 for name, label in rows or []}
+    folder = posixpath.dirname(file)
+    with reading(f"{store.where(file)} is damaged or incomplete", remedy="; mend or remove it"):
+        rows = json.loads(store.text(file)).get("labels") or []
+        found = {posixpath.join(folder, name.replace("\\", "/")): label for name, label in rows}
         if not found or any(type(label) is not int for label in found.values()):  # EG3D: cameras
             return []
-        missing = [name for name in store.pictures if name not in found]
-        if missing:
-            raise ValueError(f"no label for {len(missing)} pictures ({shown(missing[0])})")
         return [found[name] for name in store.pictures]
 
 
@@ -434,10 +427,8 @@ class Prepared(Source):
             self.labels = [both[row][0] for row in self.items]
             self.captions = [both[row][1] for row in self.items]
             self.classes = tuple(meta["classes"])
-            self.filter = meta["filter"]
-            self.hash = meta["sha256"]
-            self.size = meta["size"]
-            self.passed_over = meta["passed_over"]
+            for name in ("filter", "sha256", "size", "passed_over"):
+                setattr(self, name, meta[name])
             if meta["format"] != 2 or len(self.pixels) != len(both):
                 raise ValueError(f"{META} does not fit {PIXELS}, or is of another version")
 
@@ -451,20 +442,17 @@ class Prepared(Source):
         return Photo(name, lambda: Image.fromarray(self.pixels[row]))
 
     def identity(self) -> list:
-        return [self.hash, self.items]
+        return [self.sha256, self.items]
 
 
 def prepare(name: str, folder: Path, size: int, workers: int = 0) -> dict:
-    """Decode the data set `name` into a new folder that `open_data` reads, whole at size x size.
-
-    The folder appears when it is complete. Gives its meta.json; `skipped`: what cannot be read.
-    """
+    """Decode a set into a new folder, which appears when it is complete; gives its meta.json."""
     if folder.exists():
         raise FileExistsError(f"{shown(folder)} exists; choose another folder, or delete it")
     sources = {split: open_data(name, split) for split in ("train", "val")}
     meta = {"format": 2, "source": name, "size": size, "filter": "lanczos", "train": [], "val": [],
             "classes": sources["train"].classes, "passed_over": sources["train"].passed_over,
-            "skipped": []}
+            "skipped": 0}
     digest = hashlib.sha256()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f"{folder.name}.part-", dir=folder.parent) as temporary:
@@ -476,7 +464,8 @@ def prepare(name: str, folder: Path, size: int, workers: int = 0) -> dict:
                                    num_workers=workers, worker_init_fn=_outlive_signals)
                 for i, pixels in enumerate(tqdm(drawn, split, disable=None)):
                     if isinstance(pixels, str):
-                        meta["skipped"].append(pixels)
+                        tqdm.write(f"skipped: {pixels}")
+                        meta["skipped"] += 1
                         continue
                     file.write(pixels)
                     digest.update(pixels)
@@ -494,7 +483,7 @@ def _draw(picture: Picture, size: int) -> bytes | str:
 
 
 def open_data(name: str, split: str = "train") -> Source:
-    """Open synthetic, synthetic-6k-mix, or what lies at this path or below data or $DATA_ROOT.
+    """Open synthetic[-6k-mix], or a path, also below data or $DATA_ROOT.
 
     split: train, val (held out) or all (of CIFAR-10: train).
     """
@@ -529,7 +518,7 @@ def open_data(name: str, split: str = "train") -> Source:
 def check_data(source: Source) -> list[tuple[str, str]]:
     """Decode every picture and list what cannot be used: [(file, reason)]."""
     found = []
-    if isinstance(source, Prepared) and hashlib.sha256(source.pixels).hexdigest() != source.hash:
+    if isinstance(source, Prepared) and hashlib.sha256(source.pixels).hexdigest() != source.sha256:
         found.append((shown(source.root / PIXELS), f"its SHA-256 is not that of {META}"))
     for i in tqdm(range(len(source)), "checking", disable=None):
         picture = source[i]
@@ -618,43 +607,36 @@ def _order(seed: int | str, epoch: int, n: int) -> np.ndarray:
     return rng(seed, "order", epoch).permutation(n)
 
 
-@dataclass
-class _Batches:
-    """[samples n..m of an endless run]: (stacked, what was skipped), or the error that ends it."""
-
-    source: Source
-    make_item: Callable[..., dict]
-    seed: int | str
-    noise: dict[str, tuple[int, ...]]
-    captions: bool
-
-    def __getitem__(self, numbers: range) -> tuple[dict, list[str]] | DataError:
-        skipped = []
-        try:
-            return default_collate([self.item(n, skipped) for n in numbers]), skipped
-        except DataError as error:  # raised in the main process, no traceback
-            return error
-
-    def item(self, n: int, skipped: list[str]) -> dict:
-        """Make sample n, of the next picture where one cannot be read."""
-        for attempt in range(TOLERATED + 1):
-            if hasattr(self.source, "pick"):
-                i = self.source.pick(rng(self.seed, "pick", n, attempt))
-            else:
-                epoch, i = divmod(n + attempt, len(self.source))
-                i = int(_order(self.seed, epoch, len(self.source))[i])
-            try:
-                item = dict(self.make_item(self.source[i], rng(self.seed, "item", n)))
-                if self.captions:
-                    item["caption"] = self.source.caption(i)
-                break
-            except BadImage as error:
-                skipped.append(str(error))
+def _sample(n: int, skipped: list[str], source: Source, make_item: Callable[..., dict],
+            seed: int | str, noise: dict[str, tuple[int, ...]], captions: bool) -> dict:
+    """Make sample n, of the next picture where one cannot be read."""
+    for attempt in range(TOLERATED + 1):
+        if hasattr(source, "pick"):
+            i = source.pick(rng(seed, "pick", n, attempt))
         else:
-            raise DataError(f"{TOLERATED + 1} unreadable images in a row, the last: {skipped[-1]}")
-        for name, shape in self.noise.items():
-            item[name] = torch_noise(shape, self.seed, name, n)
-        return item | {"index": n, "label": self.source.label(i)}
+            epoch, i = divmod(n + attempt, len(source))
+            i = int(_order(seed, epoch, len(source))[i])
+        try:
+            item = dict(make_item(source[i], rng(seed, "item", n)))
+            if captions:
+                item["caption"] = source.caption(i)
+            break
+        except BadImage as error:
+            skipped.append(str(error))
+    else:
+        raise DataError(f"{TOLERATED + 1} unreadable images in a row, the last: {skipped[-1]}")
+    for name, shape in noise.items():
+        item[name] = torch_noise(shape, seed, name, n)
+    return item | {"index": n, "label": source.label(i)}
+
+
+def _batch(numbers: list[int], **options) -> tuple[dict, list[str]] | DataError:
+    """Stack samples and say what was skipped; an error is raised in the main process, in a line."""
+    skipped = []
+    try:
+        return default_collate([_sample(n, skipped, **options) for n in numbers]), skipped
+    except DataError as error:
+        return error
 
 
 def _outlive_signals(worker: int) -> None:
@@ -671,9 +653,8 @@ def loader(source: Source, make_item: Callable[..., dict], batch: int, start: in
     """Give endless batches from step `start` on: stacked items, "index" (of the sample), "label".
 
     Step k holds the samples k * batch .. (k + 1) * batch - 1, each rank an equal, contiguous share.
-    Sample n shows picture n % len of its epoch's permutation; make_item(picture, gen) -> dict gets
-    rng(seed, "item", n), and noise, name -> shape, is torch_noise(shape, seed, name, n). captions:
-    add "caption". An unreadable image is replaced by the next; above 1 % of all: DataError.
+    make_item(picture, gen) -> dict gets rng(seed, "item", n), and noise, name -> shape, becomes
+    torch_noise(shape, seed, name, n). captions: add "caption". Above 1 % unreadable: DataError.
     """
     if batch < 1 or batch % world:
         raise ValueError(f"a batch of {batch} cannot be shared by {world} processes")
@@ -681,10 +662,12 @@ def loader(source: Source, make_item: Callable[..., dict], batch: int, start: in
         raise DataError("the data set is empty")
     share = batch // world
     firsts = (k * batch + rank * share for k in count(start))
+    make = functools.partial(_batch, source=source, make_item=make_item, seed=seed,
+                             noise=noise or {}, captions=captions)
     batches = DataLoader(
-        _Batches(source, make_item, seed, noise or {}, captions), None,
-        sampler=(range(first, first + share) for first in firsts), num_workers=workers,
-        pin_memory=pin_memory, worker_init_fn=_outlive_signals, generator=torch.Generator())
+        range(sys.maxsize), batch_sampler=(range(first, first + share) for first in firsts),
+        collate_fn=make, num_workers=workers, pin_memory=pin_memory,
+        worker_init_fn=_outlive_signals, generator=torch.Generator())
     bad = 0
     for seen, result in zip(count(share, share), batches):
         if isinstance(result, DataError):
@@ -701,10 +684,8 @@ def loader(source: Source, make_item: Callable[..., dict], batch: int, start: in
 
 def run(args: argparse.Namespace) -> None:
     meta = prepare(args.source, args.folder, args.size, args.workers)
-    for text in meta["skipped"]:
-        print(f"skipped: {text}")
     print(f"{len(meta['train'] + meta['val']):,} pictures of {args.size} px in "
-          f"{shown(args.folder)}, {len(meta['skipped'])} skipped; passed over: "
+          f"{shown(args.folder)}, {meta['skipped']} skipped; passed over: "
           f"{meta['passed_over'] or 'nothing'}")
 
 
