@@ -584,6 +584,22 @@ def bundled(name: str) -> Path:
     return Path(__file__).parent / "weights" / f"{name}.pt"
 
 
+def planned(args: argparse.Namespace, model: INFD | OneStep, sizes: list, made: dict,
+            out: Path) -> tuple[dict, dict]:
+    """Name the files of a call by (index, size), and what their PNGs begin with."""
+    digest = hashlib.sha256(np.memmap(model.file, mode="r")).hexdigest()[:16]
+    common = {"ckpt": model.file.name, "sha256": digest, "weights": model.weights,
+              "seed": args.seed, "window": args.window, "label": args.label, **made}
+    files = {}
+    heads = {}
+    for i, size in itertools.product(range(args.start, args.start + args.n), sizes):
+        files[i, size] = file = out / f"seed{args.seed}-{i:06d}-{size[0]}x{size[1]}.png"
+        heads[i, size] = head = png_head(size, {**common, "index": i, "res": size})
+        if file.exists() and file.open("rb").read(len(head)) != head:
+            raise FileExistsError(f"{file} exists and is another picture; choose another --out")
+    return files, heads
+
+
 def run(argv: list[str]) -> None:
     """Draw what the command line asks for."""
     args, unknown = parser().parse_known_args(argv)
@@ -610,6 +626,9 @@ def run(argv: list[str]) -> None:
                          f"{type(model).__name__} (--help)")
     pictures = infd_pictures if isinstance(model, INFD) else onestep_pictures
     made, sizes, draw = pictures(model, args)
+    net = model.unet if isinstance(model, INFD) else model.f.net
+    if net is not None:
+        draw_labels(net, model.classes, [0], args.seed, args.label)  # names a wrong one at once
     for size in sizes:
         check_frame(size, args.window)
     sheet = args.sheet and Path(args.sheet)
@@ -623,16 +642,7 @@ def run(argv: list[str]) -> None:
     for folder in (out, sheet.parent if sheet else out):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()                   # says what is wrong at once
-    digest = hashlib.sha256(np.memmap(model.file, mode="r")).hexdigest()[:16]
-    common = {"ckpt": model.file.name, "sha256": digest, "weights": model.weights,
-              "seed": args.seed, "window": args.window, "label": args.label, **made}
-    files = {}
-    heads = {}
-    for i, size in itertools.product(range(args.start, args.start + args.n), sizes):
-        files[i, size] = file = out / f"seed{args.seed}-{i:06d}-{size[0]}x{size[1]}.png"
-        heads[i, size] = head = png_head(size, {**common, "index": i, "res": size})
-        if file.exists() and file.open("rb").read(len(head)) != head:
-            raise FileExistsError(f"{file} exists and is another picture; choose another --out")
+    files, heads = planned(args, model, sizes, made, out)
 
     todo = [i for (i, _), file in files.items() if i % world == rank and not file.exists()]
     todo = list(dict.fromkeys(todo))
