@@ -443,7 +443,8 @@ class LDMStage(Stage):
         if cfg.cache and cfg.flip or cfg.pictures and not cfg.cache:
             raise ValueError("pictures=N goes with cache=true, and that with flip=false")
         if not Path(cfg.init or "none").exists():
-            raise ValueError(f"no autoencoder at {cfg.init}: run --stage ae first or give init=RUN")
+            raise ValueError(f"stage ldm needs an autoencoder and there is none at {cfg.init}; run "
+                             f"--stage ae first, or give init=RUN")
         self.base = base = load(cfg.init, self.device)
         if not isinstance(base, INFD):
             raise ValueError(f"init={cfg.init} is a model of stage cm; give one of stage ae or ldm")
