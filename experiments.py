@@ -1,8 +1,8 @@
 """Programs that use training and sampling; demo and compare train by changes to preset tiny.
 
-    python experiments.py demo                      both systems from nothing: 20 minutes, 2 cores
-    python experiments.py compare NAME              what the papers compare, small: COMPARISONS
-    python experiments.py bench STAGE [key=value]   what training costs; bench sample [RUN ...]
+    python experiments.py demo                             both systems, 20 minutes on 2 cores
+    python experiments.py compare NAME [steps=N seeds=N]   what the papers compare: COMPARISONS
+    python experiments.py bench STAGE [key=value ...]      a training step; bench sample [RUN ...]
 """
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 from metrics import frechet_distance
-from runs import Meter, cli, parse_options, pick_device, set_tf32, unflatten
+from runs import Meter, cli, convert, parse_options, pick_device, set_tf32, unflatten
 from sample import INFD, OneStep, bundled, contact_sheet, load
 from train import STAGES, configure, train
 
@@ -145,13 +145,19 @@ def compare(name: str, data_name: str, out: Path, device: torch.device, seeds: i
 
 
 def as_table(rows: dict[str, dict]) -> str:
-    """Rows of named numbers, or of lists whose means count, as text."""
+    """Rows of named numbers, or of lists of them, as text."""
     columns = list(dict.fromkeys(itertools.chain(*rows.values())))
     lines = [["", *columns]]
     for name, row in rows.items():
-        lines.append([name, *(f"{np.mean(row[c]):.5g}" if c in row else "-" for c in columns)])
+        lines.append([name, *(cell(row[c]) if c in row else "-" for c in columns)])
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
+
+
+def cell(value: float | list[float]) -> str:
+    """A number as text; of several the mean, and the standard deviation."""
+    spread = f" +- {np.std(value, ddof=1):.2g}" if np.size(value) > 1 else ""
+    return f"{np.mean(value):.5g}{spread}"
 
 
 def cost(call: Callable, images: int, n: int, device: torch.device) -> dict[str, float]:
@@ -227,20 +233,22 @@ def bench(what: str, preset: str, data_name: str, texts: Sequence[str], n: int,
 
 def run(argv: list[str]) -> None:
     """Do what the command line says."""
-    p = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False)
+    p = argparse.ArgumentParser(usage=__doc__.split("\n\n")[1].strip(), allow_abbrev=False)
     p.add_argument("program", choices=("demo", "compare", "bench"))
     p.add_argument("words", nargs="*", help="NAME or STAGE, then key=value")
     p.add_argument("--data", default="synthetic", help="a name, or the path of a folder or .zip")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
-    p.add_argument("--out", default="runs", help="demo, compare: where a folder NAME goes (runs)")
-    p.add_argument("--seeds", type=int, default=1, help="compare: runs of each side (1)")
+    p.add_argument("--out", help="folder of demo and compare (runs/demo, runs/compare/NAME)")
     p.add_argument("--preset", default="tiny", help="bench: tiny, small, paper (tiny)")
     p.add_argument("--steps", type=int, default=20, help="bench: how many are measured (20)")
     args = p.parse_intermixed_args(argv)
     name, *texts = ["demo"] if args.program == "demo" else args.words or [""]
     device = pick_device(args.device)
     if args.program != "bench":
-        compare(name, args.data, Path(args.out, name), device, args.seeds, texts)
+        out = Path("runs/demo" if name == "demo" else f"runs/compare/{name}")
+        seeds = [convert("seeds", int, text[6:]) for text in texts if text.startswith("seeds=")]
+        texts = [text for text in texts if not text.startswith("seeds=")]
+        compare(name, args.data, Path(args.out or out), device, max([1, *seeds]), texts)
         return
     rows = (bench_samples(texts, args.steps, device) if name == "sample" else
             bench(name, args.preset, args.data, texts, args.steps, device))
