@@ -102,6 +102,7 @@ class Photo:
 
     name: str
     read: Callable[[], Image.Image]
+    prepared: bool = False  # a copy that `prepare` made small
 
     @functools.cached_property
     def image(self) -> Image.Image:
@@ -121,6 +122,9 @@ class Photo:
         # Pillow's resize(box=...) rounds to float32: not the same pixels. Rows first, then columns.
         top, left, h, w = box or (0, 0, res, res)
         side = self.size
+        if self.prepared and res > side:
+            raise DataError(f"{self.name} was prepared at {side} px, not {res}: prepare the source "
+                            f"with --size {res}, or train with smaller size= and max_size=")
         reach = 3 * max(side / res, 1) + 1  # 3: radius of Lanczos; 1: rounding
         first = max(0, int(top * side / res - reach))
         last = min(side, int((top + h) * side / res + reach) + 1)
@@ -439,7 +443,7 @@ class Prepared(Source):
     def __getitem__(self, i: int) -> Photo:
         row = self.items[i]
         name = f"{shown(self.root)} number {row}"
-        return Photo(name, lambda: Image.fromarray(self.pixels[row]))
+        return Photo(name, lambda: Image.fromarray(self.pixels[row]), prepared=True)
 
     def identity(self) -> list:
         return [self.sha256, self.items]
@@ -586,6 +590,8 @@ def random_patch(picture: Picture, gen: np.random.Generator, cfg: DataConfig) ->
     """Make what stage ae learns from: a picture, and a crop of it at a random size r, uniform in
     smallest..min(picture.size, max_size), both included (INFD supplementary E, J.2)."""
     least = cfg.smallest or cfg.size
+    if getattr(picture, "prepared", False):
+        picture.draw(cfg.max_size, (0, 0, 1, 1))  # refuses: ground truth would be smaller unseen
     largest = min(picture.size, cfg.max_size)
     needed = max(least, cfg.size)
     if largest < needed:  # enlarged, it would teach the renderer to blur
@@ -600,6 +606,14 @@ def random_patch(picture: Picture, gen: np.random.Generator, cfg: DataConfig) ->
     corner = gen.integers(-cfg.edge, r - cfg.patch + cfg.edge + 1, 2)
     top, left = corner.clip(0, r - cfg.patch).tolist()
     return patch_at(picture, r, top, left, cfg, mirror)
+
+
+def whole_item(picture: Picture | Tensor, gen: np.random.Generator, size: int, flip: bool) -> dict:
+    """Make what the other stages learn from: a whole picture at `size`, or a latent as it is."""
+    if isinstance(picture, Tensor):
+        return {"latent": picture}
+    image = to_tensor(picture.draw(size))
+    return {"image": image.flip(-1) if flip and gen.random() < 0.5 else image}
 
 
 @functools.lru_cache(maxsize=4)

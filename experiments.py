@@ -24,7 +24,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
-from metrics import frechet_distance
+from metrics import Protocol, frechet_distance, load_features, statistics
 from runs import Meter, cli, convert, parse_options, pick_device, set_tf32, unflatten
 from sample import INFD, OneStep, bundled, contact_sheet, load
 from train import STAGES, configure, train
@@ -66,6 +66,8 @@ COMPARISONS = {
                    "32px": LEARNED | {"cm": TUNED | HALF}},          # Table 7: as many tokens
 }
 
+SCORES = {"psnr_render": "PSNR", "psnr_bicubic": "bicubic", "lpips_render": "LPIPS"}
+
 
 def train_side(side: dict[str, dict], data_name: str, out: Path, device: torch.device, seed: int,
                texts: Sequence[str]) -> tuple[dict[str, float], INFD | OneStep]:
@@ -86,7 +88,9 @@ def train_side(side: dict[str, dict], data_name: str, out: Path, device: torch.d
         row |= {key: last[key] for key in wanted if key in last}
         file = out / name / "eval.json"
         for score in json.loads(file.read_text()).values() if file.exists() else ():
-            row[f"PSNR {score['px']}px"] = score.get("psnr_render", np.nan)
+            for key, title in SCORES.items():
+                if key in score:
+                    row[f"{title} {score['px']}px"] = score[key]
     return row, load(out / name, device)
 
 
@@ -107,12 +111,27 @@ def colour_moments(images: Tensor) -> tuple[Tensor, Tensor]:
     return colours.mean(dim=0), torch.cov(colours.T)
 
 
+def measures(device: torch.device) -> dict[str, Callable]:
+    """What makes mean and covariance of (n, 3, S, S): colours, and features where they are."""
+    found = {"colour distance": colour_moments}
+    try:
+        net = load_features("squeeze").to(device)
+    except ValueError as error:
+        print(f"without FD-squeeze: {error}")
+        return found
+
+    def features(images: Tensor) -> tuple[Tensor, Tensor]:
+        return statistics(images.split(32), net, Protocol("squeeze")).moments["pool"]
+
+    return found | {"FD-squeeze": features}
+
+
 def compare(name: str, data_name: str, out: Path, device: torch.device, seeds: int = 1,
-            texts: Sequence[str] = (), n: int = 128) -> dict[str, dict[str, list]]:
+            texts: Sequence[str] = (), n: int = 256) -> dict[str, dict[str, list]]:
     """Train every side for every seed; write NAME.png and NAME.json into `out`, print a table.
 
-    Returns side -> column -> a number per seed. colour distance: Frechet distance of n samples'
-    4 x 4 mean colours to those of held-out pictures, for which no network is needed.
+    Returns side -> column -> a number per seed; distances are Frechet distances of n samples to n
+    held-out pictures of their size, for "other pictures" of n others.
     """
     if name not in COMPARISONS:
         raise ValueError(f"there is no comparison {name}; there are: {', '.join(COMPARISONS)}")
@@ -120,9 +139,8 @@ def compare(name: str, data_name: str, out: Path, device: torch.device, seeds: i
     n = min(n, len(held_out) // 2)
     if n < 2:
         raise ValueError(f"{data_name} has {len(held_out)} held-out pictures, fewer than 4")
-    truth = torch.stack([data.to_tensor(held_out[i].draw(64)) for i in range(2 * n)])
     rows = {}
-    samples = {"other pictures": [truth[n:]]}
+    samples = {}
     sheets = []
     for seed, (side, stages) in itertools.product(range(seeds), COMPARISONS[name].items()):
         here = out / f"{side}-seed{seed}"
@@ -133,10 +151,16 @@ def compare(name: str, data_name: str, out: Path, device: torch.device, seeds: i
             samples.setdefault(side, []).extend(draw_some(model, [model.size], n))
         sheets.append(np.asarray(Image.open(max(model.file.parent.glob("grid-*.png")))))
 
-    goal = colour_moments(truth[:n])
+    ours = measures(device) if samples else {}
     for side, drawn in samples.items():
-        found = [frechet_distance(*colour_moments(images), *goal) for images in drawn]
-        rows.setdefault(side, {})["colour distance"] = found
+        size = drawn[0].shape[-1]
+        truth = torch.stack([data.to_tensor(held_out[i].draw(size)) for i in range(2 * n)])
+        for column, moments in ours.items():
+            goal = moments(truth[:n])
+            others = frechet_distance(*moments(truth[n:]), *goal)
+            rows.setdefault(f"other pictures {size}px", {})[column] = [others]
+            found = [frechet_distance(*moments(images.cpu()), *goal) for images in drawn]
+            rows[side][column] = found
     sheet = contact_sheet([sheets], max(max(pixels.shape) for pixels in sheets))
     Image.fromarray(sheet).save(out / f"{name}.png")
     (out / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n")

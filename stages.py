@@ -1,8 +1,7 @@
-"""The four stages: what each learns from, and one iteration of it.
+"""The four stages: ae and ldm of INFD (Section J), pretrain and cm of CM-Func (3.4, 3.1).
 
-ae and ldm make INFD (Section J), pretrain and cm make CM-Func (Sections 3.1, 3.4). A stage stands
-below its options, whose defaults are the papers' ("open": left open there). train.py's `fit` calls
-`step`: forward and loss (`objective`), `backward`, `descend`.
+A stage stands below its options, whose defaults are the papers' ("open": left open there). train.py
+calls `step`: forward and loss (`objective`), `backward`, `descend`.
 """
 from __future__ import annotations
 
@@ -185,8 +184,8 @@ class Stage:
 
     def tell_classes(self) -> int:
         """Note the classes that the network is told: those of the data, unless labels=false."""
-        labels = self.cfg.labels
         known = list(self.source.classes)
+        labels = self.cfg.labels
         if labels not in ("auto", "true", "false") or labels == "true" and not known:
             raise ValueError(f"labels={labels}: choose auto, true or false; {self.cfg.data} has "
                              f"{len(known) or 'no'} classes")
@@ -197,7 +196,7 @@ class Stage:
                **noise: tuple) -> Iterator[dict]:
         """This rank's batches from step `start` on; only "index" stays on the host."""
         cfg = self.cfg
-        make_item = make_item or functools.partial(whole_item, size=cfg.size, flip=cfg.flip)
+        make_item = make_item or functools.partial(data.whole_item, size=cfg.size, flip=cfg.flip)
         for batch in data.loader(source or self.source, make_item, cfg.batch, start, cfg.seed,
                                  cfg.workers, *ranks(), self.device.type == "cuda", noise):
             index = batch.pop("index")
@@ -226,13 +225,6 @@ class Stage:
         page.save(folder / f"grid-{k:08d}.png")
 
 
-def whole_item(picture: data.Picture | Tensor, gen, size: int, flip: bool) -> dict:
-    if isinstance(picture, Tensor):
-        return {"latent": picture}
-    image = to_tensor(picture.draw(size))
-    return {"image": image.flip(-1) if flip and gen.random() < 0.5 else image}
-
-
 def drawn_at(pictures: list[data.Picture], size: int) -> Tensor:
     return torch.stack([to_tensor(picture.draw(size)) for picture in pictures])
 
@@ -251,10 +243,13 @@ def starting_point(init: str, *stages: str) -> tuple[str, dict[str, Tensor], dic
 class Reconstruction(Stage):
     """A stage whose reconstruct(image (1, 3, S, S)) can be drawn at multiples of S: `scales`."""
 
+    lpips: nn.Module | None = None
+
     @torch.no_grad()
     def evaluate(self, n: int, scales: Sequence[int]) -> dict:
-        """Mean PSNR of n held-out pictures that large, and of their 1x rendering enlarged."""
+        """Mean PSNR, LPIPS of n held-out pictures that large, and of their 1x render enlarged."""
         scores: dict = {f"{s}x": {"px": s * self.cfg.size, "n": 0} for s in scales}
+        judges = {"psnr": psnr} | ({"lpips": self.lpips} if self.lpips else {})
         for i, image in enumerate(self.judged[0][:n].split(1)):
             drawn = self.reconstruct(image)
             base = to_tensor(to_uint8(drawn.draw(self.cfg.size)[0]))[None]
@@ -262,13 +257,14 @@ class Reconstruction(Stage):
                 res = row["px"]
                 if res > max(self.cfg.size, self.held_out[i].size):
                     break
-                truth = to_tensor(self.held_out[i].draw(res))[None]          # (1, 3, res, res)
-                rgb = to_tensor(to_uint8(drawn.draw(res)[0]))[None]
-                bicubic = F.interpolate(base, (res, res), mode="bicubic")
+                truth = to_tensor(self.held_out[i].draw(res))[None].to(self.device)
+                rgb = to_tensor(to_uint8(drawn.draw(res)[0]))[None].to(self.device)
+                bicubic = F.interpolate(base.to(truth), (res, res), mode="bicubic").clamp(-1, 1)
                 row["n"] += 1
-                for name, ours in (("psnr_render", rgb), ("psnr_bicubic", bicubic)):
-                    mean = row.get(name, 0.0)
-                    row[name] = mean + (psnr(ours, truth).item() - mean) / row["n"]
+                for name, ours in itertools.product(judges, ("render", "bicubic")):
+                    score = judges[name](rgb if ours == "render" else bicubic, truth).item()
+                    mean = row.get(f"{name}_{ours}", 0.0)
+                    row[f"{name}_{ours}"] = mean + (score - mean) / row["n"]
         return scores
 
     def validate(self) -> dict[str, Tensor]:
@@ -319,7 +315,8 @@ class AEStage(Reconstruction):
             raise ValueError("frozen_encoder=true goes with init=RUN")
         self.terms = {"own": (1.0, self.loss)} if self.loss else {"l1": (1.0, F.l1_loss)}
         if cfg.lpips != "none" and not self.loss:
-            self.terms["lpips"] = (cfg.lpips_weight, lpips_network(cfg.lpips).to(self.device))
+            self.lpips = lpips_network(cfg.lpips).to(self.device)
+            self.terms["lpips"] = (cfg.lpips_weight, self.lpips)
         torch.manual_seed(cfg.seed)
         net = FieldAutoencoder(cfg.ae).to(self.device)
         self.disc = PatchDiscriminator(cfg.disc).to(self.device)
@@ -538,7 +535,7 @@ class LDMStage(Stage):
 
 
 class Latents(list):
-    """Latents (C, h, w) in place of pictures, for `data.loader`."""
+    """Latents (C, h, w) for `data.loader`."""
 
 
 @dataclass(frozen=True)

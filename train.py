@@ -245,8 +245,8 @@ def train(stage: str, cfg: Run, out: str | Path, device: str | torch.device,
         (out / "eval.json").write_text(json.dumps(scores, indent=1) + "\n")
     for scale, row in scores.items():
         if row["n"]:
-            print(f"{scale}, {row['px']} px, {row['n']} held-out pictures: PSNR "
-                  f"{row['psnr_render']:.2f}, of bicubic from 1x {row['psnr_bicubic']:.2f}")
+            means = ", ".join(f"{name} {row[name]:.4g}" for name in list(row)[2:])
+            print(f"{scale}, {row['px']} px, {row['n']} held-out pictures: {means}")
     after = {"ae": "ldm", "pretrain": "cm"}.get(stage)
     print_once(f"done; next: python train.py --stage {after} init={out}, with the same --data and "
                f"--preset" if after else f"done; next: python sample.py --ckpt {out}")
