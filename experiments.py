@@ -255,8 +255,8 @@ def bench(what: str, preset: str, data_name: str, texts: Sequence[str], n: int,
     return rows
 
 
-def run(argv: list[str]) -> None:
-    """Do what the command line says."""
+def parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
     p = argparse.ArgumentParser(usage=__doc__.split("\n\n")[1].strip(), allow_abbrev=False)
     p.add_argument("program", choices=("demo", "compare", "bench"))
     p.add_argument("words", nargs="*", help="NAME or STAGE, then key=value")
@@ -265,7 +265,12 @@ def run(argv: list[str]) -> None:
     p.add_argument("--out", help="folder of demo and compare (runs/demo, runs/compare/NAME)")
     p.add_argument("--preset", default="tiny", help="bench: tiny, small, paper (tiny)")
     p.add_argument("--steps", type=int, default=20, help="bench: how many are measured (20)")
-    args = p.parse_intermixed_args(argv)
+    return p
+
+
+def run(argv: list[str]) -> None:
+    """Do what the command line says."""
+    args = parser().parse_intermixed_args(argv)
     name, *texts = ["demo"] if args.program == "demo" else args.words or [""]
     device = pick_device(args.device)
     if args.program != "bench":
