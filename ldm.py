@@ -1,5 +1,6 @@
 """Latent diffusion: train a UNet to predict the noise in a latent z; sample new z from pure noise.
-INFD's second stage (supplementary J.1, J.2). The same UNet (ADM) is CM-Func's baseline CM-UNet.
+INFD's second stage (supplementary J.1, J.2). The same UNet (ADM) is CM-Func's baseline CM-UNet and,
+attending to the context that text.py makes of a prompt, Stable Diffusion v1's.
 Read autoencoder.py first (it defines z), then train.py (`--stage ldm`) and sample.py.
 """
 
@@ -32,6 +33,9 @@ class UNetConfig:
     scale_shift_norm: bool = False                 # time scales and shifts the norm, else is added
     resblock_updown: bool = False                  # resample in a residual block, else by a conv
     num_classes: int = 0                           # 0: unconditional
+    null_class: bool = False                       # one class more, none of them: see `guided`
+    context_dim: int = 0                           # channels of the context's tokens; 0: no context
+    transformer_depth: int = 1                     # blocks of a spatial transformer (LDM)
     dropout: float = 0.0                           # before the last conv of a residual block
     groups: int = 32                               # of every GroupNorm; their eps is 1e-5
 
@@ -40,6 +44,8 @@ class UNetConfig:
             if mult < 1 or mult * self.model_channels % self.groups:
                 raise ValueError(f"channel_mult {mult} x model_channels {self.model_channels} must "
                                  f"be a multiple of groups={self.groups}")
+        if self.null_class and not self.num_classes:
+            raise ValueError("null_class is one class more than num_classes, which is 0")
 
     def heads(self, channels: int) -> int:
         """Number of attention heads on `channels` channels."""
@@ -131,12 +137,106 @@ def qkv_from_legacy(weight_or_bias: Tensor, heads: int) -> Tensor:
     return weight_or_bias.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
 
 
-class Stack(nn.Sequential):
-    """nn.Sequential that hands the time embedding to its residual blocks."""
+class CrossAttention(nn.Module):
+    """Multi-head attention of one sequence to another, as LDM has it: q, k and v without bias."""
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def __init__(self, channels: int, context_dim: int, heads: int, head_dim: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(channels, heads * head_dim, bias=False)
+        self.to_k = nn.Linear(context_dim, heads * head_dim, bias=False)
+        self.to_v = nn.Linear(context_dim, heads * head_dim, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(heads * head_dim, channels))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """x (B, M, channels), context (B, N, context_dim) -> (B, M, channels)."""
+        q = self.to_q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)          # (B, heads, M, d)
+        k = self.to_k(context).unflatten(2, (self.heads, -1)).transpose(1, 2)    # (B, heads, N, d)
+        v = self.to_v(context).unflatten(2, (self.heads, -1)).transpose(1, 2)    # (B, heads, N, d)
+        out = F.scaled_dot_product_attention(q, k, v)                            # (B, heads, M, d)
+        return self.to_out(out.transpose(1, 2).flatten(2))                       # (B, M, channels)
+
+
+class GEGLU(nn.Module):
+    """A linear layer, the first half of whose channels is multiplied by the GELU of the second."""
+
+    def __init__(self, c_in: int, c_out: int):
+        super().__init__()
+        self.proj = nn.Linear(c_in, 2 * c_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., c_in) -> (..., c_out)."""
+        value, gate = self.proj(x).chunk(2, dim=-1)                              # (..., c_out) each
+        return value * F.gelu(gate)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, attention to the context, MLP: each normalises its input and is added to it.
+
+    This order is that of LDM's code; the LDM paper has the MLP in the middle.
+    """
+
+    def __init__(self, channels: int, heads: int, head_dim: int, context_dim: int):
+        super().__init__()
+        self.attn1 = CrossAttention(channels, channels, heads, head_dim)
+        mlp = [GEGLU(channels, 4 * channels),
+               nn.Identity(),                                # the published names count a dropout
+               nn.Linear(4 * channels, channels)]
+        self.ff = nn.ModuleDict({"net": nn.Sequential(*mlp)})
+        self.attn2 = CrossAttention(channels, context_dim or channels, heads, head_dim)
+        self.norm1 = nn.LayerNorm(channels)
+        self.norm2 = nn.LayerNorm(channels)
+        self.norm3 = nn.LayerNorm(channels)
+
+    def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """x (B, M, channels), context (B, N, context_dim) -> (B, M, channels).
+
+        Without a context the second attention is to x itself as well, as published.
+        """
+        h = self.norm1(x)
+        x = x + self.attn1(h, h)                                         # (B, M, channels)
+        h = self.norm2(x)
+        x = x + self.attn2(h, h if context is None else context)         # (B, M, channels)
+        return x + self.ff["net"](self.norm3(x))                         # (B, M, channels)
+
+
+class SpatialTransformer(nn.Module):
+    """Residual transformer blocks over all positions of a feature map, which attend to a context.
+
+    Parameter names are those of LDM and Stable Diffusion v1. A position is known by its features
+    alone. The GroupNorm has eps 1e-6, here only; the LDM paper has a LayerNorm in its place.
+    """
+
+    def __init__(self, channels: int, heads: int, head_dim: int, context_dim: int = 0,
+                 depth: int = 1, groups: int = 32):
+        super().__init__()
+        inner = heads * head_dim
+        blocks = [TransformerBlock(inner, heads, head_dim, context_dim) for _ in range(depth)]
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = nn.Conv2d(channels, inner, 1)
+        self.transformer_blocks = nn.ModuleList(blocks)
+        self.proj_out = zero(nn.Conv2d(inner, channels, 1))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """x (B, C, h, w), context (B, N, context_dim) -> (B, C, h, w)."""
+        tokens = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)   # (B, h w, inner)
+        for block in self.transformer_blocks:
+            tokens = block(tokens, context)                              # (B, h w, inner)
+        h = tokens.transpose(1, 2).unflatten(2, x.shape[2:])             # (B, inner, h, w)
+        return x + self.proj_out(h)                                      # (B, C, h, w)
+
+
+class Stack(nn.Sequential):
+    """nn.Sequential that hands residual blocks the time embedding, transformers the context."""
+
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None) -> Tensor:
         for layer in self:
-            x = layer(x, emb) if isinstance(layer, TimeResBlock) else layer(x)
+            if isinstance(layer, TimeResBlock):
+                x = layer(x, emb)
+            elif isinstance(layer, SpatialTransformer):
+                x = layer(x, context)
+            else:
+                x = layer(x)
         return x
 
 
@@ -144,7 +244,8 @@ class UNet(nn.Module):
     """The network of both papers: eps(x_t, t) of INFD, and F(c_in x, 250 ln sigma) of CM-UNet.
 
     ADM's UNet (Dhariwal & Nichol 2021), with the published parameter names. The middle block always
-    attends, whatever the text says of "2, 4, 8" only.
+    attends, whatever the text says of "2, 4, 8" only. With a context_dim attention is by
+    `SpatialTransformer`, as in LDM's text-to-image models and Stable Diffusion v1.
     """
 
     def __init__(self, cfg: UNetConfig):
@@ -155,12 +256,19 @@ class UNet(nn.Module):
         self.time_embed = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(),
                                         nn.Linear(4 * width, 4 * width))
         if cfg.num_classes:
-            self.label_emb = nn.Embedding(cfg.num_classes, 4 * width)
+            self.label_emb = nn.Embedding(cfg.num_classes + cfg.null_class, 4 * width)
+
+        def attention(channels: int) -> nn.Module:
+            heads = cfg.heads(channels)
+            if not cfg.context_dim:
+                return SelfAttention(channels, heads, cfg.groups)
+            return SpatialTransformer(channels, heads, channels // heads, cfg.context_dim,
+                                      cfg.transformer_depth, cfg.groups)
 
         def level_layers(c_in: int, c_out: int, ds: int) -> list[nn.Module]:
             layers = [TimeResBlock(cfg, c_in, c_out)]
             if ds in cfg.attention_ds:
-                layers.append(SelfAttention(c_out, cfg.heads(c_out), cfg.groups))
+                layers.append(attention(c_out))
             return layers
 
         ch = width * cfg.channel_mult[0]
@@ -179,8 +287,7 @@ class UNet(nn.Module):
                 self.input_blocks.append(Stack(down))
                 skips.append(ch)
 
-        self.middle_block = Stack(TimeResBlock(cfg, ch, ch),
-                                  SelfAttention(ch, cfg.heads(ch), cfg.groups),
+        self.middle_block = Stack(TimeResBlock(cfg, ch, ch), attention(ch),
                                   TimeResBlock(cfg, ch, ch))
 
         self.output_blocks = nn.ModuleList()
@@ -200,10 +307,12 @@ class UNet(nn.Module):
         self.out = nn.Sequential(nn.GroupNorm(cfg.groups, ch), nn.SiLU(),
                                  zero(nn.Conv2d(ch, cfg.out_channels, 3, padding=1)))
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None,
+                context: Tensor | None = None) -> Tensor:
         """x (B, in_channels, H, W), t (B,), y (B,) int64 classes -> (B, out_channels, H, W).
 
-        t is fed as it is: 0 to 999 for INFD, 250 ln sigma for consistency models.
+        t is fed as it is: 0 to 999 for INFD, 250 ln sigma for consistency models. With null_class,
+        y = num_classes is none of the classes. context: (B, N, context_dim), of any N.
         """
         side = 2 ** (len(self.cfg.channel_mult) - 1)
         if x.shape[2] % side or x.shape[3] % side:
@@ -211,6 +320,9 @@ class UNet(nn.Module):
                              f"multiples of {side}")
         if (y is not None) != (self.cfg.num_classes > 0):
             raise ValueError(f"give y if there are classes; this UNet has {self.cfg.num_classes}")
+        if (context is not None) != (self.cfg.context_dim > 0):
+            raise ValueError(f"give a context if the UNet attends to one; this one has context_dim "
+                             f"{self.cfg.context_dim}")
 
         code = timestep_embedding(t, self.cfg.model_channels)            # (B, width)
         emb = self.time_embed(code.to(x.dtype))                          # (B, 4 width)
@@ -220,12 +332,46 @@ class UNet(nn.Module):
         h = x
         skips = []
         for block in self.input_blocks:
-            h = block(h, emb)                                            # (B, C, H / ds, W / ds)
+            h = block(h, emb, context)                                   # (B, C, H / ds, W / ds)
             skips.append(h)
-        h = self.middle_block(h, emb)                                    # (B, C, H / ds, W / ds)
+        h = self.middle_block(h, emb, context)                           # (B, C, H / ds, W / ds)
         for block in self.output_blocks:
-            h = block(torch.cat([h, skips.pop()], dim=1), emb)           # (B, C, H / ds, W / ds)
+            h = block(torch.cat([h, skips.pop()], dim=1), emb, context)  # (B, C, H / ds, W / ds)
         return self.out(h)                                               # (B, out_channels, H, W)
+
+
+# ---- guidance ----
+
+def guided(model: Callable, scale: float, context: Tensor | None = None,
+           null_context: Tensor | None = None, null_class: int | None = None) -> Callable:
+    """Make samples follow their condition more closely (Ho & Salimans 2022, where w is scale - 1).
+
+    Gives a sampler its model (x_t, t, y) -> eps_u + scale (eps_c - eps_u): `model`, a UNet, runs in
+    one batch with its condition, context (B, N, D) or classes y or both, and with null_context (B
+    or 1, N, D), of the empty caption or a negative prompt, and null_class in their place. Scale 1
+    is the model with its condition and 0 that without, bit for bit, at the cost of one.
+    """
+    if not math.isfinite(scale):
+        raise ValueError(f"guidance is {scale}; it must be a finite number")
+
+    def with_guidance(x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        if scale == 1:
+            return model(x_t, t, y, context)
+        if (y is None) != (null_class is None) or (context is None) != (null_context is None):
+            raise ValueError("guidance needs what takes the place of each condition: null_class of "
+                             "y, null_context of the context")
+        null_y = None if y is None else torch.full_like(y, null_class)           # (B,)
+        null = None if context is None else null_context.expand_as(context)      # (B, N, D)
+        if scale == 0:
+            return model(x_t, t, null_y, null)
+
+        both_y = None if y is None else torch.cat([null_y, y])                   # (2 B,)
+        both = None if context is None else torch.cat([null, context])           # (2 B, N, D)
+        eps = model(torch.cat([x_t, x_t]), torch.cat([t, t]), both_y, both)      # (2 B, C, h, w)
+        eps_u, eps_c = eps.chunk(2)                                              # (B, C, h, w) each
+        return eps_u + scale * (eps_c - eps_u)
+
+    return with_guidance
 
 
 # ---- diffusion ----
@@ -237,11 +383,15 @@ class DiffusionConfig:
     steps: int = 1000                # timesteps
     beta_start: float = 0.0015       # at 1000 steps; equal to LDM's
     beta_end: float = 0.0195         # at 1000 steps; equal to LDM's
+    sqrt_beta: bool = False          # linear in sqrt(beta), as LDM and Stable Diffusion v1
+    ddim_start: int = 0              # DDIM's lowest timestep; it ends one below. INFD 0, LDM 1
 
     def __post_init__(self) -> None:
         if not 0 < self.beta_start <= self.beta_end < self.steps / 1000:     # each below 1
             raise ValueError(f"beta_start {self.beta_start} and beta_end {self.beta_end} must be "
                              f"above 0, rising, and below steps / 1000 = {self.steps / 1000}")
+        if self.ddim_start not in (0, 1):
+            raise ValueError(f"ddim_start is {self.ddim_start}; choose 0 (INFD) or 1 (LDM)")
 
 
 class GaussianDiffusion:
@@ -257,8 +407,11 @@ class GaussianDiffusion:
         # ends, and its alpha_bar ends five times higher.
         self.cfg = cfg
         scale = 1000 / cfg.steps
-        self.betas = torch.linspace(scale * cfg.beta_start, scale * cfg.beta_end, cfg.steps,
-                                    dtype=torch.float64, device="cpu")           # (steps,)
+        power = 2 if cfg.sqrt_beta else 1
+        start = (scale * cfg.beta_start) ** (1 / power)
+        end = (scale * cfg.beta_end) ** (1 / power)
+        line = torch.linspace(start, end, cfg.steps, dtype=torch.float64, device="cpu")
+        self.betas = line**power                                                 # (steps,)
         self.alpha_bar = torch.cumprod(1 - self.betas, dim=0)                    # (steps,)
         self.log_rho = torch.logit(self.alpha_bar) / 2       # rho: signal to noise, see `flow_step`
 
@@ -276,15 +429,16 @@ class GaussianDiffusion:
         return (noise - eps).square().flatten(1).mean(dim=1)                     # (B,)
 
     def ddim_timesteps(self, steps: int) -> list[int]:
-        """The `steps` timesteps DDIM visits, ascending: 0, s, 2s, ... (LDM visits 1, s + 1, ...)"""
+        """The `steps` timesteps DDIM visits, ascending: 0, s, 2s, ... or, as LDM, 1, s + 1, ..."""
+        first = self.cfg.ddim_start
         counts = {}                              # number of timesteps -> smallest stride giving it
         for stride in range(self.cfg.steps - 1, 0, -1):
-            counts[len(range(0, self.cfg.steps, stride))] = stride
+            counts[len(range(first, self.cfg.steps, stride))] = stride
         if steps not in counts:
             near = sorted(counts, key=lambda n: abs(n - steps))[:2]
             raise ValueError(f"{steps} sampling steps have no integer stride over {self.cfg.steps} "
                              f"timesteps; use {min(near)} or {max(near)}")
-        return list(range(0, self.cfg.steps, counts[steps]))
+        return list(range(first, self.cfg.steps, counts[steps]))
 
     def ddim_sigma(self, t: int, t_prev: int, eta: float) -> float:
         """Standard deviation of the noise of a step; eta 0: none, 1: as in ancestral sampling."""
@@ -324,7 +478,8 @@ class GaussianDiffusion:
             raise ValueError(f"eta is {eta}; it must be in [0, 1]")
         timesteps = self.ddim_timesteps(steps)[::-1]
         x_t = x_T
-        for i, (t, t_prev) in enumerate(zip(timesteps, timesteps[1:] + [-1])):
+        end = self.cfg.ddim_start - 1
+        for i, (t, t_prev) in enumerate(zip(timesteps, timesteps[1:] + [end])):
             eps = self._eps(model, x_t, t, y)
             step_noise = noise(i) if self.ddim_sigma(t, t_prev, eta) > 0 else None
             x_t, x_0 = self.ddim_step(x_t, eps, t, t_prev, eta, step_noise, clip)
