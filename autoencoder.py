@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clif import CLIF, LIIF, CLIFConfig, Field, LIIFConfig, ResBlock
+from clif import (CLIF, LIIF, CLIFConfig, Field, LIIFConfig, Norm, ResBlock, nearest,
+                  own_statistics)
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,15 @@ class AutoencoderConfig:
     lowres: bool = False              # z is the picture at size/f (C, Table 1, "LR-DM + SR")
     n_embed: int = 8192               # codes in the codebook (LDM VQ-f4)
     vq_beta: float = 0.25             # weight inside the quantisation loss (published code)
-    renderer: str = "clif"            # clif, or liif, the baseline of supplementary A
+    renderer: str = "clif"            # or liif, the baseline of supplementary A, or pixels, LDM's
     hidden: int = 256                 # width of the renderer (published code)
     num_blocks: int = 2               # residual blocks of CLIF (J.1)
     groups: int = 32                  # of every GroupNorm; one channel a group loses its level
 
     def __post_init__(self):
         object.__setattr__(self, "ch_mult", tuple(self.ch_mult))     # a checkpoint may hold a list
-        if self.renderer not in ("clif", "liif"):
-            raise ValueError(f"renderer {self.renderer!r}: choose clif or liif")
+        if self.renderer not in ("clif", "liif", "pixels"):
+            raise ValueError(f"renderer {self.renderer!r}: choose clif or liif (or pixels, LDM's)")
         if self.lowres and (self.kl or self.z_channels != 3):
             raise ValueError("lowres=true: a picture goes with z_channels=3 and kl=false")
         widths = [self.ch * m for m in self.ch_mult] + [self.hidden] * (self.renderer == "clif")
@@ -156,6 +157,31 @@ class Decoder(nn.Module):
         return x
 
 
+class PixelHead(nn.Module):
+    """The end of LDM's own decoder as a renderer: colours at the resolution of phi only.
+
+    So a published autoencoder draws as it is. At other resolutions each pixel has the colour of the
+    nearest one.
+    """
+
+    reach = 0                         # colours are looked up one by one
+
+    def __init__(self, c_phi: int, groups: int = 32):
+        super().__init__()
+        self.norm_out = nn.GroupNorm(groups, c_phi, eps=1e-6)
+        self.conv_out = nn.Conv2d(c_phi, 3, 3, padding=1)
+
+    @property
+    def last_weight(self) -> nn.Parameter:
+        return self.conv_out.weight
+
+    def forward(self, phi: Tensor, coord: Tensor, cell: Tensor,
+                norm: Norm = own_statistics) -> Tensor:
+        """As `CLIF.forward`; cell and norm are not used, the statistics are those of phi."""
+        rgb = self.conv_out(F.silu(self.norm_out(phi)))                       # (B, 3, h, w)
+        return nearest(rgb, coord)                                            # (B, 3, H, W)
+
+
 # ---- Regularising the latent ----
 
 class VectorQuantizer(nn.Module):
@@ -227,8 +253,10 @@ class FieldAutoencoder(nn.Module):
         c_phi = cfg.ch * cfg.ch_mult[0]
         if cfg.renderer == "clif":
             self.renderer = CLIF(CLIFConfig(c_phi, cfg.hidden, cfg.num_blocks, cfg.groups))
-        else:
+        elif cfg.renderer == "liif":
             self.renderer = LIIF(LIIFConfig(c_phi, cfg.hidden))
+        else:
+            self.renderer = PixelHead(c_phi, cfg.groups)
 
     def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
         """The latent that diffusion learns: before quantisation, unscaled.
