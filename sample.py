@@ -35,12 +35,15 @@ from consistency import (ConsistencyConfig, ConsistencyModel, sample_function, s
 from data import to_uint8
 from inr_generator import (DiT, FunctionGenerator, GeneratorConfig, ImageFunction,
                            TransformerConfig, UViT)
-from ldm import DiffusionConfig, GaussianDiffusion, UNet, UNetConfig, qkv_from_legacy
+from ldm import DiffusionConfig, GaussianDiffusion, UNet, UNetConfig, guided
+from published import Model, infd_model, openai_network, read_weights, sd_model
 from runs import (checkpoints, cli, compiled, first_line, flatten, load_weights,
                   newest_checkpoint, pick_device, read_checkpoint, rng, torch_noise, unflatten,
                   wants_compile, write_checkpoint)
+from text import CLIPTokenizer, TextTransformer, WordTokenizer, clip_tokenizer
 
 Labels = Sequence[int | str] | int | str | None
+Prompts = Sequence[str] | None              # image i is drawn from number i modulo their count
 
 
 def draw_labels(net: nn.Module, classes: Sequence[str], indices: Sequence[int], seed: int,
@@ -109,6 +112,11 @@ class INFD:
     step: int = 0
     weights: str = "published"              # which weights these are: EMA or not
     file: Path = Path()                     # where they were read from
+    text: TextTransformer | None = None     # makes the context that the UNet attends to
+    tokenizer: CLIPTokenizer | WordTokenizer | None = None
+    ddim_steps: int = SAMPLERS["ddim"]      # what `sample` does where nothing else is said
+    eta: float = 1.0
+    guidance: float = 7.5                   # of text (Stable Diffusion)
     to = frozen
 
     @property
@@ -117,17 +125,50 @@ class INFD:
         cfg = self.autoencoder.cfg
         return cfg.z_channels, self.size // cfg.f, self.size // cfg.f
 
+    def check_condition(self, labels: Labels, prompts: Prompts, guidance: float | None) -> None:
+        """Raise ValueError where the model cannot draw by these; see `sample`."""
+        if self.unet is None:
+            raise ValueError("this is an autoencoder (stage ae); take a checkpoint of stage ldm")
+        if self.text is None and prompts is not None:
+            raise ValueError("a prompt: this model does not read text")
+        if self.text is not None and labels is not None:
+            raise ValueError("a label: this model has no classes, it draws what a prompt says")
+        if self.text is not None and not (prompts and all(prompt.strip() for prompt in prompts)):
+            raise ValueError("this model draws what a --prompt says: give one that is not empty")
+        if guidance is not None and self.text is None and not self.unet.cfg.null_class:
+            raise ValueError("guidance: this model never learned to draw without its condition")
+
+    def guide(self, indices: Sequence[int], prompts: Prompts, negative: str,
+              guidance: float | None) -> Callable:
+        """The network that a sampler calls: (x_t, t, y) -> eps, after its condition."""
+        if self.text is None and guidance is None:
+            return self.unet
+        if self.text is None:
+            return guided(self.unet, guidance, null_class=self.unet.cfg.num_classes)
+        texts = [prompts[i % len(prompts)] for i in indices]
+        ids = self.tokenizer([negative, *texts]).to(self.scale.mean.device)      # (1 + B, N)
+        null, context = self.text(ids).split([1, len(texts)])                    # (1 + B, N, D)
+        return guided(self.unet, self.guidance if guidance is None else guidance, context, null)
+
+    def steps_of(self, sampler: str) -> int:
+        """How many steps a sampler takes where nothing is said."""
+        return self.ddim_steps if sampler == "ddim" else SAMPLERS[sampler]
+
     @torch.no_grad()
     def sample(self, indices: Sequence[int], seed: int = 0, steps: int | None = None,
-               eta: float = 1.0, latent_size: tuple[int, int] | None = None,
-               labels: Labels = None, sampler: str = "ddim") -> Tensor:
+               eta: float | None = None, latent_size: tuple[int, int] | None = None,
+               labels: Labels = None, sampler: str = "ddim", prompts: Prompts = None,
+               negative: str = "", guidance: float | None = None) -> Tensor:
         """Draw the latents z (B, C, h, w) of the images numbered `indices`, for `decode`.
 
         latent_size: (h, w) of a larger noise map, convolutional sampling (Section D). eta: of ddim.
+        prompts: what to draw; tokenizer.remark says what of one the model does not read. negative:
+        what to lead away from. guidance: 1 is the model itself, more follows the prompt closer.
         """
-        if self.unet is None:
-            raise ValueError("this is an autoencoder (stage ae); take a checkpoint of stage ldm")
-        steps = SAMPLERS[sampler] if steps is None else steps
+        self.check_condition(labels, prompts, guidance)
+        steps = self.steps_of(sampler) if steps is None else steps
+        eta = self.eta if eta is None else eta
+        model = self.guide(indices, prompts, negative, guidance)
         y = draw_labels(self.unet, self.classes, indices, seed, labels)
         shape = (self.latent_shape[0], *(latent_size or self.latent_shape[1:]))
 
@@ -137,9 +178,9 @@ class INFD:
 
         if sampler == "ddim":
             each = functools.partial(noise, "ddim")
-            walk = self.diffusion.ddim_loop(self.unet, noise("x_T"), steps, eta, each, y)
+            walk = self.diffusion.ddim_loop(model, noise("x_T"), steps, eta, each, y)
         else:
-            walk = self.diffusion.dpm_loop(self.unet, noise("x_T"), steps, y)
+            walk = self.diffusion.dpm_loop(model, noise("x_T"), steps, y)
         for x_t, _ in tqdm(walk, "latents", steps, leave=False, disable=None):
             pass
         return self.scale.inverse(x_t)
@@ -206,28 +247,37 @@ class OneStep:
 
 # ---- From files to models and back ----
 
-def load(path: str | Path, device: torch.device | str = "cpu", raw: bool = False) -> INFD | OneStep:
+def load(path: str | Path, device: torch.device | str = "cpu", raw: bool = False,
+         merges: str | None = None) -> INFD | OneStep:
     """Rebuild a model from a checkpoint of train.py (a file or its run folder) or a published file.
 
     raw: the trained weights where the checkpoint has their moving average too (the default).
-    Raises OSError, and ValueError for what is missing or does not fit.
+    merges: the file of CLIP's tokenizer, where it is not beside a file of Stable Diffusion. Raises
+    OSError, and ValueError for what is missing or does not fit.
     """
     path = Path(path)
     below = sorted({str(file.parent) for file in path.glob("*/step-*.pt")})
     if below and not checkpoints(path):
         raise ValueError(f"{path} is a folder of runs: choose {' or '.join(below)}")
-    path, ckpt = newest_checkpoint(path) if path.is_dir() else (path, read_checkpoint(path))
+    if path.is_dir():
+        path, ckpt = newest_checkpoint(path)
+    elif path.suffix in (".safetensors", ".ckpt"):
+        ckpt = {"state_dict": read_weights(path)}
+    else:
+        ckpt = read_checkpoint(path)
     try:
         if ckpt.get("stage") in ("ae", "ldm", "cm"):
             made = trained(ckpt, raw)
         elif isinstance(ckpt.get("model"), dict) and {"args", "sd"} & set(ckpt["model"]):
-            made = published_infd(ckpt["model"]["args"], ckpt["model"]["sd"], raw)
+            made = assembled(infd_model(ckpt["model"]["args"], ckpt["model"]["sd"], raw), path)
+        elif "state_dict" in ckpt:
+            made = assembled(sd_model(ckpt["state_dict"], raw), path, merges)
         elif "time_embed.0.weight" in ckpt and "out.2.weight" in ckpt:
             made = openai_onestep(ckpt, path.name)
         else:
             what = f"stage {ckpt['stage']}" if "stage" in ckpt else ", ".join(map(str, ckpt))
             raise ValueError(f"neither stage ae, ldm or cm of train.py, nor a published INFD or "
-                             f"OpenAI file ({what:.99})")
+                             f"OpenAI file, nor Stable Diffusion v1 ({what:.99})")
     except KeyError as error:
         raise ValueError(f"{path} is no whole checkpoint: it lacks {error}") from error
     except (ValueError, TypeError, AttributeError, IndexError, RuntimeError,
@@ -294,73 +344,27 @@ def trained(ckpt: dict, raw: bool) -> INFD | OneStep:
                    weights="EMA" if average else "trained weights")
 
 
-# Names of INFD's parameters -> ours, by prefix; the first that fits wins. Ours goes on without.
-PUBLISHED_NAMES = {"encoder.0.": "encoder.", "encoder.1.": "encoder.quant_conv.",
-                   "decoder.0.": "decoder.post_quant_conv.", "decoder.1.": "decoder.",
-                   "renderer.net.model.": "renderer.model.", "renderer.net.": "renderer."}
-
-
-def published_infd(args: dict, sd: dict[str, Tensor], raw: bool) -> INFD:
-    """The model of a published INFD file, every key accounted for."""
-    renderer = args["renderer"]["args"]["net"]
-    if renderer["name"] != "simple_renderer_net":
-        raise ValueError(f"its renderer is {renderer['name']}, which this project does not have")
-    hidden = (renderer.get("args") or {}).get("hidden_channels", AutoencoderConfig.hidden)
-    spec = {"n_embed": args.get("n_embed", AutoencoderConfig.n_embed), "hidden": hidden,
-            "z_channels": args["z_shape"][0], "kl": not args.get("quantizer", False)}
-    for name, value in (args["encoder"].get("args") or {}).items():
-        if name not in ("z_channels", "resolution", "double_z"):     # said elsewhere, or not needed
-            spec[name] = value
-    cfg = unflatten(AutoencoderConfig, spec)
-    weights = {}
-    for key in sd:
-        old = next((old for old in PUBLISHED_NAMES if key.startswith(old)), "")
-        if not key.startswith(("z_dm.", "z_dm_ema.", "perc_loss.", "disc.")):
-            weights[PUBLISHED_NAMES.get(old, "") + key.removeprefix(old)] = sd[key].float()
+def assembled(parts: Model, path: Path, merges: str | None = None) -> INFD:
+    """The model of a published file; merges: see `text.find_merges`."""
+    cfg, weights = parts.autoencoder
+    text = None
+    tokenizer = None
+    if parts.text is not None:
+        tokenizer = clip_tokenizer(path, merges, parts.text[0])
+        text = filled(TextTransformer, *parts.text, "the text encoder")
     autoencoder = filled(FieldAutoencoder, cfg, weights, "the autoencoder (names as here)")
-
-    unet = None
-    if "z_dm" in args:                                               # else a file of stage 1
-        spec = {k.replace("attention_resolutions", "attention_ds"): v
-                for k, v in (args["z_dm"].get("args") or {}).items() if k != "image_size"}
-        unet_cfg = unflatten(UNetConfig, spec)                       # which has their defaults
-        own = "z_dm." if raw else "z_dm_ema."
-        weights = {k.removeprefix(own): sd[k].float() for k in sd if k.startswith(own)}
-        weights = adm_weights(weights, unet_cfg.num_head_channels)
-        unet = filled(UNet, unet_cfg, weights, "the UNet")
-    betas = {k.removeprefix("linear_"): v for k, v in (args.get("z_dp") or {}).items()}
-    return INFD(autoencoder, unet, GaussianDiffusion(unflatten(DiffusionConfig, betas)),
-                LatentScale(cfg.z_channels), size=args["z_shape"][1] * cfg.f, patch=256,
-                weights="published weights" if raw else "published EMA")
-
-
-def adm_weights(weights: dict[str, Tensor], head: int) -> dict[str, Tensor]:
-    """Weights of ADM's UNet as ours: attention has Conv1d there, Conv2d here.
-
-    head: channels of a head where q, k and v lie head by head (INFD); 0: q|k|v, as ours (OpenAI).
-    """
-    ours = {}
-    for name, value in weights.items():
-        if ".qkv." in name and head:
-            value = qkv_from_legacy(value, value.shape[0] // 3 // head)
-        ours[name] = value[..., None] if value.dim() == 3 else value         # (out, in, 1, 1)
-    return ours
-
-
-# The networks that OpenAI published, cd_* and ct_*: of ImageNet at 64 px, of LSUN at 256 px.
-OPENAI = {64: UNetConfig(model_channels=192, num_res_blocks=3, num_head_channels=64,
-                         scale_shift_norm=True, resblock_updown=True, num_classes=1000),
-          256: UNetConfig(model_channels=256, channel_mult=(1, 1, 2, 2, 4, 4), num_head_channels=64,
-                          attention_ds=(8, 16, 32), resblock_updown=True)}
+    unet = None if parts.unet is None else filled(UNet, *parts.unet, "the UNet")
+    scale = LatentScale(cfg.z_channels)
+    scale.std.fill_(1 / parts.scale)
+    made = INFD(autoencoder, unet, GaussianDiffusion(parts.diffusion), scale, parts.size, patch=256,
+                weights=parts.weights, text=text, tokenizer=tokenizer)
+    return made if text is None else replace(made, ddim_steps=50, eta=0.0)   # as published
 
 
 def openai_onestep(weights: dict[str, Tensor], name: str) -> OneStep:
     """A consistency model of OpenAI, whose file is a flat dict of weights."""
-    if name.startswith("edm_"):
-        raise ValueError("a plain denoiser: edm_* files are no longer read; cd_* and ct_* are")
-    size = 64 if "label_emb.weight" in weights else 256
-    weights = adm_weights({k: v.float() for k, v in weights.items()}, 0)
-    net = filled(UNet, OPENAI[size], weights, f"OpenAI's UNet for {size} px")
+    size, network = openai_network(weights, name)
+    net = filled(UNet, *network, f"OpenAI's UNet for {size} px")
     return OneStep(ConsistencyModel(net, ConsistencyConfig()), size)
 
 
@@ -495,7 +499,7 @@ def parser() -> Parser:
     add("--export", metavar="FILE", help="write the model in half precision; draw nothing")
 
     add = p.add_argument_group("the pictures").add_argument
-    add("-n", "--n", type=int, default=1, help="how many (1); -n after torchrun")
+    add("-n", "--n", type=int, help="how many (1, or one a prompt); -n after torchrun")
     add("--start", type=int, default=0, metavar="I", help="number of the first image (0)")
     add("--seed", type=int, default=0, help="a picture depends on seed and number alone (0)")
     add("--label", help="class, by name or number (drawn per image)")
@@ -508,12 +512,19 @@ def parser() -> Parser:
 
     add = p.add_argument_group("INFD only").add_argument
     add("--sampler", choices=SAMPLERS, help="(ddim)")
-    add("--steps", type=int, help="of the sampler (200 of ddim, 20 of dpm++)")
-    add("--eta", type=float, help="noise that ddim adds: 0 none, 1 as published (1)")
+    add("--steps", type=int, help="of the sampler (200 of ddim, 20 of dpm++; text: 50 of ddim)")
+    add("--eta", type=float, help="noise that ddim adds: 0 none, 1 as published (1; text: 0)")
     add("--latent-size", type=size, help="a larger noise map, as 32x64 (Section D)")
     add("--norm", choices=["frame", "paper"], help="statistics of the whole, or each tile (frame)")
     add("--tile", type=int, help="side of a tile in pixels (256; paper: the training patch)")
     add("--compile", metavar="WHEN", help="the renderer: on, off, or auto, on a CUDA GPU (auto)")
+
+    add = p.add_argument_group("text to image (Stable Diffusion v1)").add_argument
+    add("--prompt", action="append", metavar="TEXT", help="what to draw; several: image by image")
+    add("--prompts", metavar="FILE", help="prompts, one a line")
+    add("--negative", metavar="TEXT", help="what to lead away from (the empty text)")
+    add("--guidance", type=float, metavar="W", help="1: none; more follows the prompt closer (7.5)")
+    add("--merges", metavar="FILE", help="CLIP's tokenizer, if not beside the checkpoint")
 
     add = p.add_argument_group("CM only").add_argument
     add("--func-dtype", choices=["float32", "bfloat16"], help="of the function's later layers")
@@ -521,19 +532,57 @@ def parser() -> Parser:
     return p
 
 
-# The options of the other kind of model.
-FOREIGN = {INFD: ("sigmas", "func-dtype"),
-           OneStep: ("sampler", "steps", "eta", "latent-size", "norm", "tile", "compile")}
+# The options of other kinds of models.
+FOREIGN = {"INFD with text": ("sigmas", "func-dtype"),
+           "INFD without text": ("sigmas", "func-dtype", "negative", "merges"),
+           "OneStep": ("sampler", "steps", "eta", "latent-size", "norm", "tile", "compile",
+                       "prompt", "negative", "guidance", "merges")}
+
+
+def check_kind(model: INFD | OneStep, args: argparse.Namespace) -> None:
+    """Raise ValueError where options belong to another kind of model, and say what is not read."""
+    kind = type(model).__name__
+    if isinstance(model, INFD):
+        model.check_condition(args.label, args.prompt, args.guidance)
+        kind += " without text" if model.text is None else " with text"
+    given = [f"--{name}" for name in FOREIGN[kind]
+             if getattr(args, name.replace("-", "_")) is not None]
+    if given:
+        raise ValueError(f"{', '.join(given)} means nothing to a model of the kind {kind} (--help)")
+    for prompt in [*(args.prompt or []), args.negative or ""]:
+        remark = model.tokenizer.remark(prompt) if prompt else ""
+        if remark:
+            print(f'warning: prompt "{prompt[:60]}": {remark}', file=sys.stderr)
+
+
+def read_prompts(args: argparse.Namespace) -> list[str] | None:
+    """The prompts of --prompt and of the lines of --prompts that are not empty; None without."""
+    if args.prompts is None:
+        return args.prompt
+    try:
+        lines = Path(args.prompts).read_text("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{args.prompts} is no text (UTF-8)") from error
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise ValueError(f"{args.prompts} has no prompt in it; write one a line")
+    return [*(args.prompt or []), *found]
 
 
 def infd_pictures(model: INFD, args: argparse.Namespace) -> tuple[dict, list, Callable]:
     """How pictures are made, their sizes, and what draws those of some indices: tiles of each."""
     sampler = args.sampler or "ddim"
-    how = {"sampler": sampler, "steps": SAMPLERS[sampler] if args.steps is None else args.steps}
+    how = {"sampler": sampler,
+           "steps": model.steps_of(sampler) if args.steps is None else args.steps}
     if sampler == "ddim":
-        how["eta"] = 1.0 if args.eta is None else args.eta
+        how["eta"] = model.eta if args.eta is None else args.eta
     elif args.eta is not None:
         raise ValueError("--eta is the noise that ddim adds, and dpm++ adds none: leave it out")
+    if model.text is not None:
+        how["negative"] = args.negative or ""
+        how["guidance"] = model.guidance if args.guidance is None else args.guidance
+    elif args.guidance is not None:
+        how["guidance"] = args.guidance
     latent = args.latent_size or model.latent_shape[1:]
     paper = args.norm == "paper"
     renderer = model.autoencoder.renderer
@@ -542,7 +591,8 @@ def infd_pictures(model: INFD, args: argparse.Namespace) -> tuple[dict, list, Ca
     sizes = args.res or [tuple(model.autoencoder.cfg.f * n for n in latent)]
 
     def draw(indices: list[int]) -> Iterator[tuple]:
-        z = model.sample(indices, args.seed, latent_size=latent, labels=args.label, **how)
+        z = model.sample(indices, args.seed, latent_size=latent, labels=args.label,
+                         prompts=args.prompt, **how)
         for i, one in zip(indices, z.split(1)):
             field = replace(model.decode(one, paper, args.tile), renderer=renderer)
             for size in sizes:
@@ -593,6 +643,8 @@ def planned(args: argparse.Namespace, model: INFD | OneStep, sizes: list, made: 
     files = {}
     heads = {}
     for i, size in itertools.product(range(args.start, args.start + args.n), sizes):
+        if args.prompt:
+            common["prompt"] = args.prompt[i % len(args.prompt)]
         files[i, size] = file = out / f"seed{args.seed}-{i:06d}-{size[0]}x{size[1]}.png"
         heads[i, size] = head = png_head(size, {**common, "index": i, "res": size})
         if file.exists() and file.open("rb").read(len(head)) != head:
@@ -615,15 +667,14 @@ def run(argv: list[str]) -> None:
         raise ValueError("under torchrun give --out, which all processes share, and no --sheet")
     if args.window and len(args.window) != 4:
         raise ValueError("--window takes four numbers, y0,x0,y1,x1; the whole is -1,-1,1,1")
+    args.prompt = read_prompts(args)
+    if args.n is None:
+        args.n = len(args.prompt or [""])
     if min(args.n, args.batch) < 1:
         raise ValueError("--n and --batch must be at least 1")
 
-    model = load(path, pick_device(args.device), args.raw)
-    given = [f"--{name}" for name in FOREIGN[type(model)]
-             if getattr(args, name.replace("-", "_")) is not None]
-    if given:
-        raise ValueError(f"{', '.join(given)} means nothing to a model of the kind "
-                         f"{type(model).__name__} (--help)")
+    model = load(path, pick_device(args.device), args.raw, args.merges)
+    check_kind(model, args)
     pictures = infd_pictures if isinstance(model, INFD) else onestep_pictures
     made, sizes, draw = pictures(model, args)
     net = model.unet if isinstance(model, INFD) else model.f.net
