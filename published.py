@@ -165,6 +165,9 @@ class Nothing:
         pass
 
 
+WEIGHT_FILES = (".safetensors", ".ckpt")
+
+
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Read the tensors of a .safetensors or .ckpt file: name -> tensor. Nothing in it is executed.
 

@@ -36,7 +36,7 @@ from data import to_uint8
 from inr_generator import (DiT, FunctionGenerator, GeneratorConfig, ImageFunction,
                            TransformerConfig, UViT)
 from ldm import DiffusionConfig, GaussianDiffusion, UNet, UNetConfig, guided
-from published import Model, infd_model, openai_network, read_weights, sd_model
+from published import WEIGHT_FILES, Model, infd_model, openai_network, read_weights, sd_model
 from runs import (checkpoints, cli, compiled, first_line, flatten, load_weights,
                   newest_checkpoint, pick_device, read_checkpoint, rng, torch_noise, unflatten,
                   wants_compile, write_checkpoint)
@@ -261,7 +261,7 @@ def load(path: str | Path, device: torch.device | str = "cpu", raw: bool = False
         raise ValueError(f"{path} is a folder of runs: choose {' or '.join(below)}")
     if path.is_dir():
         path, ckpt = newest_checkpoint(path)
-    elif path.suffix in (".safetensors", ".ckpt"):
+    elif path.suffix in WEIGHT_FILES:
         ckpt = {"state_dict": read_weights(path)}
     else:
         ckpt = read_checkpoint(path)
@@ -372,10 +372,12 @@ def export(source: Path, target: Path) -> None:
     """Write what sampling needs of a run, in half precision: the moving average if there is one."""
     if target.exists():
         raise FileExistsError(f"{target} exists; choose another file for --export")
-    path = load(source).file                                         # says what is missing in it
-    ckpt = read_checkpoint(path)
+    ckpt = {}
+    if source.suffix not in WEIGHT_FILES:
+        path = load(source).file                                     # says what is missing in it
+        ckpt = read_checkpoint(path)
     if "stage" not in ckpt:
-        raise ValueError(f"--export takes a checkpoint of train.py, not {path}")
+        raise ValueError(f"--export takes a checkpoint of train.py, not {source}")
     best = "ema" if "ema" in ckpt["state"] else "model"
     state = {name: value for name, value in ckpt["state"].items() if name in (best, "scale")}
     target.parent.mkdir(parents=True, exist_ok=True)
