@@ -282,8 +282,9 @@ def read_checkpoint(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; name a file or a run folder of train.py")
-    path.open("rb").close()                                  # a lack of permission says so itself
-    if zipfile.is_zipfile(path):
+    with path.open("rb") as file:                            # a lack of permission says so itself
+        archived = file.read(2) == b"PK"
+    if archived:
         verify_archive(path)                                 # torch.save's old format has no sums
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
