@@ -6699,7 +6699,7 @@ def test_cached_latents_are_those_of_the_pictures_that_would_be_drawn(main_runs)
     """The same samples see the same pictures, encoded before or now."""
     options = [*TINY_LDM, "batch=4", f"init={main_runs / 'ae'}"]
     source = data.open_data("synthetic")
-    source.items.count = 6
+    source.items.numbers = range(6)
     cached, fresh = (main_made("ldm", *options, "pictures=0", f"cache={on}", source=source)
                      for on in ("true", "false"))
     for a, b, _ in zip(cached.batches(0), fresh.batches(0), range(4)):
