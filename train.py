@@ -316,7 +316,8 @@ def check_data(name: str) -> int:
     for split in ("train", "val"):
         source = data.open_data(name, split)
         found = data.check_data(source)
-        print(f"{split}: {len(source):,} pictures, {len(found)} bad")
+        over = f"; passed over: {source.passed_over}" if source.passed_over else ""
+        print(f"{split}: {len(source):,} pictures, {len(found)} bad{over}")
         bad += found
     for file, reason in bad:
         print(f"bad: {file}: {reason}")
