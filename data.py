@@ -181,6 +181,7 @@ class Source:
 
 
 def as_source(items) -> Source:
+    """Give a data set of any class what every source has: classes, labels, captions."""
     return items if isinstance(items, Source) else Source(items)
 
 
@@ -697,6 +698,7 @@ def loader(source: Source, make_item: Callable[..., dict], batch: int, start: in
 
 
 def run(args: argparse.Namespace) -> None:
+    """Prepare a copy, and say what is in it."""
     meta = prepare(args.source, args.folder, args.size, args.workers)
     print(f"{len(meta['train'] + meta['val']):,} pictures of {args.size} px in "
           f"{shown(args.folder)}, {meta['skipped']} skipped; passed over: "
@@ -704,6 +706,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The exit code: see `runs.cli`."""
     p = argparse.ArgumentParser(
         description="Decode a data set once: --data DST then reads pixels, not files.")
     p.add_argument("command", choices=["prepare"])

@@ -68,6 +68,7 @@ def scale_consistency(draw: Callable[[int], Tensor], res: int,
 
 
 def hub_file(name: str) -> Path:
+    """Say where torch hub keeps a network's published file."""
     return Path(torch.hub.get_dir(), "checkpoints", HUB[name].rpartition("/")[2])
 
 
@@ -608,6 +609,7 @@ def no_reference(name: str, samples: ImageSet, protocol: Protocol = Protocol(), 
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description="Score SAMPLES against REFERENCE: folders, zips, "
                                                  "prepared sets, .npz batches.")
     add = parser.add_argument
@@ -653,6 +655,7 @@ def scores(args: argparse.Namespace) -> Iterator[Score]:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Print every score as soon as it is there, as a line and as JSON."""
     for score in scores(args):
         print(score, json.dumps(asdict(score)), sep="\n", flush=True)
 

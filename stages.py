@@ -226,6 +226,7 @@ class Stage:
 
 
 def drawn_at(pictures: list[data.Picture], size: int) -> Tensor:
+    """Draw pictures whole, (B, 3, size, size) in [-1, 1]."""
     return torch.stack([to_tensor(picture.draw(size)) for picture in pictures])
 
 

@@ -88,6 +88,7 @@ def fit(stage: Stage, out: Path) -> None:
 
 
 def in_words(line: dict, cfg: Run) -> str:
+    """Say a line of the log, and how long the rest will take."""
     wanted = ("loss", "held_out_psnr", "held_out_loss", "denoising_distance", "images_per_s")
     values = ", ".join(f"{name} {line[name]:g}" for name in wanted if name in line)
     images = (cfg.steps - line["step"]) * cfg.batch
@@ -277,6 +278,7 @@ MOVED = ("demo", "compare", "bench")
 
 
 def parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
     p = argparse.ArgumentParser(
         description="Train. The same command again continues the run.", add_help=False,
         allow_abbrev=False, epilog="key=value sets an option of the stage; --help STAGE lists them")
