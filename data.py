@@ -117,14 +117,18 @@ class Photo:
     def size(self) -> int:
         return self.image.width
 
+    def require(self, res: int) -> None:
+        """Raise DataError where a prepared copy has fewer pixels than `res`."""
+        if self.prepared and res > self.size:
+            raise DataError(f"{self.name} was prepared at {self.size} px, not {res}: prepare the "
+                            f"source with --size {res}, or train with smaller size= and max_size=")
+
     def draw(self, res: int, box: Box | None = None) -> np.ndarray:
         """Resize the square to res x res, by Lanczos as published, and crop it to `box`."""
         # Pillow's resize(box=...) rounds to float32: not the same pixels. Rows first, then columns.
         top, left, h, w = box or (0, 0, res, res)
+        self.require(res)
         side = self.size
-        if self.prepared and res > side:
-            raise DataError(f"{self.name} was prepared at {side} px, not {res}: prepare the source "
-                            f"with --size {res}, or train with smaller size= and max_size=")
         reach = 3 * max(side / res, 1) + 1  # 3: radius of Lanczos; 1: rounding
         first = max(0, int(top * side / res - reach))
         last = min(side, int((top + h) * side / res + reach) + 1)
@@ -591,8 +595,8 @@ def random_patch(picture: Picture, gen: np.random.Generator, cfg: DataConfig) ->
     """Make what stage ae learns from: a picture, and a crop of it at a random size r, uniform in
     smallest..min(picture.size, max_size), both included (INFD supplementary E, J.2)."""
     least = cfg.smallest or cfg.size
-    if getattr(picture, "prepared", False):
-        picture.draw(cfg.max_size, (0, 0, 1, 1))  # refuses: ground truth would be smaller unseen
+    if isinstance(picture, Photo):
+        picture.require(cfg.max_size)  # else its ground truth would be smaller, unnoticed
     largest = min(picture.size, cfg.max_size)
     needed = max(least, cfg.size)
     if largest < needed:  # enlarged, it would teach the renderer to blur
