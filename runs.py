@@ -93,8 +93,8 @@ def all_mean(tensors: list[Tensor]) -> list[Tensor]:
     return [part.view_as(t) for part, t in zip(parts, tensors)]
 
 
-def together(flag: int = 0) -> int:
-    """Give every rank the largest flag of all, so that they agree; also a barrier."""
+def together(flag: int) -> int:
+    """Give every rank the largest flag of all, so that they agree."""
     if ranks()[1] == 1:
         return flag
     value = torch.tensor(flag)
@@ -104,7 +104,7 @@ def together(flag: int = 0) -> int:
 
 def barrier() -> None:
     """Wait until every rank has come here."""
-    together()
+    together(0)
 
 
 def print_once(text: str) -> None:
@@ -458,7 +458,7 @@ class RunFolder:
                     part.unlink()
             stack.enter_context(on_signals(self._note))
             self.held = stack.pop_all()
-        together()                                           # rank 0 holds it before any reads
+        barrier()                                            # rank 0 holds it before any reads
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -491,7 +491,7 @@ class RunFolder:
             print_once(f"continuing {self.path} from step {step}")
         if ranks()[0] == 0:
             cut_log(self.path / "log.jsonl", step)           # 0: killed before its first checkpoint
-        together()                                           # all have read; rank 0 may write now
+        barrier()                                            # all have read; rank 0 may write now
         return step
 
     def _check(self, ckpt: dict) -> None:
