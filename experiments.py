@@ -25,8 +25,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 from metrics import Protocol, frechet_distance, load_features, statistics
+from models import INFD, OneStep, load
 from runs import Meter, cli, convert, parse_options, pick_device, set_tf32, unflatten
-from sample import INFD, OneStep, bundled, contact_sheet, load
+from sample import bundled, contact_sheet
 from train import STAGES, configure, train
 
 # The function generator learns as the bundled one did (weights/README.md): to reconstruct, to

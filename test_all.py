@@ -53,10 +53,13 @@ import data
 import experiments
 import inr_generator
 import metrics
+import models
 import published
 import runs
 import sample
 import stages
+import stages_func
+import stages_infd
 import text
 import train
 from autoencoder import (AutoencoderConfig, Decoder, DiscriminatorConfig, Encoder, FieldAutoencoder,
@@ -4006,7 +4009,7 @@ def test_text_guidance_by_class_text_or_both_runs_one_batch():
         places |= {} if classes is None else {"null_class": 3}
         eps = guided(unet, 3.0, **places)(x, t, classes)
         assert calls == [4]
-        text_close(eps, eps_u + 3 * (eps_c - eps_u), 1e-5)
+        text_close(eps, eps_u + 3 * (eps_c - eps_u), 3e-5)
         assert (eps_c - eps_u).abs().max() > 0.1 * eps_u.std()
 
 
@@ -4077,7 +4080,7 @@ def test_text_golden_stable_diffusion_from_prompt_to_picture(text_tiny, name):
     config = data["config"]
     given = data["inputs"]
     out = data["outputs"]
-    model = sample.load(text_tiny_file(name), merges=str(merges))
+    model = models.load(text_tiny_file(name), merges=str(merges))
     assert model.weights == ("published EMA" if name.endswith(".pt") else "published weights")
     assert model.unet.cfg == text_published_unet(config["unet"])
     assert len(model.tokenizer) == config["text"]["vocab"]
@@ -4123,7 +4126,7 @@ def test_text_golden_stable_diffusion_raw_weights(text_tiny):
     data, merges = text_tiny
     given = data["inputs"]
     out = data["outputs"]
-    model = sample.load(text_tiny_file("sd_ckpt_tiny.pt"), raw=True, merges=str(merges))
+    model = models.load(text_tiny_file("sd_ckpt_tiny.pt"), raw=True, merges=str(merges))
     assert model.weights == "published weights"
     text_close(model.unet(given["x"], given["t"], None, model.text(given["ids"])), out["eps_raw"])
     guide = model.guide(range(2), given["prompts"], "", data["config"]["guidance_scale"])
@@ -4144,7 +4147,7 @@ def test_text_golden_a_prompt_is_drawn_by_the_command_line(text_tiny, tmp_path, 
     data, merges = text_tiny
     given = data["inputs"]
     config = data["config"]
-    monkeypatch.setattr(sample, "torch_noise", lambda shape, seed, kind, i: given["x_T"][i])
+    monkeypatch.setattr(models, "torch_noise", lambda shape, seed, kind, i: given["x_T"][i])
     (tmp_path / "prompts.txt").write_text("\n".join(given["prompts"]) + "\n\n", "utf-8")
     ckpt = shutil.copy(text_tiny_file(name), tmp_path)
     if name.endswith(".pt"):                                         # as the published files end
@@ -4165,7 +4168,7 @@ def test_text_golden_a_prompt_is_drawn_by_the_command_line(text_tiny, tmp_path, 
     # Nothing more is drawn where all is there; image 2 has prompt 0 again.
     both = [word for prompt in given["prompts"] for word in ("--prompt", prompt)]
     assert sample.main([*args, *both, "--out", str(tmp_path / "out")]) == 0
-    monkeypatch.setattr(sample, "torch_noise", lambda shape, seed, kind, i: given["x_T"][i - 2])
+    monkeypatch.setattr(models, "torch_noise", lambda shape, seed, kind, i: given["x_T"][i - 2])
     assert sample.main([*args, *both, "--start", "2", "--out", str(tmp_path / "out")]) == 0
     again, info = text_png(tmp_path / f"out/seed0-000002-{res}.png")
     assert np.abs(again - want[0]).max() <= 1 and info["prompt"] == given["prompts"][0]
@@ -4185,7 +4188,7 @@ def test_text_defaults_and_negative_prompt_reach_the_picture(text_tiny, tmp_path
     other, info = text_png(tmp_path / "b/seed0-000000-64x64.png")
     assert info["negative"] == "fog" and (other != plain).any()
     assert sample.main([*args, str(tmp_path / "c"), "--sampler", "dpm++", "--steps", "2"]) == 0
-    model = sample.load(args[1], merges=str(merges))
+    model = models.load(args[1], merges=str(merges))
     assert (model.steps_of("ddim"), model.steps_of("dpm++"), model.size) == (50, 20, 512)
     wide = model.decode(torch.zeros(1, 4, 2, 3)).draw((32, 48))      # twice its size: each pixel
     own = model.decode(torch.zeros(1, 4, 2, 3)).draw((16, 24))       # four times
@@ -4233,7 +4236,7 @@ def test_text_guidance_of_classes_where_the_checkpoint_dropped_them():
     ae = FieldAutoencoder(AutoencoderConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1, z_channels=4,
                                             kl=True, renderer="pixels"))
     unet = text_random_unet(num_classes=3, null_class=True)
-    model = sample.INFD(ae, unet, GaussianDiffusion(SD_V1), sample.LatentScale(4), 16, 16)
+    model = models.INFD(ae, unet, GaussianDiffusion(SD_V1), models.LatentScale(4), 16, 16)
     drawn = {w: model.sample([0, 1], steps=4, labels=[2, 0], guidance=w) for w in (None, 1.0, 3.0)}
     assert torch.equal(drawn[None], drawn[1.0])
     assert (drawn[3.0] - drawn[1.0]).abs().max() > 1e-3
@@ -4261,7 +4264,7 @@ def test_text_other_files_are_refused_by_the_command_line(text_tiny, tmp_path, c
         path.write_bytes(text_safetensors(some))
         assert said in text_error(capsys, *call)
     path.write_bytes(text_safetensors(weights | {"stray": torch.zeros(1)}))
-    sample.load(path, merges=str(merges))
+    models.load(path, merges=str(merges))
     assert "left out 1 tensors that no part of a model takes: stray" in capsys.readouterr().err
     line = text_error(capsys, "--ckpt", path, "--export", tmp_path / "small.pt")
     assert "--export takes a checkpoint of train.py" in line
@@ -4290,7 +4293,7 @@ def test_text_a_model_of_ldm_without_text_is_drawn(tmp_path):
         autoencoder["first_stage_model." + new + name.removeprefix(old)] = value
     torch.save({"state_dict": unet | autoencoder | {"betas": GaussianDiffusion(
         DiffusionConfig(sqrt_beta=True)).betas.float()}}, tmp_path / "ldm.ckpt")
-    model = sample.load(tmp_path / "ldm.ckpt")
+    model = models.load(tmp_path / "ldm.ckpt")
     assert (model.autoencoder.cfg, model.unet.cfg, model.size) == (ae_cfg, cfg, 256)
     assert model.diffusion.cfg == DiffusionConfig(sqrt_beta=True, ddim_start=1)
     assert model.scale.std.tolist() == [1.0, 1.0, 1.0]
@@ -5240,7 +5243,7 @@ def sample_content(stage):
     if stage == "ldm":
         config = {**runs.flatten(SAMPLE_UNET, "unet."), "size": 16, "data": "synthetic",
                   **runs.flatten(DiffusionConfig(), "diffusion.")}
-        scale = sample.LatentScale(4)
+        scale = models.LatentScale(4)
         scale.std.fill_(0.5)
         weights = sample_random(FieldAutoencoder(SAMPLE_AE)).state_dict()
         state = sample_states(UNet(SAMPLE_UNET)) | {"scale": scale.state_dict()}
@@ -5295,7 +5298,7 @@ def test_golden_published_checkpoint_renders_and_samples():
     io = golden("infd/infd_ckpt_io.pt")
     x = io["inputs"]
     want = io["outputs"]
-    model = sample.load(GOLDEN / "infd" / io["config"]["checkpoint"])
+    model = models.load(GOLDEN / "infd" / io["config"]["checkpoint"])
     ae = model.autoencoder
     with torch.no_grad():
         z = ae.encode(x["image"])
@@ -5348,17 +5351,17 @@ def test_golden_published_checkpoint_that_lacks_or_renames_something_says_what(t
     del ckpt["model"]["args"]["z_dm"]                            # a published file of stage 1
     ckpt["model"]["sd"] = {k: v for k, v in ckpt["model"]["sd"].items() if not k.startswith("z_dm")}
     torch.save(ckpt, tmp_path / "ae.pth")
-    assert sample.load(tmp_path / "ae.pth").unet is None
+    assert models.load(tmp_path / "ae.pth").unet is None
 
 
 def test_prefixes_of_wrappers_are_stripped_and_said(sample_runs, tmp_path, capsys):
     plain = sample_content("ldm")
-    whole = sample.load(sample_runs / "ldm")
+    whole = models.load(sample_runs / "ldm")
     for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
         wrapped = deepcopy(plain)
         wrapped["state"]["ema"] = {prefix + k: v for k, v in plain["state"]["ema"].items()}
         torch.save(wrapped, tmp_path / "a.pt")
-        model = sample.load(tmp_path / "a.pt")
+        model = models.load(tmp_path / "a.pt")
         assert "UNet: left module. and _orig_mod. out of the names" in capsys.readouterr().err
         for ours, theirs in zip(model.unet.parameters(), whole.unet.parameters()):
             assert torch.equal(ours, theirs)
@@ -5382,7 +5385,7 @@ def test_openai_checkpoint_is_sampled(tmp_path, monkeypatch, name):
     weights = {k: v[..., 0] if ".qkv." in k and v.dim() == 4 else v
                for k, v in net.state_dict().items()}             # attention is Conv1d there
     torch.save(weights, tmp_path / name)
-    model = sample.load(tmp_path / name)
+    model = models.load(tmp_path / name)
     assert model.f.net.cfg == SAMPLE_OPENAI and model.size == 64 and model.f.cfg.boundary
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
@@ -5426,8 +5429,8 @@ def test_a_checkpoint_with_dotted_or_nested_options_gives_the_same_model(sample_
                 config[key] = value
         nested["config"] = config
         torch.save(nested, tmp_path / "nested.pt")
-        ours = sample.load(tmp_path / "nested.pt")
-        theirs = sample.load(sample_runs / stage)
+        ours = models.load(tmp_path / "nested.pt")
+        theirs = models.load(sample_runs / stage)
         nets = [m.unet if stage == "ldm" else m.f for m in (ours, theirs)]
         assert [n.cfg for n in nets][0] == nets[1].cfg
         for a, b in zip(nets[0].parameters(), nets[1].parameters()):
@@ -5443,12 +5446,12 @@ def test_old_checkpoints_of_stage_cm_keep_their_schedule_beside_f(tmp_path):
     del old["config"]["metric"]
     old["config"] |= {f"cm.{name}": value for name, value in given.items()}
     torch.save(old, tmp_path / "old.pt")
-    model = sample.load(tmp_path / "old.pt")
+    model = models.load(tmp_path / "old.pt")
     assert model.f.cfg == ConsistencyConfig()
     torch.save({**old, "config": old["config"] | {"cm.sigma_mid": 1.0}}, tmp_path / "old.pt")
     with pytest.raises(ValueError, match="no option sigma_mid; did you mean"):
-        sample.load(tmp_path / "old.pt")
-    assert sample.load(sample.bundled("cm")).f.cfg.sigma_data == 0.05
+        models.load(tmp_path / "old.pt")
+    assert models.load(sample.bundled("cm")).f.cfg.sigma_data == 0.05
 
 
 def test_checkpoints_that_cannot_be_sampled(sample_runs, tmp_path, capsys):
@@ -5511,8 +5514,8 @@ def test_a_checkpoint_with_something_else_in_a_part_names_the_file(tmp_path, cap
 
 def test_torch_saves_old_format_is_read(sample_runs, tmp_path):
     torch.save(sample_content("cm"), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    ours = sample.load(tmp_path / "old.pt").functions([3])
-    assert torch.equal(ours.draw(8), sample.load(sample_runs / "cm").functions([3]).draw(8))
+    ours = models.load(tmp_path / "old.pt").functions([3])
+    assert torch.equal(ours.draw(8), models.load(sample_runs / "cm").functions([3]).draw(8))
 
 
 class SampleEvil:
@@ -5571,7 +5574,7 @@ def test_damaged_checkpoints_are_named_and_never_run_nor_grow(tmp_path, capsys):
                 bad[start:start + 8] = generator.bytes(8)
             (tmp_path / "a.pt").write_bytes(bad)
             try:
-                sample.load(tmp_path / "a.pt").functions([0])
+                models.load(tmp_path / "a.pt").functions([0])
             except ValueError as error:
                 refused += 1
                 assert "a.pt" in str(error) or "finite" in str(error)
@@ -5583,7 +5586,7 @@ def test_damaged_checkpoints_are_named_and_never_run_nor_grow(tmp_path, capsys):
 @pytest.mark.parametrize("norm, sampler", [("frame", "ddim"), ("paper", "dpm++")])
 def test_a_picture_depends_on_seed_and_index_alone_and_says_how(sample_runs, tmp_path, norm,
                                                                 sampler):
-    assert sample.SAMPLERS == {"ddim": 200, "dpm++": 20}
+    assert models.SAMPLERS == {"ddim": 200, "dpm++": 20}
     common = ["--ckpt", sample_runs / "ldm", "--res", "16,24x40", "--norm", norm]
     common += ["--sampler", sampler] + (["--steps", 4] if sampler == "ddim" else [])
     assert main_sample(*common, "--n", 4, "--batch", 4, "--out", tmp_path / "four") == 0
@@ -5606,10 +5609,10 @@ def test_fault_f24_image_7_is_the_same_alone_in_batches_and_on_ranks(sample_runs
                                                                      monkeypatch, stage):
     drawn = {}
     noises = {}
-    owner = sample.INFD if stage == "ldm" else sample.OneStep
+    owner = models.INFD if stage == "ldm" else models.OneStep
     name = "sample" if stage == "ldm" else "functions"
     call = getattr(owner, name)
-    torch_noise = sample.torch_noise
+    torch_noise = models.torch_noise
 
     def kept(model, indices, *args, **options):
         out = call(model, indices, *args, **options)
@@ -5623,7 +5626,7 @@ def test_fault_f24_image_7_is_the_same_alone_in_batches_and_on_ranks(sample_runs
         return noise
 
     monkeypatch.setattr(owner, name, kept)
-    monkeypatch.setattr(sample, "torch_noise", noted)
+    monkeypatch.setattr(models, "torch_noise", noted)
     args = ["--ckpt", sample_runs / stage, "--seed", 5, "--res", 16]
     args += ["--steps", 4] if stage == "ldm" else []
     for case, *count in (("alone", "--start", 7, "--n", 1),
@@ -5667,7 +5670,7 @@ def test_a_tile_is_part_of_a_picture_only_where_it_changes_it(sample_runs, tmp_p
     assert main_sample(*args, "--norm", "paper") == 0
     assert main_sample(*args, "--norm", "paper", "--tile", 16) == 0          # the model's own
     assert "another picture" in sample_error(capsys, *args, "--norm", "paper", "--tile", 8)
-    model = sample.load(sample_runs / "ldm")
+    model = models.load(sample_runs / "ldm")
     z = model.sample([0], steps=2)
     field = model.decode(z, paper=True)                          # from Python, the model knows
     assert field.tile == 16 and field.paper and not model.decode(z).paper
@@ -5825,7 +5828,7 @@ def test_stage_cm_one_function_is_drawn_at_any_size_and_window(sample_runs, tmp_
     assert main_sample(*common, "--res", "16,32,16x48", "--out", tmp_path / "a") == 0
     window = ["--res", 16, "--window", "0,-1,1,0", "--batch", 1]
     assert main_sample(*common, *window, "--out", tmp_path / "b") == 0
-    model = sample.load(sample_runs / "cm")
+    model = models.load(sample_runs / "cm")
     assert model.weights == "EMA" and model.classes == tuple(SAMPLE_CLASSES)
     for i in range(3):
         function = model.functions([i])                          # alone; the files came from three
@@ -5845,7 +5848,7 @@ def test_stage_cm_one_function_is_drawn_at_any_size_and_window(sample_runs, tmp_
 
 
 def test_stage_cm_more_steps_stay_at_the_training_resolution(sample_runs, tmp_path, capsys):
-    model = sample.load(sample_runs / "cm")
+    model = models.load(sample_runs / "cm")
     ckpt = ["--ckpt", sample_runs / "cm"]
     levels = ["--sigmas", "4,0.5", "--label", "dusk"]
     assert main_sample(*ckpt, *levels, "--out", tmp_path / "a") == 0
@@ -5867,7 +5870,7 @@ def test_stage_cm_a_generator_of_pixels_draws_its_own_size(sample_runs, tmp_path
     ckpt = ["--ckpt", sample_runs / "cm-unet"]
     assert main_sample(*ckpt, "--out", tmp_path / "a") == 0
     pixels, _ = main_png(tmp_path / "a/seed0-000000-16x16.png")
-    model = sample.load(sample_runs / "cm-unet")
+    model = models.load(sample_runs / "cm-unet")
     image = sample_onestep(model.f, runs.torch_noise((3, 16, 16), 0, "x_T", 0, 0)[None])
     assert np.abs(pixels.astype(int) - data.to_uint8(image[0])).max() <= 1
     for args, said in ((["--res", "16,32"], "only one step of generator=func"),
@@ -5903,8 +5906,8 @@ def test_bad_sampling_options(sample_runs, tmp_path, capsys, args, said):
 
 
 def test_mistakes_from_python_are_named_too(sample_runs):
-    infd = sample.load(sample_runs / "ldm")
-    cm = sample.load(sample_runs / "cm")
+    infd = models.load(sample_runs / "ldm")
+    cm = models.load(sample_runs / "cm")
     for call, said in ((lambda: infd.sample([0], steps=0), "0 sampling steps"),
                        (lambda: infd.sample([0], labels=["noon"]), "dawn, day, dusk, night"),
                        (lambda: cm.functions([0], labels=4), "label 4: this model has dawn"),
@@ -5970,8 +5973,8 @@ def test_export_keeps_what_sampling_needs_in_half_precision(sample_runs, tmp_pat
     for stage in ("ldm", "cm"):
         file = tmp_path / f"{stage}.pt"
         assert main_sample("--ckpt", sample_runs / stage, "--export", file) == 0
-        whole = sample.load(sample_runs / stage)
-        small = sample.load(file)
+        whole = models.load(sample_runs / stage)
+        small = models.load(file)
         assert (small.weights, small.step, small.size) == ("EMA", whole.step, whole.size)
         assert small.classes == whole.classes
         content = runs.read_checkpoint(file)
@@ -5984,7 +5987,7 @@ def test_export_keeps_what_sampling_needs_in_half_precision(sample_runs, tmp_pat
         for args, said in ((["--ckpt", sample_runs / stage, "--export", file], "exists; choose"),
                            (["--ckpt", file, "--raw"], "lacks 'model'")):
             assert said in sample_error(capsys, *args)
-        assert sample.load(sample_runs / stage, raw=True).weights == "trained weights"
+        assert models.load(sample_runs / stage, raw=True).weights == "trained weights"
     torch.save({**sample_content("cm"), "stage": "pretrain"}, tmp_path / "x.pt")
     line = sample_error(capsys, "--ckpt", tmp_path / "x.pt", "--export", tmp_path / "y.pt")
     assert "neither stage ae, ldm or cm" in line and "pretrain" in line
@@ -6006,7 +6009,7 @@ def test_bundled_weights_make_pictures_of_the_data(name):
     """Nearer to held-out scenes than to noise by far; as small as promised; and free of the paths
     of one machine."""
     assert sample.bundled(name).stat().st_size <= 12e6
-    model = sample.load(sample.bundled(name))
+    model = models.load(sample.bundled(name))
     if name == "infd":
         pictures = model.decode(model.sample(range(16), sampler="dpm++")).draw(64)
     else:
@@ -6024,7 +6027,7 @@ def test_bundled_weights_make_pictures_of_the_data(name):
 
 
 def test_the_bundled_autoencoder_reconstructs_held_out_scenes():
-    model = sample.load(sample.bundled("infd"))
+    model = models.load(sample.bundled("infd"))
     held_out = data.open_data("synthetic", "val")
     image, truth = (torch.stack([data.to_tensor(held_out[i].draw(res)) for i in range(4)])
                     for res in (model.size, 2 * model.size))
@@ -6149,12 +6152,12 @@ def main_close(a, b, tol=1e-4):
 
 def main_golden_stage1(g):
     """Stage ae with the models, batch and optimisers of the golden file."""
-    base = sample.load(GOLDEN / "infd/infd_ckpt.pt").autoencoder
+    base = models.load(GOLDEN / "infd/infd_ckpt.pt").autoencoder
     optimiser = g["config"]["optimizers"]
     cfg = train.AERun(ae=base.cfg, disc=DiscriminatorConfig(ndf=g["config"]["disc"]["ndf"]),
                       gan_weight=g["config"]["gan_g_loss"], lpips="none", lr=optimiser["lr"],
                       beta1=optimiser["betas"][0], beta2=optimiser["betas"][1])
-    stage = stages.AEStage(cfg, CPU)
+    stage = stages_infd.AEStage(cfg, CPU)
     runs.load_weights(stage.net, base.state_dict(), "the autoencoder")
     disc = {k.removeprefix("disc."): v.float() if v.is_floating_point() else v
             for k, v in g["disc_state_dict"].items()}
@@ -6222,12 +6225,12 @@ def test_golden_stage2_step(tmp_path):
     g = golden("infd/stage2_step.pt")
     cfg, x, want = g["config"], g["inputs"], g["outputs"]
     file = GOLDEN / "infd" / cfg["checkpoint"]
-    raw, average = sample.load(file, raw=True), sample.load(file)
+    raw, average = models.load(file, raw=True), models.load(file)
     o = cfg["optimizer"]
     run = train.LDMRun(unet=raw.unet.cfg, size=raw.size, init=str(file), lr=o["lr"],
                        beta1=o["betas"][0], beta2=o["betas"][1], weight_decay=o["weight_decay"],
                        labels="false", ema=cfg["z_dm_ema_rate"])
-    stage = stages.LDMStage(run, CPU)
+    stage = stages_infd.LDMStage(run, CPU)
     runs.load_weights(stage.net, raw.unet.state_dict(), "the UNet")
     runs.load_weights(stage.ema, average.unet.state_dict(), "its average")
     stage.diffusion = raw.diffusion
@@ -6555,7 +6558,7 @@ def test_help_fits_a_screen_and_lists_every_option_of_a_stage_behind_it(capsys, 
     ("cifar10", 32, 4, 400_000, 0.9, 10), ("celeba", 64, 4, 900_000, 0.95, 0),
     ("lsun-church", 128, 8, 900_000, 0.95, 0)])
 def test_stage_cm_paper_presets(data_name, size, patch, steps, mu0, classes):
-    cfg = stages.cm_config(train.configure("cm", "paper", data_name), classes)
+    cfg = stages_func.cm_config(train.configure("cm", "paper", data_name), classes)
     assert (cfg.size, cfg.func.patch, cfg.steps, cfg.K) == (size, patch, steps, steps)
     assert (cfg.schedule, cfg.ct) == ("ct", Schedule(s0=2, s1=150, mu0=mu0))
     assert (cfg.metric, cfg.batch, cfg.lr) == ("lpips", 32, 5e-4)
@@ -6603,9 +6606,9 @@ def test_stage_cm_flops_of_the_paper_presets(size, unet, uvit, dit, function):
     """Forward GFLOP of the published modules at batch 1, counted without computing anything."""
     for name, expected in (("unet", unet), ("uvit", uvit), ("dit", dit), ("func", function)):
         options = [f"size={size}", f"generator={name}"]
-        cfg = stages.cm_config(train.configure("cm", "paper", "celeba", options), 0)
+        cfg = stages_func.cm_config(train.configure("cm", "paper", "celeba", options), 0)
         with torch.device("meta"):
-            net = sample.build_generator(name, functools.partial(getattr, cfg))
+            net = models.build_generator(name, functools.partial(getattr, cfg))
             x, t = torch.empty(1, 3, size, size), torch.empty(1)
             if name != "func":
                 assert main_gflop(lambda: net(x, t)) == pytest.approx(expected, rel=2e-3)
@@ -6889,7 +6892,8 @@ def test_stage_resumed_run_equals_the_uninterrupted_one(stage_runs, tmp_path, mo
             os.kill(os.getpid(), signal.SIGTERM)
         return descend(*inputs)
 
-    monkeypatch.setattr(stages, "descend", stop_in_step_3)
+    for module in (stages, stages_infd):             # of ae, and of the others
+        monkeypatch.setattr(module, "descend", stop_in_step_3)
     assert main_stage(stage, tmp_path / "parts", *args) == 143
     monkeypatch.undo()
     assert runs.newest_checkpoint(tmp_path / "parts")[1]["step"] == 3
@@ -6913,13 +6917,13 @@ def test_stage_cm_keeps_its_schedule_when_continued_for_longer(stage_runs, tmp_p
 
 def test_stage_cm_distils_a_denoiser_that_stays_as_it_is(stage_runs, tmp_path, capsys, monkeypatch):
     """It follows the trajectories of that run, which is not trained and not kept beside it."""
-    teacher, seen, loss = main_state(stage_runs / "cm"), [], stages.consistency_loss
+    teacher, seen, loss = main_state(stage_runs / "cm"), [], stages_func.consistency_loss
 
     def told(*args, **more):
         seen.append(args[8])
         return loss(*args, **more)
 
-    monkeypatch.setattr(stages, "consistency_loss", told)
+    monkeypatch.setattr(stages_func, "consistency_loss", told)
     args = [*TINY_CM, f"init={stage_runs / 'cm'}", f"distil={stage_runs / 'cm'}"]
     assert main_stage("cm", tmp_path / "run", *args, "steps=2") == 0
     state = main_state(tmp_path / "run")
@@ -7001,7 +7005,7 @@ def test_classes_are_used_where_the_data_has_them_by_one_rule_in_every_stage(mai
             assert main_stage(stage, out, *args, "--data", folder) == 0
             assert said in capsys.readouterr().out
             assert runs.newest_checkpoint(out)[1]["classes"] == classes
-            assert sample.load(out).classes == tuple(classes)
+            assert models.load(out).classes == tuple(classes)
         out = tmp_path / f"{stage}-told"
         assert main_stage(stage, out, *args, "--data", sorted_, "labels=false") == 0
         assert "2 classes (a, b), not used" in capsys.readouterr().out
@@ -7056,7 +7060,7 @@ def test_what_is_no_picture_or_no_place_for_a_loss_is_refused(main_runs, tmp_pat
     tensors = torch.utils.data.TensorDataset(torch.zeros(4, 3, 16, 16))
     cfg = train.configure("ae", "tiny", texts=TINY_AE)
     with pytest.raises(data.DataError, match="return a PIL image"):
-        stages.AEStage(cfg, CPU, tensors)
+        stages_infd.AEStage(cfg, CPU, tensors)
     with pytest.raises(ValueError, match="stage ldm takes no loss of your own"):
         main_made("ldm", *TINY_LDM, f"init={main_runs / 'ae'}", loss=l2)
 
@@ -7096,7 +7100,7 @@ def fault_preset(tmp_path, monkeypatch, preset):
         assert main_train("--stage", stage, "--preset", preset, *out, *args) == 0
         assert runs.newest_checkpoint(tmp_path / stage)[1]["step"] == 1
         assert "loss" in main_log(tmp_path / stage)[0]
-    infd, cm = sample.load(tmp_path / "ldm"), sample.load(tmp_path / "cm")
+    infd, cm = models.load(tmp_path / "ldm"), models.load(tmp_path / "cm")
     assert infd.decode(infd.sample([0], steps=2)).draw(64).shape == (1, 3, 64, 64)
     assert cm.functions([0]).draw(64).shape == (1, 3, 64, 64)
 
@@ -7115,7 +7119,7 @@ def test_stage_out_of_memory_in_training_says_what_helps(tmp_path, monkeypatch, 
     def full(*args):
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(stages, "descend", full)
+    monkeypatch.setattr(stages_infd, "descend", full)
     assert main_stage("ae", tmp_path, *TINY_AE) == 1
     assert "accum=2" in main_error(capsys)
 
@@ -8038,7 +8042,7 @@ def test_comparison_of_renderers(tmp_path, monkeypatch, capsys):
         scores = json.loads((run / "eval.json").read_text())
         assert row["PSNR 32px"][1] == scores["2x"]["psnr_render"] != row["PSNR 32px"][0]
         assert 8 < row["PSNR 16px"][0] < 30
-        net = sample.load(run).autoencoder
+        net = models.load(run).autoencoder
         assert row["parameters"][0] == sum(p.numel() for p in net.parameters())
     capsys.readouterr()
     monkeypatch.setattr(experiments, "compare", lambda *args: call(*args, n=8))
@@ -8062,7 +8066,7 @@ def test_comparison_of_generators_and_of_resolutions(tmp_path, monkeypatch):
     assert {"PSNR 8px", "PSNR 16px"} <= set(rows["half"]) and "PSNR 16px" not in rows["dit"]
     lines = (tmp_path / "dit-seed0/cm/log.jsonl").read_text().splitlines()
     assert rows["dit"]["denoising_distance"] == [json.loads(lines[-1])["denoising_distance"]]
-    assert sample.load(tmp_path / "half-seed0/cm").size == 8
+    assert models.load(tmp_path / "half-seed0/cm").size == 8
 
 
 def test_comparison_of_latents(tmp_path, monkeypatch):
@@ -8074,7 +8078,7 @@ def test_comparison_of_latents(tmp_path, monkeypatch):
     rows = experiments.compare("latent", "synthetic", tmp_path, CPU, n=8)
     assert all(np.isfinite(values).all() for row in rows.values() for values in row.values())
     assert rows["learned"]["parameters"] == rows["lowres"]["parameters"]         # the same UNet
-    infd = sample.load(tmp_path / "lowres-seed0/ldm")
+    infd = models.load(tmp_path / "lowres-seed0/ldm")
     assert infd.autoencoder.quantizer is None and not list(infd.autoencoder.encoder.parameters())
 
 

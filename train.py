@@ -5,8 +5,8 @@
     python train.py --stage pretrain --preset tiny   image functions that reconstruct (CM-Func, 3.4)
     python train.py --stage cm --preset tiny         consistency training (CM-Func, 3.1)
 
-The same command again continues the run. stages.py has what a step of each stage does. From
-Python, with pictures and a loss of one's own:
+The same command again continues the run. stages_infd.py and stages_func.py have what a step of each
+does. From Python, with pictures and a loss of one's own:
 train("ae", AERun(steps=1000), "runs/mine", "cpu", source=pictures, loss=my_loss)
 """
 from __future__ import annotations
@@ -27,8 +27,9 @@ import data
 from data import Source
 from runs import (RunFolder, Stopped, barrier, cli, flatten, nearest, option_types, parse_options,
                   pick_device, print_once, process_group, ranks, rng, set_tf32, unflatten)
-from stages import (STAGES, AERun, AEStage, CMRun, CMStage, LDMRun, LDMStage, PretrainRun,
-                    PretrainStage, Run, Stage, descend, ema_update)
+from stages import Run, Stage, descend, ema_update
+from stages_func import CMRun, CMStage, PretrainRun, PretrainStage
+from stages_infd import AERun, AEStage, LDMRun, LDMStage
 
 __all__ = ["AERun", "AEStage", "CMRun", "CMStage", "LDMRun", "LDMStage", "PretrainRun",
            "PretrainStage", "configure", "descend", "fit", "main", "train"]
@@ -37,6 +38,9 @@ __all__ = ["AERun", "AEStage", "CMRun", "CMStage", "LDMRun", "LDMStage", "Pretra
 FREE = frozenset({"data", "init", "steps", "accum", "workers", "dtype", "tf32", "compile",
                   "checkpoint", "channels_last", "log_every", "grid_every", "save_every",
                   "keep_every", "preview_steps", "eval_n"})
+
+
+STAGES = {stage.name: stage for stage in (AEStage, LDMStage, PretrainStage, CMStage)}
 
 
 # ---- the loop ----

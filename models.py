@@ -1,0 +1,384 @@
+"""Models that draw: INFD and the one-step models, and how a file becomes one.
+
+INFD: z ~ diffusion, phi = D(z), pixels = R(phi, coord, cell) (Section J: 200 steps of DDIM, eta 1).
+CM-Func: one call of the generator makes an image function (Appendix D.3.1). Both come to something
+with `tiles` and `draw`, and a picture is a function of (seed, index).
+"""
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from autoencoder import AutoencoderConfig, FieldAutoencoder
+from clif import Field
+from consistency import (ConsistencyConfig, ConsistencyModel, sample_function, sample_multistep,
+                         sample_onestep)
+from inr_generator import (DiT, FunctionGenerator, GeneratorConfig, ImageFunction,
+                           TransformerConfig, UViT)
+from ldm import DiffusionConfig, GaussianDiffusion, UNet, UNetConfig, guided
+from published import WEIGHT_FILES, Model, infd_model, openai_network, read_weights, sd_model
+from runs import (checkpoints, first_line, flatten, load_weights,
+                  newest_checkpoint, read_checkpoint, rng, torch_noise, unflatten,
+                  write_checkpoint)
+from text import CLIPTokenizer, TextTransformer, WordTokenizer, clip_tokenizer
+
+Labels = Sequence[int | str] | int | str | None
+Prompts = Sequence[str] | None              # image i is drawn from number i modulo their count
+
+
+def draw_labels(net: nn.Module, classes: Sequence[str], indices: Sequence[int], seed: int,
+                labels: Labels) -> Tensor | None:
+    """Choose the classes (B,) of images: those given, else each by (seed, index); None without any.
+
+    labels: numbers or names, one for all images or one each.
+    """
+    n = net.cfg.num_classes
+    if labels is None and n == 0:
+        return None
+    if labels is None:
+        labels = [rng(seed, "label", i).integers(n) for i in indices]
+    numbers = {str(i): i for i in range(n)} | {name: i for i, name in enumerate(classes)}
+    given = [str(label) for label in np.asarray(labels).reshape(-1)]
+    for label in set(given) - set(numbers):
+        raise ValueError(f"label {label}: this model has {', '.join(classes) or f'{n} classes'}")
+    chosen = torch.tensor([numbers[label] for label in given])
+    return chosen.to(next(net.parameters()).device).expand(len(indices))
+
+
+def frozen(model: INFD | OneStep, device: torch.device | str) -> INFD | OneStep:
+    """Move a model's networks, frozen and in eval mode."""
+    for part in vars(model).values():
+        if isinstance(part, nn.Module):
+            part.to(device).eval().requires_grad_(False)
+    return model
+
+
+class LatentScale(nn.Module):
+    """Give diffusion a latent of mean 0 and variance 1, and the autoencoder its own back.
+
+    As made it is the identity, as published; stage ldm measures both by `latent_norm`, because a
+    short training cannot afford a wrong signal-to-noise ratio.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("std", torch.ones(channels))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z (B, C, h, w) of the autoencoder -> what diffusion learns."""
+        return (z - self.mean[:, None, None]) / self.std[:, None, None]
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """What diffusion has drawn -> z of the autoencoder."""
+        return z * self.std[:, None, None] + self.mean[:, None, None]
+
+
+# Steps: of ddim as published; of dpm++ as many as come within 40 dB of ddim's (docs/results.md).
+SAMPLERS = {"ddim": 200, "dpm++": 20}
+
+
+@dataclass
+class INFD:
+    """Hold an image neural field diffusion model."""
+
+    autoencoder: FieldAutoencoder
+    unet: UNet | None                       # None in a checkpoint of stage ae
+    diffusion: GaussianDiffusion
+    scale: LatentScale
+    size: int                               # side of the encoder's input, pixels
+    patch: int                              # side of the training patch, pixels
+    classes: tuple[str, ...] = ()
+    step: int = 0
+    weights: str = "published"              # which weights these are: EMA or not
+    file: Path = Path()                     # where they were read from
+    text: TextTransformer | None = None     # makes the context that the UNet attends to
+    tokenizer: CLIPTokenizer | WordTokenizer | None = None
+    ddim_steps: int = SAMPLERS["ddim"]      # what `sample` does where nothing else is said
+    eta: float = 1.0
+    guidance: float = 7.5                   # of text (Stable Diffusion)
+    to = frozen
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of the latent of a picture of the encoder's size."""
+        cfg = self.autoencoder.cfg
+        return cfg.z_channels, self.size // cfg.f, self.size // cfg.f
+
+    def check_condition(self, labels: Labels, prompts: Prompts, guidance: float | None) -> None:
+        """Raise ValueError where the model cannot draw by these; see `sample`."""
+        if self.unet is None:
+            raise ValueError("this is an autoencoder (stage ae); take a checkpoint of stage ldm")
+        if self.text is None and prompts is not None:
+            raise ValueError("a prompt: this model does not read text")
+        if self.text is not None and labels is not None:
+            raise ValueError("a label: this model has no classes, it draws what a prompt says")
+        if self.text is not None and not (prompts and all(prompt.strip() for prompt in prompts)):
+            raise ValueError("this model draws what a --prompt says: give one that is not empty")
+        if guidance is not None and self.text is None and not self.unet.cfg.null_class:
+            raise ValueError("guidance: this model never learned to draw without its condition")
+
+    def guide(self, indices: Sequence[int], prompts: Prompts, negative: str,
+              guidance: float | None) -> Callable:
+        """The network that a sampler calls: (x_t, t, y) -> eps, after its condition."""
+        if self.text is None and guidance is None:
+            return self.unet
+        if self.text is None:
+            return guided(self.unet, guidance, null_class=self.unet.cfg.num_classes)
+        texts = [prompts[i % len(prompts)] for i in indices]
+        ids = self.tokenizer([negative, *texts]).to(self.scale.mean.device)      # (1 + B, N)
+        null, context = self.text(ids).split([1, len(texts)])                    # (1 + B, N, D)
+        return guided(self.unet, self.guidance if guidance is None else guidance, context, null)
+
+    def steps_of(self, sampler: str) -> int:
+        """How many steps a sampler takes where nothing is said."""
+        return self.ddim_steps if sampler == "ddim" else SAMPLERS[sampler]
+
+    @torch.no_grad()
+    def sample(self, indices: Sequence[int], seed: int = 0, steps: int | None = None,
+               eta: float | None = None, latent_size: tuple[int, int] | None = None,
+               labels: Labels = None, sampler: str = "ddim", prompts: Prompts = None,
+               negative: str = "", guidance: float | None = None) -> Tensor:
+        """Draw the latents z (B, C, h, w) of the images numbered `indices`, for `decode`.
+
+        latent_size: (h, w) of a larger noise map, convolutional sampling (Section D). eta: of ddim.
+        prompts: what to draw; tokenizer.remark says what of one the model does not read. negative:
+        what to lead away from. guidance: 1 is the model itself, more follows the prompt closer.
+        """
+        self.check_condition(labels, prompts, guidance)
+        steps = self.steps_of(sampler) if steps is None else steps
+        eta = self.eta if eta is None else eta
+        model = self.guide(indices, prompts, negative, guidance)
+        y = draw_labels(self.unet, self.classes, indices, seed, labels)
+        shape = (self.latent_shape[0], *(latent_size or self.latent_shape[1:]))
+
+        def noise(*key: int | str) -> Tensor:                        # per image, whatever the batch
+            made = [torch_noise(shape, seed, *key, i) for i in indices]
+            return torch.stack(made).to(self.scale.mean.device)      # (B, C, h, w)
+
+        if sampler == "ddim":
+            each = functools.partial(noise, "ddim")
+            walk = self.diffusion.ddim_loop(model, noise("x_T"), steps, eta, each, y)
+        else:
+            walk = self.diffusion.dpm_loop(model, noise("x_T"), steps, y)
+        for x_t, _ in tqdm(walk, "latents", steps, leave=False, disable=None):
+            pass
+        return self.scale.inverse(x_t)
+
+    @torch.no_grad()
+    def decode(self, z: Tensor, paper: bool = False, tile: int | None = None) -> Field:
+        """Turn latents z (B, C, h, w) into pictures to be drawn at any size; see clif.Field.
+
+        tile: its side; by default 256, and with paper, whose pictures change with it, the patch.
+        """
+        own = self.patch if paper else 256
+        return self.autoencoder.field(z, own if tile is None else tile, paper)
+
+
+# The networks F: name -> (network, its configuration, the option of a run that holds that).
+GENERATORS = {"func": (FunctionGenerator, GeneratorConfig, "func"),
+              "unet": (UNet, UNetConfig, "unet"),
+              "uvit": (UViT, TransformerConfig, "vit"),
+              "dit": (DiT, TransformerConfig, "vit")}
+
+
+def build_generator(name: str, configs: Callable[[str], object]) -> nn.Module:
+    """Make a network F by name; configs(option) gives its configuration."""
+    network, _, option = GENERATORS[name]
+    return network(configs(option))
+
+
+@dataclass
+class OneStep:
+    """Hold a consistency model."""
+
+    f: ConsistencyModel
+    size: int                               # training resolution, also that of the noise (D.3.1)
+    classes: tuple[str, ...] = ()
+    step: int = 0
+    weights: str = "published"
+    file: Path = Path()
+    to = frozen
+
+    def noise(self, indices: Sequence[int], seed: int, k: int = 0) -> Tensor:
+        """The k-th standard normal (B, 3, S, S) of each image."""
+        made = [torch_noise((3, self.size, self.size), seed, "x_T", i, k) for i in indices]
+        return torch.stack(made).to(next(self.f.parameters()).device)
+
+    def sample(self, indices: Sequence[int], seed: int = 0, sigmas: Sequence[float] = (),
+               labels: Labels = None) -> Tensor:
+        """Draw images (B, 3, S, S) in [-1, 1] in one step, and one more from each of `sigmas`."""
+        levels = [self.f.cfg.sigma_max, *sigmas]
+        if not all(high > low > 0 for high, low in itertools.pairwise(levels)):
+            raise ValueError(f"sigmas {', '.join(f'{s:g}' for s in sigmas)}: give decreasing noise "
+                             f"levels below {levels[0]:g} and above 0")
+        y = draw_labels(self.f.net, self.classes, indices, seed, labels)
+        noises = [self.noise(indices, seed, k) for k in range(len(levels))]
+        if len(levels) == 1:
+            return sample_onestep(self.f, noises[0], y)
+        return sample_multistep(self.f, noises, levels, y)
+
+    def functions(self, indices: Sequence[int], seed: int = 0,
+                  labels: Labels = None) -> ImageFunction:
+        """Make B image functions in one step; ValueError where the network makes pixels."""
+        y = draw_labels(self.f.net, self.classes, indices, seed, labels)
+        return sample_function(self.f, self.noise(indices, seed), y)
+
+
+# ---- From files to models and back ----
+
+def load(path: str | Path, device: torch.device | str = "cpu", raw: bool = False,
+         merges: str | None = None) -> INFD | OneStep:
+    """Rebuild a model from a checkpoint of train.py (a file or its run folder) or a published file.
+
+    raw: the trained weights where the checkpoint has their moving average too (the default).
+    merges: the file of CLIP's tokenizer, where it is not beside a file of Stable Diffusion. Raises
+    OSError, and ValueError for what is missing or does not fit.
+    """
+    path = Path(path)
+    below = sorted({str(file.parent) for file in path.glob("*/step-*.pt")})
+    if below and not checkpoints(path):
+        raise ValueError(f"{path} is a folder of runs: choose {' or '.join(below)}")
+    if path.is_dir():
+        path, ckpt = newest_checkpoint(path)
+    elif path.suffix in WEIGHT_FILES:
+        ckpt = {"state_dict": read_weights(path)}
+    else:
+        ckpt = read_checkpoint(path)
+    try:
+        if ckpt.get("stage") in ("ae", "ldm", "cm"):
+            made = trained(ckpt, raw)
+        elif isinstance(ckpt.get("model"), dict) and {"args", "sd"} & set(ckpt["model"]):
+            made = assembled(infd_model(ckpt["model"]["args"], ckpt["model"]["sd"], raw), path)
+        elif "state_dict" in ckpt:
+            made = assembled(sd_model(ckpt["state_dict"], raw), path, merges)
+        elif "time_embed.0.weight" in ckpt and "out.2.weight" in ckpt:
+            made = openai_onestep(ckpt, path.name)
+        else:
+            what = f"stage {ckpt['stage']}" if "stage" in ckpt else ", ".join(map(str, ckpt))
+            raise ValueError(f"neither stage ae, ldm or cm of train.py, nor a published INFD or "
+                             f"OpenAI file, nor Stable Diffusion v1 ({what:.99})")
+    except KeyError as error:
+        raise ValueError(f"{path} is no whole checkpoint: it lacks {error}") from error
+    except (ValueError, TypeError, AttributeError, IndexError, RuntimeError,
+            ArithmeticError) as error:
+        raise ValueError(f"{path}: {first_line(error)}") from error
+    return replace(made, file=path).to(device)
+
+
+def filled(network: Callable, cfg: object, weights: dict[str, Tensor], what: str) -> nn.Module:
+    """Make network(cfg) with these weights, less what wrappers put before names.
+
+    First without memory: a damaged width cannot ask for terabytes.
+    """
+    plain = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): weights[name] for name in weights}
+    if plain.keys() != weights.keys():
+        print(f"{what}: left module. and _orig_mod. out of the names of weights", file=sys.stderr)
+    with torch.device("meta"):
+        made = network(cfg)
+    wanted = {name: value.shape for name, value in made.state_dict().items()}
+    if wanted == {name: value.shape for name, value in plain.items()}:
+        made = network(cfg)
+    load_weights(made, plain, what)
+    return made
+
+
+def section(name: str, config: type, options: dict):
+    """Build a configuration from a run's options, dotted or nested: those below `name`."""
+    flat = flatten(options)
+    inner = {k.removeprefix(f"{name}."): flat[k] for k in flat if k.startswith(f"{name}.")}
+    if not inner:
+        raise KeyError(name)
+    return unflatten(config, inner)
+
+
+# What older checkpoints of stage cm hold beside f: schedule and distance.
+OLD_SCHEDULE = {"s0", "s1", "mu0", "printed_mu", "metric", "doubling", "lognormal", "gap_weight",
+                "stages", "P_mean", "P_std", "ect_q", "ect_k", "ect_b"}
+
+
+def trained(ckpt: dict, raw: bool) -> INFD | OneStep:
+    """The model of a checkpoint of train.py."""
+    options = flatten(ckpt["config"])
+    state = ckpt["state"]
+    average = "ema" in state and not raw
+    weights = state["ema" if average else "model"]
+    if ckpt["stage"] == "cm":
+        network, config, option = GENERATORS[options["generator"]]
+        net = filled(network, section(option, config, options), weights, "the generator")
+        kept = {k: v for k, v in options.items() if k.removeprefix("cm.") not in OLD_SCHEDULE}
+        f = ConsistencyModel(net, section("cm", ConsistencyConfig, kept))
+        made = OneStep(f, options["size"])
+    else:
+        alone = ckpt["stage"] == "ae"
+        base = {"config": options, "weights": weights} if alone else ckpt["autoencoder"]
+        cfg = section("ae", AutoencoderConfig, base["config"])
+        made = INFD(filled(FieldAutoencoder, cfg, base["weights"], "the autoencoder"), None,
+                    GaussianDiffusion(DiffusionConfig()), LatentScale(cfg.z_channels),
+                    base["config"]["size"], base["config"]["patch"])
+        if not alone:
+            made.unet = filled(UNet, section("unet", UNetConfig, options), weights, "the UNet")
+            made.diffusion = GaussianDiffusion(section("diffusion", DiffusionConfig, options))
+            load_weights(made.scale, state["scale"], "the latent scale")
+    return replace(made, classes=tuple(ckpt.get("classes", ())), step=ckpt["step"],
+                   weights="EMA" if average else "trained weights")
+
+
+def assembled(parts: Model, path: Path, merges: str | None = None) -> INFD:
+    """The model of a published file; merges: see `text.find_merges`."""
+    cfg, weights = parts.autoencoder
+    text = None
+    tokenizer = None
+    if parts.text is not None:
+        tokenizer = clip_tokenizer(path, merges, parts.text[0])
+        text = filled(TextTransformer, *parts.text, "the text encoder")
+    autoencoder = filled(FieldAutoencoder, cfg, weights, "the autoencoder (names as here)")
+    unet = None if parts.unet is None else filled(UNet, *parts.unet, "the UNet")
+    scale = LatentScale(cfg.z_channels)
+    scale.std.fill_(1 / parts.scale)
+    made = INFD(autoencoder, unet, GaussianDiffusion(parts.diffusion), scale, parts.size, patch=256,
+                weights=parts.weights, text=text, tokenizer=tokenizer)
+    return made if text is None else replace(made, ddim_steps=50, eta=0.0)   # as published
+
+
+def openai_onestep(weights: dict[str, Tensor], name: str) -> OneStep:
+    """A consistency model of OpenAI, whose file is a flat dict of weights."""
+    size, network = openai_network(weights, name)
+    net = filled(UNet, *network, f"OpenAI's UNet for {size} px")
+    return OneStep(ConsistencyModel(net, ConsistencyConfig()), size)
+
+
+def export(source: Path, target: Path) -> None:
+    """Write what sampling needs of a run, in half precision: the moving average if there is one."""
+    if target.exists():
+        raise FileExistsError(f"{target} exists; choose another file for --export")
+    ckpt = {}
+    if source.suffix not in WEIGHT_FILES:
+        path = load(source).file                                     # says what is missing in it
+        ckpt = read_checkpoint(path)
+    if "stage" not in ckpt:
+        raise ValueError(f"--export takes a checkpoint of train.py, not {source}")
+    best = "ema" if "ema" in ckpt["state"] else "model"
+    state = {name: value for name, value in ckpt["state"].items() if name in (best, "scale")}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_checkpoint(target, halved({**ckpt, "log": {}, "state": state}))
+
+
+def halved(value):
+    """Networks in half precision, and of absolute paths the last part: the file goes to others."""
+    if isinstance(value, dict):
+        return {k: v if k == "scale" else halved(v) for k, v in value.items()}
+    if isinstance(value, str) and os.path.isabs(value):
+        return Path(value).name
+    return value.half() if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -1,0 +1,232 @@
+"""The stages of CM-Func: pretrain (3.4), image functions that reconstruct, and cm (3.1).
+
+A stage stands below its options, whose defaults are the paper's ("open": left open there).
+"""
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from consistency import (ECT, ICT, ConsistencyConfig, ConsistencyModel, Schedule, consistency_loss,
+                         denoising_distance, l2, lpips_resized, pseudo_huber)
+from data import to_uint8
+from inr_generator import (FunctionGenerator, GeneratorConfig, ImageFunction, TransformerConfig,
+                           pixel_coord, variational_coord)
+from ldm import UNetConfig
+from metrics import lpips_network
+from models import GENERATORS, OneStep, build_generator, load
+from runs import load_weights, rng, unflatten
+from stages import Reconstruction, Run, Stage, ema_update, optimisers, starting_point
+
+
+@dataclass(frozen=True)
+class PretrainRun(Run):
+    """Stage pretrain: image functions learn to reconstruct (CM-Func 3.4, A.1)."""
+
+    steps: int = 0                    # 0: as many as `epochs` need
+    epochs: int = 30                  # A.1
+    batch: int = 32                   # open in the paper: the reported hours fit 32
+    lr: float = 1e-4                  # A.1, Adam
+    muon: float = 0.0                 # not in the paper: rate of Muon inside blocks; 0: Adam alone
+    lr_drop: bool = False             # open: a tenth of lr in the last fifth, as in Trans-INR
+    size: int = 64
+    flip: bool = True                 # open: OpenAI's default, here and in stage cm
+    func: GeneratorConfig = GeneratorConfig()
+
+
+def moved_grid(noise: Tensor, corners: bool) -> Tensor:
+    """Variational coordinates (B, S, S, 2) of the pixels, shifted by each sample's noise (3.2)."""
+    grid = pixel_coord(noise.shape[1:3], corners=corners, device=noise.device)   # (S, S, 2)
+    return variational_coord(grid, noise)
+
+
+class PretrainStage(Reconstruction):
+    """The function prediction reconstructs (CM-Func 3.4). loss(rgb, image): for squared error."""
+
+    name = "pretrain"
+    options = PretrainRun
+    scales = (1, 2)
+
+    def build(self) -> None:
+        cfg = self.cfg
+        self.loss = self.loss or F.mse_loss
+        steps = cfg.steps or cfg.epochs * len(self.source) // cfg.batch
+        self.cfg = cfg = replace(cfg, steps=steps, func=replace(cfg.func, size=cfg.size))
+        torch.manual_seed(cfg.seed)
+        self.func = FunctionGenerator(cfg.func).to(self.device)
+        self.drawer = copy.deepcopy(self.func)       # with the average of the weights
+        net = nn.ModuleDict({"embed": self.func.embed, "predict": self.func.predict})
+        self.opts = optimisers(net, cfg, muon=cfg.muon)
+        self.hold(net, [(self.func, "redraw")])
+        self.drawer.embed = self.shown["embed"]
+        self.drawer.predict = self.shown["predict"]
+
+    def batches(self, start: int) -> Iterator[dict]:
+        return self.loaded(start, coord_noise=(self.cfg.size, self.cfg.size, 2))
+
+    def objective(self, part: dict, k: int) -> tuple[Tensor, dict]:
+        """The squared error of M: the encoder is skipped, and sigma is 0."""
+        x = part["image"]                                        # (B, 3, S, S)
+        coord = moved_grid(part["coord_noise"], self.cfg.func.corners)           # (B, S, S, 2)
+        with self.autocast():                        # c_in is 1 / sigma_data at sigma = 0
+            rgb = self.func.redraw(x / ConsistencyConfig.sigma_data, coord)      # (B, 3, S, S)
+        loss = self.loss(rgb, x)                                 # Eq. (10)
+        return loss, {"loss": loss}
+
+    def step(self, batch: dict, k: int) -> dict[str, Tensor]:
+        drop = 0.1 if self.cfg.lr_drop and k >= 0.8 * self.cfg.steps else 1
+        for opt, rate in zip(self.opts, (self.cfg.lr, self.cfg.muon)):
+            opt.param_groups[0]["lr"] = rate * drop
+        return super().step(batch, k)
+
+    def reconstruct(self, image: Tensor) -> ImageFunction:
+        return self.drawer.reconstruct(image / ConsistencyConfig.sigma_data)
+
+
+@dataclass(frozen=True)
+class CMRun(Run):
+    """Stage cm: consistency training of one of four generators (CM-Func 3.1, A.1)."""
+
+    steps: int = 900_000              # A.1: 400,000 for CIFAR-10
+    K: int = 0                        # steps that the schedule is planned for; 0: steps
+    batch: int = 32                   # A.1
+    lr: float = 5e-4                  # A.1, RAdam; open: no warm-up, clipping or weight decay
+    muon: float = 0.0                 # not in the paper: rate of Muon inside blocks; 0: RAdam alone
+    ema: float = 0.9999               # open: average to sample from, beside the teacher's
+    size: int = 64
+    flip: bool = True
+    generator: str = "func"           # func | unet | uvit | dit (D.2.1, A.3)
+    schedule: str = "ct"              # ct: the paper's | ict | ect, with the options of that name
+    metric: str = "lpips"             # lpips (A.1) | l2 | huber; those two need no download
+    lpips: str = "vgg"                # network of metric=lpips: vgg | alex | squeeze
+    lpips_size: int = 224             # A.1
+    init: str = ""                    # run of stage pretrain (func: the one beside --out) or cm
+    distil: str = ""                  # run of a denoiser: follow its trajectories, not x + r z
+    labels: str = "auto"              # auto: tell f the classes, if there are; true | false
+    cm: ConsistencyConfig = ConsistencyConfig()
+    ct: Schedule = Schedule()
+    ict: ICT = ICT()
+    ect: ECT = ECT()
+    func: GeneratorConfig = GeneratorConfig()
+    vit: TransformerConfig = TransformerConfig()                 # of uvit and dit
+    # A.3. open: resampling inside residual blocks and heads of 64 channels, as Song et al.
+    unet: UNetConfig = UNetConfig(model_channels=256, num_head_channels=64, resblock_updown=True)
+
+
+class CMStage(Stage):
+    """f goes from noise to image (function) in one step (CM-Func 3.1). loss(a, b): for metric."""
+
+    name = "cm"
+    options = CMRun
+
+    def build(self) -> None:
+        self.cfg = cfg = cm_config(self.cfg, self.tell_classes())
+        self.schedule = getattr(cfg, cfg.schedule)
+        self.metric = self.loss or {"l2": l2, "huber": pseudo_huber}.get(cfg.metric)
+        if self.metric is None:
+            net = lpips_network(cfg.lpips, "train without it: metric=huber schedule=ect")
+            self.metric = lpips_resized(net.to(self.device), cfg.lpips == "vgg", cfg.lpips_size)
+        self.denoiser = None
+        if cfg.distil:
+            made = load(cfg.distil, self.device)
+            like = (cfg.size, len(self.extra["classes"]))
+            if not isinstance(made, OneStep) or (made.size, made.f.net.cfg.num_classes) != like:
+                raise ValueError(f"distil={cfg.distil} must be a run of stage cm at {cfg.size} px, "
+                                 f"with {like[1]} classes")
+            self.denoiser = made.f
+        torch.manual_seed(cfg.seed)
+        net = build_generator(cfg.generator, functools.partial(getattr, cfg))
+        self.f = ConsistencyModel(net, cfg.cm).to(self.device)
+        self.makes_functions = hasattr(net, "function")
+        self.target = self.f                         # without a teacher, its own
+        teacher = {}
+        if self.schedule.mu(0, cfg.K):
+            self.target = copy.deepcopy(self.f).requires_grad_(False)
+            teacher = {"target": self.target.net}
+        self.opts = optimisers(net, cfg, torch.optim.RAdam, cfg.muon)
+        self.hold(net, [(one, "forward") for one in (net, *teacher.values())], **teacher)
+
+    def begin(self) -> None:
+        """Take over what stage pretrain has learned (3.4), or all of a run of stage cm to tune."""
+        init = self.cfg.init
+        if init in ("", "none"):
+            return
+        if not Path(init).exists():
+            raise ValueError(f"no run at {init}: run --stage pretrain first, or give init=none")
+        stage, best, _ = starting_point(init, "pretrain", "cm")
+        if stage == "pretrain" and self.cfg.generator != "func":
+            raise ValueError(f"init={init}: only generator=func has a pre-training")
+        part = self.net
+        if stage == "pretrain":
+            part = nn.ModuleDict({"embed": part.embed, "predict": part.predict})
+        load_weights(part, best, f"the weights in {init}")
+        self.target.net.load_state_dict(self.net.state_dict())
+
+    def batches(self, start: int) -> Iterator[dict]:
+        size = self.cfg.size
+        coord = {"coord_noise": (size, size, 2)} if self.makes_functions else {}
+        return self.loaded(start, noise=(3, size, size), **coord)
+
+    def levels(self, index: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Noise levels t > r, (B,) each, of the samples: drawn for all of step k, each its own."""
+        cfg = self.cfg
+        seed = int(rng(cfg.seed, "levels", k).integers(2**62))
+        generator = torch.Generator().manual_seed(seed)
+        drawn = self.schedule.levels(k, cfg.K, cfg.batch, generator, cfg.cm)
+        return tuple(v[index % cfg.batch].to(self.device, non_blocking=True) for v in drawn)
+
+    def objective(self, part: dict, k: int) -> tuple[Tensor, dict]:
+        """Student to target, at the same noise and coordinates; with a denoiser: distillation."""
+        t, r = self.levels(part["index"], k)                     # (B,)
+        y = part["label"] if self.extra["classes"] else None
+        coord = {}
+        if self.makes_functions:                                 # (B, S, S, 2)
+            coord["coord"] = moved_grid(part["coord_noise"], self.cfg.func.corners)
+        with self.autocast():
+            d = consistency_loss(self.f, self.target, part["image"], part["noise"], t, r,
+                                 self.metric, y, self.denoiser, **coord)         # (B,)
+        loss = (self.schedule.weight(t, r) * d).mean()           # Eq. (5)
+        return loss, {"loss": loss, "difference": d.mean()}
+
+    def step(self, batch: dict, k: int) -> dict[str, Tensor]:
+        """One iteration; then the teacher: theta^- <- mu theta^- + (1 - mu) theta."""
+        logs = super().step(batch, k)
+        if self.target is not self.f and logs["taken"]:
+            ema_update(self.target, self.f, self.schedule.mu(k, self.cfg.K))
+        place = self.schedule.log(k, self.cfg.K).items()
+        return logs | {name: torch.tensor(value) for name, value in place}
+
+    def validate(self) -> dict[str, Tensor]:
+        """Denoising distance of the student (Section 4.1, Appendix B)."""
+        x, y = self.judged
+        distances = denoising_distance(self.f, x, self.noise_like(x), y)[1]
+        return {"denoising_distance": distances.mean()}
+
+    @torch.no_grad()
+    def preview(self, folder: Path, k: int) -> None:
+        size = self.cfg.size
+        model = OneStep(ConsistencyModel(self.shown, self.cfg.cm), size)
+        rows = [to_uint8(model.sample(range(8), self.cfg.seed))]
+        if self.makes_functions:
+            rows += [to_uint8(model.functions(range(8), self.cfg.seed).draw(2 * size))]
+        self.sheet(rows, 2 * size, folder, k, f"samples at {size} px, functions at {2 * size} px")
+
+
+def cm_config(cfg: CMRun, classes: int) -> CMRun:
+    """Fill in what follows from the data and from other options; ValueError for unknown names."""
+    for name, known in (("schedule", ("ct", "ict", "ect")), ("metric", ("lpips", "l2", "huber")),
+                        ("generator", tuple(GENERATORS))):
+        if getattr(cfg, name) not in known:
+            raise ValueError(f"unknown {name} {getattr(cfg, name)}; there are: {', '.join(known)}")
+    part = GENERATORS[cfg.generator][2]
+    own = {"K": cfg.K or cfg.steps, f"{part}.num_classes": classes}
+    if part != "unet":
+        own[f"{part}.size"] = cfg.size
+    return unflatten(CMRun, own, cfg)

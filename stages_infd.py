@@ -1,0 +1,283 @@
+"""The stages of INFD: ae, the autoencoder (J.1, J.2), and ldm, diffusion of its latents (J.2).
+
+A stage stands below its options, whose defaults are the paper's ("open": left open there).
+"""
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+import data
+from autoencoder import (AutoencoderConfig, DiscriminatorConfig, FieldAutoencoder,
+                         PatchDiscriminator, adaptive_weight, first_order, hinge_loss)
+from clif import Field, ResBlock
+from data import DataConfig, to_uint8
+from ldm import DiffusionConfig, GaussianDiffusion, UNet, UNetConfig
+from metrics import lpips_network
+from models import INFD, LatentScale, load
+from runs import all_mean, flatten, load_weights, print_once, ranks, rng
+from stages import (Reconstruction, Run, Stage, backward, descend, drawn_at, optimisers,
+                    starting_point)
+
+
+@dataclass(frozen=True)
+class AERun(DataConfig, Run):
+    """Stage ae: autoencoder and renderer, end to end (INFD J.1, J.2)."""
+
+    beta1: float = 0.5                # J.2
+    beta2: float = 0.9
+    original_from: int = 0            # p_original counts from this step on
+    lpips: str = "vgg"                # vgg | alex | squeeze | none
+    lpips_weight: float = 1.0         # not in the paper; these four are the published code's
+    gan_weight: float = 0.75          # times the adaptive weight; 0: no discriminator
+    gan_start: int = 0                # first step with the GAN
+    reg_weight: float = 1.0           # of the VQ loss; with kl=true take 1e-6 as LDM does
+    init: str = ""                    # run or file of stage ae to start from, discriminator too
+    frozen_encoder: bool = False      # with init: learn D and R alone, so that z remains valid
+    ae: AutoencoderConfig = AutoencoderConfig()
+    disc: DiscriminatorConfig = DiscriminatorConfig()
+
+
+class AEStage(Reconstruction):
+    """E, D and R draw patches at random scales (INFD J.2). loss(rgb, patch): for L1 + LPIPS."""
+
+    name = "ae"
+    options = AERun
+
+    def build(self) -> None:
+        cfg = self.cfg
+        if cfg.frozen_encoder and not cfg.init:
+            raise ValueError("frozen_encoder=true goes with init=RUN")
+        self.terms = {"own": (1.0, self.loss)} if self.loss else {"l1": (1.0, F.l1_loss)}
+        if cfg.lpips != "none" and not self.loss:
+            self.lpips = lpips_network(cfg.lpips).to(self.device)
+            self.terms["lpips"] = (cfg.lpips_weight, self.lpips)
+        torch.manual_seed(cfg.seed)
+        net = FieldAutoencoder(cfg.ae).to(self.device)
+        self.disc = PatchDiscriminator(cfg.disc).to(self.device)
+        if self.device.type == "cuda" and ranks()[1] > 1:
+            self.disc = nn.SyncBatchNorm.convert_sync_batchnorm(self.disc)
+        net.encoder.requires_grad_(not cfg.frozen_encoder)
+        self.opts = optimisers(net, cfg)
+        self.opts_d = optimisers(self.disc, cfg)
+        self.scales = [s for s in (1, 2, 4, 8) if s <= 4 or s * cfg.size <= 2 * cfg.max_size]
+        # Not the renderer's last layer, whose gradients the adaptive weight asks for alone.
+        blocks = [part for part in net.renderer.modules() if isinstance(part, ResBlock)]
+        calls = [(part, "forward") for part in (net.encoder, net.decoder, *blocks)]
+        self.hold(net, calls, disc=self.disc, opt_d=self.opts_d)
+
+    def begin(self) -> None:
+        if self.cfg.init:
+            _, best, state = starting_point(self.cfg.init, "ae")
+            load_weights(self.net, best, f"the autoencoder in {self.cfg.init}")
+            load_weights(self.disc, state["disc"], f"the discriminator in {self.cfg.init}")
+
+    def batches(self, start: int) -> Iterator[dict]:
+        """Random patches at random scales; from original_from on, often at the largest (J.2)."""
+        cfg = self.cfg
+        shape = (cfg.ae.z_channels, cfg.size // cfg.ae.f, cfg.size // cfg.ae.f)
+        noise = {"latent_noise": shape} if cfg.ae.kl else {}
+        for end, chance in ((cfg.original_from, 0.0), (sys.maxsize, cfg.p_original)):
+            if start < end:
+                item = functools.partial(data.random_patch, cfg=replace(cfg, p_original=chance))
+                yield from itertools.islice(self.loaded(start, item, **noise), end - start)
+                start = end
+
+    def draw(self, part: dict) -> tuple[Tensor, Tensor]:
+        with self.autocast():
+            rgb, reg = self.net(part["image"], part["coord"], part["cell"],
+                                part.get("latent_noise"))
+        return rgb.float(), reg
+
+    def objective(self, part: dict, gan: bool) -> tuple[Tensor, dict]:
+        """L1 + LPIPS, VQ or KL, and the adversarial loss at its adaptive weight."""
+        cfg = self.cfg
+        rgb, reg = self.draw(part)                               # (B, 3, P, P), ()
+        logs = {"reg": reg}
+        nll = 0.0
+        for name, (weight, distance) in self.terms.items():
+            with self.autocast():
+                logs[name] = distance(rgb, part["patch"]).float().mean()         # ()
+            nll = nll + weight * logs[name]
+        loss = nll + cfg.reg_weight * reg
+        if not gan:
+            return loss, logs | {"loss": loss}
+        with self.autocast():
+            g = -self.disc(rgb).float().mean()
+        nll = first_order(nll, rgb)
+        push = first_order(g, rgb)
+        weight = adaptive_weight(nll, push, self.net.renderer.last_weight, all_mean)
+        value = loss + cfg.gan_weight * weight * g
+        loss = nll + cfg.reg_weight * reg + cfg.gan_weight * weight * push
+        return loss, logs | {"gan": g, "gan_weight": weight, "loss": value}
+
+    def adversary(self, part: dict) -> tuple[Tensor, dict]:
+        """The hinge loss of the discriminator, on what the updated generator draws."""
+        with torch.no_grad():
+            rgb, _ = self.draw(part)
+        with self.autocast():                                    # apart, for BatchNorm
+            real = self.disc(part["patch"]).float()
+            fake = self.disc(rgb).float()
+        loss = hinge_loss(real, fake)
+        return loss, {"disc": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
+
+    def step(self, batch: dict, k: int) -> dict[str, Tensor]:
+        """One iteration (J.2): E, D and R; then the discriminator, if both gradients are finite."""
+        cfg = self.cfg
+        gan = cfg.gan_weight > 0 and k >= cfg.gan_start
+        statistics = [b.clone() for b in self.disc.buffers()]
+        self.disc.requires_grad_(False)
+        logs = backward(batch, cfg.accum, functools.partial(self.objective, gan=gan))
+        taken = descend(self.opts)
+        self.disc.requires_grad_(True)
+        if gan:
+            logs |= backward(batch, cfg.accum, self.adversary)
+            taken = descend(self.opts_d, taken)
+        for b, old in zip(self.disc.buffers(), statistics):
+            b.copy_(torch.where(taken, b, old))
+        return logs | {"taken": taken}
+
+    def reconstruct(self, image: Tensor) -> Field:
+        return self.shown.field(self.shown.encode(image), tile=self.cfg.patch)
+
+
+@dataclass(frozen=True)
+class LDMRun(Run):
+    """Stage ldm: diffusion of the latents of a frozen autoencoder (INFD J.1, J.2)."""
+
+    steps: int = 600_000
+    batch: int = 48
+    lr: float = 9.6e-5
+    weight_decay: float = 0.01
+    ema: float = 0.9999
+    init: str = ""                    # run or file of stage ae; by default the one beside --out
+    encoder: str = ""                 # filled in: which encoder it is that makes the latents
+    start: str = ""                   # run of stage ldm whose UNet to start from
+    latent_norm: bool = False         # scale latents to unit variance first (published: no)
+    labels: str = "auto"              # auto: tell the UNet the classes, if there are; true | false
+    pictures: int = 0                 # with cache: learn from the first so many only; 0: all
+    cache: bool = False               # encode every picture once, unmirrored; keep z in memory
+    preview_steps: int = 50           # DDIM steps of the sample sheets
+    unet: UNetConfig = UNetConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+
+
+class LDMStage(Stage):
+    """The UNet learns the latents of a frozen autoencoder (INFD J.2)."""
+
+    name = "ldm"
+    options = LDMRun
+
+    def build(self) -> None:
+        cfg = self.cfg
+        if self.loss is not None:
+            raise ValueError("stage ldm takes no loss of your own: it learns the noise of a latent")
+        if cfg.cache and cfg.flip or cfg.pictures and not cfg.cache:
+            raise ValueError("pictures=N goes with cache=true, and that with flip=false")
+        if not Path(cfg.init or "none").exists():
+            raise ValueError(f"stage ldm needs an autoencoder and there is none at {cfg.init}; run "
+                             f"--stage ae first, or give init=RUN")
+        self.base = base = load(cfg.init, self.device)
+        if not isinstance(base, INFD):
+            raise ValueError(f"init={cfg.init} is a model of stage cm; give one of stage ae or ldm")
+        if base.size != cfg.size:
+            raise ValueError(f"{cfg.init} was trained at size={base.size}; give size={base.size}")
+        self.source = getattr(self.source, "photos", self.source)    # of the 6K-mix: all at once
+        frozen = base.autoencoder.state_dict()
+        config = flatten({"ae": base.autoencoder.cfg, "size": base.size, "patch": base.patch})
+        self.extra["autoencoder"] = {"config": config, "weights": frozen}
+        encoder = (v for name, v in frozen.items() if name.startswith("encoder."))
+        digest = hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in encoder)).hexdigest()
+        n = base.latent_shape[0]
+        unet = replace(cfg.unet, in_channels=n, out_channels=n, num_classes=self.tell_classes())
+        self.cfg = cfg = replace(cfg, unet=unet, encoder=digest[:16])
+        torch.manual_seed(cfg.seed)
+        net = UNet(unet).to(self.device)
+        self.scale = LatentScale(n).to(self.device)
+        self.diffusion = GaussianDiffusion(cfg.diffusion)
+        self.opts = optimisers(net, cfg)
+        self.hold(net, [(net, "forward"), (base.autoencoder.encoder, "forward")], scale=self.scale)
+
+    def begin(self) -> None:
+        """Take over the UNet of `start`; with latent_norm, measure the latents of 512 samples."""
+        cfg = self.cfg
+        if cfg.start:
+            load_weights(self.net, starting_point(cfg.start, "ldm")[1], f"the UNet in {cfg.start}")
+        if cfg.latent_norm:
+            some = itertools.islice(self.batches(0), -(-512 // cfg.batch))
+            z = torch.cat([self.encode(batch).cpu().double() for batch in some])     # (N, C, h, w)
+            mean, square = all_mean([v.mean(dim=(0, 2, 3)) for v in (z, z.square())])
+            self.scale.mean.copy_(mean)
+            self.scale.std.copy_((square - mean.square()).sqrt())
+
+    def batches(self, start: int) -> Iterator[dict]:
+        shape = self.base.latent_shape
+        if self.cfg.cache:
+            return self.loaded(start, source=self.latents, noise=shape)
+        kl = {"latent_noise": shape} if self.base.autoencoder.cfg.kl else {}
+        return self.loaded(start, noise=shape, **kl)
+
+    @functools.cached_property
+    @torch.no_grad()
+    def latents(self) -> Latents:
+        """The latents of the first cfg.pictures, or all, pictures; of the KL variant the means."""
+        n = min(self.cfg.pictures or len(self.source), len(self.source))
+        print_once(f"encoding {n:,} pictures")
+        pictures = DataLoader(Subset(self.source, range(n)), 32, num_workers=self.cfg.workers,
+                              collate_fn=functools.partial(drawn_at, size=self.cfg.size))
+        encode = self.base.autoencoder.encode
+        made = Latents(torch.cat([encode(x.to(self.device)).cpu() for x in pictures]))
+        made.label = self.source.label
+        return made
+
+    @torch.no_grad()
+    def encode(self, part: dict) -> Tensor:
+        """z (B, C, h, w), before quantisation: cached, or of the pictures."""
+        if "latent" in part:
+            return part["latent"]
+        with self.autocast():
+            return self.base.autoencoder.encode(part["image"], part.get("latent_noise")).float()
+
+    def times(self, index: Tensor) -> Tensor:
+        steps = self.cfg.diffusion.steps
+        t = [int(rng(self.cfg.seed, "t", n).integers(steps)) for n in index.tolist()]
+        return torch.tensor(t).to(self.device, non_blocking=True)
+
+    def objective(self, part: dict, k: int) -> tuple[Tensor, dict]:
+        """The mean squared error of the predicted noise, at uniform times of the samples' own."""
+        z = self.scale(self.encode(part))                        # (B, C, h, w)
+        t = self.times(part["index"])                            # (B,)
+        y = part["label"] if self.extra["classes"] else None
+        with self.autocast():
+            loss = self.diffusion.loss(self.net, z, t, part["noise"], y).mean()
+        return loss, {"loss": loss}
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, Tensor]:
+        """The loss of held-out latents, of each always at the same time and noise."""
+        x, y = self.judged
+        z = self.scale(torch.cat([self.base.autoencoder.encode(one) for one in x.split(1)]))
+        t = torch.arange(len(z), device=self.device) * self.cfg.diffusion.steps // len(z)
+        loss = self.diffusion.loss(self.shown, z, t, self.noise_like(z), y)
+        return {"held_out_loss": loss.mean()}
+
+    def preview(self, folder: Path, k: int) -> None:
+        model = replace(self.base, unet=self.shown, diffusion=self.diffusion, scale=self.scale)
+        drawn = model.decode(model.sample(range(8), self.cfg.seed, self.cfg.preview_steps))
+        sides = [s * model.size for s in (1, 2, 4) if s == 1 or s * model.size <= 512]
+        rows = [to_uint8(drawn.draw(side)) for side in sides]
+        self.sheet(rows, sides[-1], folder, k, f"the same samples at {sides} px")
+
+
+class Latents(list):
+    """Latents (C, h, w) for `data.loader`."""
