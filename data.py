@@ -297,14 +297,20 @@ class Photos(Source):
 
     @functools.cached_property
     def listed(self) -> dict[str, str]:
-        """Picture -> caption, of all metadata.jsonl files."""
+        """Picture -> caption, of all metadata.jsonl files. Raises DataError for pictures not there."""
         found = {}
         for file in [name for name in self.store.names if name.endswith("metadata.jsonl")]:
-            with reading(f"{self.store.where(file)} is damaged"):
-                for line in self.store.text(file).split("\n"):
-                    row = json.loads(line.strip() or "{}")
-                    name = posixpath.join(posixpath.dirname(file), row.get("file_name", ""))
-                    found[posixpath.normpath(name)] = str(row.get("text") or "")
+            with reading(f"{self.store.where(file)} is damaged", remedy="; mend or remove it"):
+                lines = self.store.text(file).split("\n")
+                rows = [json.loads(line) for line in lines if line.strip()]
+                names = [posixpath.join(posixpath.dirname(file), row["file_name"]) for row in rows]
+                listed = {posixpath.normpath(name): str(row.get("text") or "")
+                          for name, row in zip(names, rows)}
+                missing = [name for name in listed if name not in self.store.members]
+                if missing:
+                    raise DataError(f"{self.store.where(file)} names {len(missing)} pictures that "
+                                    f"are not there, the first {shown(missing[0])}; mend it")
+            found |= listed
         return found
 
     def identity(self) -> list:

@@ -2954,10 +2954,15 @@ def test_captions_lie_beside_the_pictures_or_in_a_list(tmp_path):
         copy = data_open(tmp_path / f"{root.name}8")
         kept = {source[i].draw(8).tobytes(): wanted[i] for i in range(7)}
         assert all(copy.caption(i) == kept[copy[i].draw(8).tobytes()] for i in range(7))
-    for file, content in (("metadata.jsonl", b"{"), ("00001.txt", b"\xff\xfe")):
+    for file, content, said in (
+            ("metadata.jsonl", b"{", "is damaged: .*; mend or remove it"),
+            ("metadata.jsonl", b'{"text": "no name"}', "is damaged: 'file_name'; mend"),
+            ("metadata.jsonl", b'{"file_name": "8.png"}\n{"file_name": "../b/9.png"}',
+             "names 2 pictures that are not there, the first a/8.png"),
+            ("00001.txt", b"\xff\xfe", "invalid start byte")):
         (tmp_path / "set/a/metadata.jsonl").unlink(missing_ok=True)
         (tmp_path / "set/a" / file).write_bytes(content)
-        with pytest.raises(data.DataError, match=file):
+        with pytest.raises(data.DataError, match=f"{file}.*{said}"):
             data_open(tmp_path / "set").caption(1)
 
 
@@ -3160,27 +3165,36 @@ def data_fuzz(folder: Path, n: int) -> int:
     exif = Image.Exif()
     exif[0x0112] = 6
     texts = {f"{i}.png": data_file(picture) for i in range(4)}
-    rows = [json.dumps({"file_name": name, "text": "snow"}) for name in texts]
+    rows = [json.dumps({"file_name": name, "text": "snow"}) for name in list(texts)[:2]]
     labels = json.dumps({"labels": [[name, i] for i, name in enumerate(texts)]})
-    texts |= {"metadata.jsonl": "\n".join(rows).encode(), "dataset.json": labels.encode()}
+    texts |= {"metadata.jsonl": "\n".join(rows).encode(), "dataset.json": labels.encode(),
+              "2.txt": "fog, \u5c71".encode(), "3.txt": b"a lake"}
     packed = data_zip(folder / "whole.zip", texts).read_bytes()
     photos = [data_file(picture), data_file(picture, "JPEG", exif=exif), data_file(picture, "WEBP"),
               data_file(picture.quantize(9), transparency=1)]
 
-    def read(content: bytes) -> None:
-        (folder / "set.zip").write_bytes(content)
-        source = data_open(folder / "set.zip")
+    def read(content: bytes | dict) -> None:
+        """A zip, or the files of a folder."""
+        root = folder / "set" if isinstance(content, dict) else folder / "set.zip"
+        if isinstance(content, dict):
+            data_folder(root, content)
+        else:
+            root.write_bytes(content)
+        source = data_open(root)
         for i in range(len(source)):
             source[i].draw(8)
-            source.caption(i)
+            assert "\n" not in source.caption(i)
 
     refused = 0
     for k in range(n):
         damaged = {name: data_damage(file, k) if name[-4:] != ".png" else file
                    for name, file in texts.items()}
+        captions = damaged | {"dataset.json": texts["dataset.json"]}       # else it refuses first
+        beside = captions | {"metadata.jsonl": texts["metadata.jsonl"]}
         reads = [functools.partial(data.decode, data_damage(photo, k)) for photo in photos]
-        reads += [functools.partial(read, data_damage(packed, k)),
-                  functools.partial(read, data_zip(folder / "damaged.zip", damaged).read_bytes())]
+        reads += [functools.partial(read, content) for content in (
+            data_damage(packed, k), data_zip(folder / "damaged.zip", damaged).read_bytes(),
+            data_zip(folder / "damaged.zip", captions).read_bytes(), captions, beside)]
         for attempt in reads:
             try:
                 attempt()
