@@ -42,7 +42,7 @@ class AutoencoderConfig:
         if self.lowres and (self.kl or self.z_channels != 3):
             raise ValueError("lowres=true: a picture goes with z_channels=3 and kl=false")
         widths = [self.ch * m for m in self.ch_mult] + [self.hidden] * (self.renderer == "clif")
-        if any(width < 1 or width % self.groups for width in widths):
+        if self.groups < 1 or any(width < 1 or width % self.groups for width in widths):
             raise ValueError(f"ch and hidden give {widths} channels; GroupNorm needs multiples of "
                              f"groups={self.groups}")
 

@@ -27,7 +27,8 @@ from consistency import (ConsistencyConfig, ConsistencyModel, sample_function, s
 from inr_generator import (DiT, FunctionGenerator, GeneratorConfig, ImageFunction,
                            TransformerConfig, UViT)
 from ldm import DiffusionConfig, GaussianDiffusion, UNet, UNetConfig, guided
-from published import WEIGHT_FILES, Model, infd_model, openai_network, read_weights, sd_model
+from published import (WEIGHT_FILES, Model, autoencoder_config, infd_model, openai_network,
+                       read_weights, sd_model, split_weights)
 from runs import (checkpoints, first_line, flatten, load_weights,
                   newest_checkpoint, read_checkpoint, rng, torch_noise, unflatten,
                   write_checkpoint)
@@ -184,6 +185,20 @@ class INFD:
         """
         own = self.patch if paper else 256
         return self.autoencoder.field(z, own if tile is None else tile, paper)
+
+    def drawn_by(self, other: INFD | OneStep) -> INFD:
+        """This model with the decoder and renderer of `other`, for instance this one converted.
+
+        Raises ValueError unless both have one encoder, up to half precision: else other latents.
+        """
+        ours = self.autoencoder.encoder.state_dict()
+        theirs = other.autoencoder.encoder.state_dict() if isinstance(other, INFD) else {}
+        near = (v.shape == theirs[k].shape and (v - theirs[k]).abs().max() <= 0.01 * v.abs().max()
+                for k, v in ours.items())
+        if ours.keys() != theirs.keys() or not all(near):
+            raise ValueError(f"{other.file} has not the encoder whose latents this model draws; "
+                             f"convert its autoencoder by --stage ae init=FILE frozen_encoder=true")
+        return replace(self, autoencoder=other.autoencoder, patch=other.patch)
 
 
 # The networks F: name -> (network, its configuration, the option of a run that holds that).
@@ -350,6 +365,22 @@ def assembled(parts: Model, path: Path, merges: str | None = None) -> INFD:
     made = INFD(autoencoder, unet, GaussianDiffusion(parts.diffusion), scale, parts.size, patch=256,
                 weights=parts.weights, text=text, tokenizer=tokenizer)
     return made if text is None else replace(made, ddim_steps=50, eta=0.0)   # as published
+
+
+def published_autoencoder(path: Path, groups: int) -> FieldAutoencoder:
+    """The autoencoder of a file of Stable Diffusion v1 or LDM; its renderer is LDM's own end.
+
+    groups: of its norms, 32 in all that are published. Raises OSError, ValueError.
+    """
+    weights = read_weights(path)
+    try:
+        weights = split_weights(weights).autoencoder
+        if not weights:
+            raise ValueError("it has no autoencoder; take the file that holds the whole model")
+        cfg = autoencoder_config(weights, groups)
+        return filled(FieldAutoencoder, cfg, weights, "the autoencoder (names as here)")
+    except (ValueError, IndexError, RuntimeError) as error:
+        raise ValueError(f"{path}: {first_line(error)}") from error
 
 
 def openai_onestep(weights: dict[str, Tensor], name: str) -> OneStep:

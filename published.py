@@ -391,8 +391,11 @@ def _multiples(widths: list[int], unit: int) -> tuple[int, ...]:
     return tuple(width // unit for width in widths)
 
 
-def autoencoder_config(weights: dict[str, Tensor]) -> AutoencoderConfig:
-    """The configuration of an autoencoder from the tensors of `our_autoencoder`."""
+def autoencoder_config(weights: dict[str, Tensor], groups: int = 32) -> AutoencoderConfig:
+    """The configuration of an autoencoder from the tensors of `our_autoencoder`.
+
+    The groups of its norms leave no trace in the shapes; all published ones have 32.
+    """
     widths = []
     while f"encoder.down.{len(widths)}.block.0.conv1.weight" in weights:
         widths.append(_side(weights, f"encoder.down.{len(widths)}.block.0.conv1.weight"))
@@ -401,7 +404,8 @@ def autoencoder_config(weights: dict[str, Tensor]) -> AutoencoderConfig:
         blocks += 1
     ch = _side(weights, "encoder.conv_in.weight")
     z_channels = _side(weights, "decoder.conv_in.weight", 1)
-    cfg = AutoencoderConfig(ch, _multiples(widths, ch), blocks, z_channels, renderer="pixels")
+    cfg = AutoencoderConfig(ch, _multiples(widths, ch), blocks, z_channels, renderer="pixels",
+                            groups=groups)
     if "quantizer.embedding.weight" not in weights:
         return replace(cfg, kl=True)
     return replace(cfg, n_embed=_side(weights, "quantizer.embedding.weight"))

@@ -152,6 +152,7 @@ def parser() -> Parser:
     add("--steps", type=int, help="of the sampler (200 of ddim, 20 of dpm++; text: 50 of ddim)")
     add("--eta", type=float, help="noise that ddim adds: 0 none, 1 as published (1; text: 0)")
     add("--latent-size", type=size, help="a larger noise map, as 32x64 (Section D)")
+    add("--decoder", metavar="RUN", help="draw by this run of stage ae init=CKPT")
     add("--norm", choices=["frame", "paper"], help="statistics of the whole, or each tile (frame)")
     add("--tile", type=int, help="side of a tile in pixels (256; paper: the training patch)")
     add("--compile", metavar="WHEN", help="the renderer: on, off, or auto, on a CUDA GPU (auto)")
@@ -172,8 +173,8 @@ def parser() -> Parser:
 # The options of other kinds of models.
 FOREIGN = {"INFD with text": ("sigmas", "func-dtype"),
            "INFD without text": ("sigmas", "func-dtype", "negative", "merges"),
-           "OneStep": ("sampler", "steps", "eta", "latent-size", "norm", "tile", "compile",
-                       "prompt", "negative", "guidance", "merges")}
+           "OneStep": ("sampler", "steps", "eta", "latent-size", "decoder", "norm", "tile",
+                       "compile", "prompt", "negative", "guidance", "merges")}
 
 
 def check_kind(model: INFD | OneStep, args: argparse.Namespace) -> None:
@@ -208,6 +209,11 @@ def read_prompts(args: argparse.Namespace) -> list[str] | None:
 
 def infd_pictures(model: INFD, args: argparse.Namespace) -> tuple[dict, list, Callable]:
     """How pictures are made, their sizes, and what draws those of some indices: tiles of each."""
+    decoder = {}
+    if args.decoder:
+        other = load(args.decoder, model.scale.mean.device)
+        model = model.drawn_by(other)
+        decoder = {"decoder": other.file.name, "decoder_sha256": digest(other.file)}
     sampler = args.sampler or "ddim"
     how = {"sampler": sampler,
            "steps": model.steps_of(sampler) if args.steps is None else args.steps}
@@ -236,7 +242,7 @@ def infd_pictures(model: INFD, args: argparse.Namespace) -> tuple[dict, list, Ca
                 yield i, size, field.tiles(size, args.window)
 
     tile = {"tile": args.tile or model.patch} if paper else {}       # else it changes no picture
-    made = {**how, "norm": args.norm or "frame", **tile, "latent_size": args.latent_size}
+    made = {**how, "norm": args.norm or "frame", **tile, "latent_size": args.latent_size, **decoder}
     return made, sizes, draw
 
 
@@ -271,11 +277,15 @@ def bundled(name: str) -> Path:
     return Path(__file__).parent / "weights" / f"{name}.pt"
 
 
+def digest(file: Path) -> str:
+    """Tell a file from others."""
+    return hashlib.sha256(np.memmap(file, mode="r")).hexdigest()[:16]
+
+
 def planned(args: argparse.Namespace, model: INFD | OneStep, sizes: list, made: dict,
             out: Path) -> tuple[dict, dict]:
     """Name the files of a call by (index, size), and what their PNGs begin with."""
-    digest = hashlib.sha256(np.memmap(model.file, mode="r")).hexdigest()[:16]
-    common = {"ckpt": model.file.name, "sha256": digest, "weights": model.weights,
+    common = {"ckpt": model.file.name, "sha256": digest(model.file), "weights": model.weights,
               "seed": args.seed, "window": args.window, "label": args.label, **made}
     files = {}
     heads = {}

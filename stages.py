@@ -164,6 +164,11 @@ class Stage:
         if self.ema is not None:
             self.state["ema"] = self.ema
 
+    @classmethod
+    def implied(cls, given: dict) -> dict[str, object]:
+        """Options that follow from the published file that a given one says to start from."""
+        return {}
+
     def begin(self) -> None:
         """Take over what a new run starts from."""
 

@@ -24,7 +24,8 @@ from clif import Field, ResBlock
 from data import DataConfig, to_uint8
 from ldm import DiffusionConfig, GaussianDiffusion, UNet, UNetConfig
 from metrics import lpips_network
-from models import INFD, LatentScale, load
+from models import INFD, LatentScale, load, published_autoencoder
+from published import WEIGHT_FILES
 from runs import all_mean, flatten, load_weights, print_once, ranks, rng
 from stages import (Reconstruction, Run, Stage, backward, descend, drawn_at, optimisers,
                     starting_point)
@@ -42,7 +43,7 @@ class AERun(DataConfig, Run):
     gan_weight: float = 0.75          # times the adaptive weight; 0: no discriminator
     gan_start: int = 0                # first step with the GAN
     reg_weight: float = 1.0           # of the VQ loss; with kl=true take 1e-6 as LDM does
-    init: str = ""                    # run or file of stage ae to start from, discriminator too
+    init: str = ""                    # run or file of stage ae to start from, or file of LDM or SD
     frozen_encoder: bool = False      # with init: learn D and R alone, so that z remains valid
     ae: AutoencoderConfig = AutoencoderConfig()
     disc: DiscriminatorConfig = DiscriminatorConfig()
@@ -57,7 +58,7 @@ class AEStage(Reconstruction):
     def build(self) -> None:
         cfg = self.cfg
         if cfg.frozen_encoder and not cfg.init:
-            raise ValueError("frozen_encoder=true goes with init=RUN")
+            raise ValueError("frozen_encoder=true goes with init=RUN or FILE")
         self.terms = {"own": (1.0, self.loss)} if self.loss else {"l1": (1.0, F.l1_loss)}
         if cfg.lpips != "none" and not self.loss:
             self.lpips = lpips_network(cfg.lpips).to(self.device)
@@ -76,11 +77,29 @@ class AEStage(Reconstruction):
         calls = [(part, "forward") for part in (net.encoder, net.decoder, *blocks)]
         self.hold(net, calls, disc=self.disc, opt_d=self.opts_d)
 
+    @classmethod
+    def implied(cls, given: dict) -> dict[str, object]:
+        """The architecture of the autoencoder in a published file; the renderer is free."""
+        path = Path(given.get("init", ""))
+        if path.suffix not in WEIGHT_FILES:
+            return {}
+        groups = given.get("ae.groups", AutoencoderConfig.groups)
+        found = published_autoencoder(path, groups).cfg
+        fixed = ("ch", "ch_mult", "num_res_blocks", "z_channels", "kl", "lowres", "n_embed",
+                 "groups")
+        return {f"ae.{name}": getattr(found, name) for name in fixed}
+
     def begin(self) -> None:
-        if self.cfg.init:
-            _, best, state = starting_point(self.cfg.init, "ae")
-            load_weights(self.net, best, f"the autoencoder in {self.cfg.init}")
-            load_weights(self.disc, state["disc"], f"the discriminator in {self.cfg.init}")
+        cfg = self.cfg
+        if Path(cfg.init).suffix in WEIGHT_FILES:
+            theirs = published_autoencoder(Path(cfg.init), cfg.ae.groups).state_dict()
+            kept = {k: v for k, v in theirs.items() if not k.startswith("renderer.")}
+            fresh = {k: v for k, v in self.net.state_dict().items() if k.startswith("renderer.")}
+            load_weights(self.net, kept | fresh, f"the autoencoder in {cfg.init}")
+        elif cfg.init:
+            _, best, state = starting_point(cfg.init, "ae")
+            load_weights(self.net, best, f"the autoencoder in {cfg.init}")
+            load_weights(self.disc, state["disc"], f"the discriminator in {cfg.init}")
 
     def batches(self, start: int) -> Iterator[dict]:
         """Random patches at random scales; from original_from on, often at the largest (J.2)."""

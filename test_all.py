@@ -63,7 +63,7 @@ import stages_infd
 import text
 import train
 from autoencoder import (AutoencoderConfig, Decoder, DiscriminatorConfig, Encoder, FieldAutoencoder,
-                         PatchDiscriminator, VectorQuantizer, adaptive_weight, first_order,
+                         PatchDiscriminator, PixelHead, VectorQuantizer, adaptive_weight, first_order,
                          hinge_loss, kl_loss, split_moments)
 from clif import (CLIF, CLIFConfig, Field, FrameNorm, LIIF, LIIFConfig, check_frame, coord_grid,
                   query)
@@ -4284,10 +4284,25 @@ def test_text_other_files_are_refused_by_the_command_line(text_tiny, tmp_path, c
     assert "--export takes a checkpoint of train.py" in line
 
 
-def test_text_a_model_of_ldm_without_text_is_drawn(tmp_path):
-    """Codes in place of a Gaussian, self-attention in the order and shape of LDM's files."""
-    torch.manual_seed(0)
-    cfg = UNetConfig(model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_ds=(2,))
+def text_published_names(weights):
+    """Weights of a FieldAutoencoder with LDM's end, by LDM's names."""
+    names = (("encoder.quant_conv.", "quant_conv."), ("decoder.post_", "post_"),
+             ("quantizer.", "quantize."), ("renderer.", "decoder."))
+    theirs = {}
+    for name, value in weights.items():
+        old, new = next((pair for pair in names if name.startswith(pair[0])), ("", ""))
+        theirs[new + name.removeprefix(old)] = value
+    return theirs
+
+
+TEXT_LDM = (UNetConfig(model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_ds=(2,)),
+            AutoencoderConfig(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, n_embed=16,
+                              renderer="pixels"))
+
+
+def text_ldm_file(path):
+    """A file of LDM, by VQ and without text; returns its UNet's weights by our names."""
+    cfg, ae_cfg = TEXT_LDM
     ours = text_formula_weights(UNet(cfg))
     unet = {}
     for name, value in ours.items():
@@ -4297,18 +4312,18 @@ def test_text_a_model_of_ldm_without_text_is_drawn(tmp_path):
         attention = ".qkv." in name or ".proj_out." in name
         unet["model.diffusion_model." + name] = value[..., 0] if attention and value.dim() == 4 \
             else value
-    ae_cfg = AutoencoderConfig(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, n_embed=16,
-                               renderer="pixels")
-    names = (("encoder.quant_conv.", "quant_conv."), ("decoder.post_", "post_"),
-             ("quantizer.", "quantize."), ("renderer.", "decoder."))
-    autoencoder = {}
-    for name, value in text_formula_weights(FieldAutoencoder(ae_cfg)).items():
-        old, new = next((pair for pair in names if name.startswith(pair[0])), ("", ""))
-        autoencoder["first_stage_model." + new + name.removeprefix(old)] = value
+    autoencoder = text_published_names(text_formula_weights(FieldAutoencoder(ae_cfg)))
+    autoencoder = {"first_stage_model." + name: value for name, value in autoencoder.items()}
     torch.save({"state_dict": unet | autoencoder | {"betas": GaussianDiffusion(
-        DiffusionConfig(sqrt_beta=True)).betas.float()}}, tmp_path / "ldm.ckpt")
+        DiffusionConfig(sqrt_beta=True)).betas.float()}}, path)
+    return ours
+
+
+def test_text_a_model_of_ldm_without_text_is_drawn(tmp_path):
+    """Codes in place of a Gaussian, self-attention in the order and shape of LDM's files."""
+    ours = text_ldm_file(tmp_path / "ldm.ckpt")
     model = models.load(tmp_path / "ldm.ckpt")
-    assert (model.autoencoder.cfg, model.unet.cfg, model.size) == (ae_cfg, cfg, 256)
+    assert (model.unet.cfg, model.autoencoder.cfg, model.size) == (*TEXT_LDM, 256)
     assert model.diffusion.cfg == DiffusionConfig(sqrt_beta=True, ddim_start=1)
     assert model.scale.std.tolist() == [1.0, 1.0, 1.0]
     for name, value in model.unet.state_dict().items():
@@ -6767,6 +6782,124 @@ def test_fine_tuning_with_a_frozen_encoder_keeps_z_and_learns_the_rest(main_runs
                         ([f"init={main_runs / 'ldm'}"], "is no run of stage ae")):
         assert main_stage("ae", tmp_path / "b", *options, *wrong) == 2
         assert said in main_error(capsys)
+
+
+CONVERT = ["steps=2", "batch=2", "size=16", "patch=16", "max_size=32", "ae.hidden=32",
+           "ae.num_blocks=1", "eval_n=2", "workers=0", "log_every=2", "grid_every=100", "ema=0"]
+
+
+def main_published(path, cfg):
+    """An autoencoder of LDM with random weights, written as a published file."""
+    theirs = text_loaded(lambda: FieldAutoencoder(cfg), text_formula_weights(FieldAutoencoder(cfg)))
+    path.write_bytes(text_safetensors(text_published_names(theirs.state_dict())))
+    return theirs
+
+
+@pytest.mark.parametrize("kl", [True, False])
+def test_a_published_autoencoder_becomes_a_field(tmp_path, kl):
+    """E and D feel nothing of it: the same latents, the same features in front of the last norm."""
+    cfg = AutoencoderConfig(ch=16, ch_mult=(1, 2, 2), num_res_blocks=1, z_channels=4, kl=kl,
+                            n_embed=8192 if kl else 32, groups=4, renderer="pixels")
+    file = tmp_path / "vae.safetensors"
+    theirs = main_published(file, cfg)
+    options = [*CONVERT, f"init={file}", "frozen_encoder=true", "ae.groups=4"]
+    stage = main_made("ae", *options)
+    fresh = deepcopy(stage.net.renderer.state_dict())
+    stage.begin()
+    image, z = main_randn(2, 3, 16, 16), main_randn(2, 4, 4, 4, seed=1)
+    assert torch.equal(stage.net.encode(image), theirs.encode(image))
+    phi = stage.net.decode(z)
+    assert torch.equal(phi, theirs.decode(z)) and phi.shape == (2, 16, 16, 16)
+    assert main_same(stage.net.renderer.state_dict(), fresh) and isinstance(stage.net.renderer, CLIF)
+
+    assert main_stage("ae", tmp_path / "ae", *options) == 0
+    file.rename(tmp_path / "moved.safetensors")                      # the run needs it no more
+    made = models.load(tmp_path / "ae").autoencoder
+    assert made.cfg == replace(cfg, renderer="clif", hidden=32, num_blocks=1)
+    assert torch.equal(made.encode(image), theirs.encode(image))
+    moved = [not torch.equal(v, theirs.state_dict()[k]) for k, v in made.state_dict().items()
+             if k.startswith("decoder.")]
+    assert all(moved) and not torch.equal(made.renderer.model[0].weight, fresh["model.0.weight"])
+    assert made.field(made.encode(image)).draw(40).shape == (2, 3, 40, 40)
+
+
+def test_text_golden_conversion_of_a_file_of_diffusers():
+    """Our features, ended by the norm and convolution that the file has, are its pictures."""
+    path = text_tiny_file("vae_diffusers_tiny.safetensors")
+    group = golden("text/autoencoder_kl.pt")["tiny"]
+    config = group["config"]
+    stage = main_made("ae", *CONVERT, f"init={path}")
+    stage.begin()
+    cfg = stage.cfg.ae
+    assert (cfg.ch_mult, cfg.z_channels, cfg.kl) == (tuple(config["ch_mult"]),
+                                                     config["z_channels"], True)
+    weights = our_autoencoder(read_safetensors(path))
+    end = PixelHead(cfg.ch * cfg.ch_mult[0])
+    end.load_state_dict({k.removeprefix("renderer."): v.float() for k, v in weights.items()
+                         if k.startswith("renderer.")})
+    with torch.no_grad():
+        phi = stage.net.decode(group["inputs"]["z"])
+        text_close(end.conv_out(F.silu(end.norm_out(phi))), group["outputs"]["decoded"])
+        text_close(stage.net.encoder(group["inputs"]["image"]), group["outputs"]["moments"])
+
+
+def test_conversion_refuses_what_does_not_fit(tmp_path, capsys):
+    cfg = AutoencoderConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1, kl=True, renderer="pixels")
+    file = tmp_path / "vae.safetensors"
+    main_published(file, cfg)
+    weights = read_safetensors(file)
+    for name, change in (("wide", {"encoder.down.1.block.0.conv1.weight": torch.ones(10**5, 0)}),
+                         ("nan", {"decoder.conv_in.bias": torch.full((32,), math.nan)})):
+        (tmp_path / f"{name}.safetensors").write_bytes(text_safetensors(weights | change))
+    unet = {"model.diffusion_model.time_embed.0.weight": torch.zeros(1)}
+    (tmp_path / "unet.safetensors").write_bytes(text_safetensors(unet))
+    for options, said in (
+            (["ae.ch=64"], "ae.ch=64: the file that the run starts from has 32; leave ae.ch out"),
+            (["ae.ch_mult=1,1,1"], "the file that the run starts from has (1, 1)"),
+            (["ae.kl=false"], "ae.kl=False: the file"),
+            (["ae.groups=5"], "GroupNorm needs multiples of groups=5"),
+            (["size=17"], "sides must be multiples of 2"),
+            ([f"init={tmp_path}/none.safetensors"], "no file at"),
+            ([f"init={tmp_path}/none.ckpt"], "No such file"),
+            ([f"init={tmp_path}/wide.safetensors"], "does not fit"),
+            ([f"init={tmp_path}/nan.safetensors"], "decoder.conv_in.bias is not finite"),
+            ([f"init={tmp_path}/unet.safetensors"], "unet.safetensors: it has no autoencoder")):
+        assert main_stage("ae", tmp_path / "ae", *CONVERT, f"init={file}", *options) == 2
+        assert said in main_error(capsys), options
+    assert main_stage("ae", tmp_path / "ae", *CONVERT, f"init={file}", "ae.ch=32") == 0
+
+
+def test_preset_sd_is_the_published_autoencoder_and_the_last_steps_are_at_the_original_size():
+    cfg = train.configure("ae", "sd")
+    assert replace(cfg.ae, renderer="pixels") == TEXT_AE and cfg.ae.f == 8 and cfg.size == 512
+    assert (cfg.steps - cfg.original_from, cfg.p_original) == (400_000, 0.5)         # J.2
+    mountains = train.configure("ae", "paper", "mountains")
+    assert (mountains.steps - mountains.original_from, mountains.p_original) == (400_000, 0.5)
+    assert cfg.frozen_encoder and cfg.reg_weight == 1e-6
+
+
+def test_latents_of_a_published_file_are_drawn_by_its_converted_autoencoder(tmp_path, capsys):
+    """The same latents, unscaled by the file's factor, another decoder."""
+    file = tmp_path / "ldm.ckpt"
+    text_ldm_file(file)
+    convert = [*CONVERT, f"init={file}"]
+    assert main_stage("ae", tmp_path / "ae", *convert, "frozen_encoder=true") == 0
+    assert main_stage("ae", tmp_path / "own", *convert, "lr=1") == 0
+    call = ["--ckpt", file, "--latent-size", 8, "--steps", 2, "--res", 48]
+    for more in ([], ["--decoder", tmp_path / "ae"]):
+        out = tmp_path / f"out{len(more)}"
+        assert sample.main([*map(str, [*call, *more, "--out", out])]) == 0
+    plain, _ = text_png(tmp_path / "out0/seed0-000000-48x48.png")
+    pixels, info = text_png(tmp_path / "out2/seed0-000000-48x48.png")
+    z = models.load(file).sample([0], steps=2, latent_size=(8, 8))
+    wanted = models.load(tmp_path / "ae").decode(z).draw(48)
+    assert (pixels == to_uint8(wanted)[0]).all() and (pixels != plain).any()
+    assert info["decoder"] == "step-00000002.pt" and len(info["decoder_sha256"]) == 16
+    for more, said in ((["--decoder", tmp_path / "own"], "own/step-00000002.pt has not the encoder"),
+                       (["--decoder", ROOT / "weights/infd.pt"], "infd.pt has not the encoder"),
+                       (["--decoder", ROOT / "weights/cm.pt"], "cm.pt has not the encoder")):
+        assert said in text_error(capsys, *call, *more, "--out", tmp_path / "b")
+    assert "--decoder means nothing" in text_error(capsys, "--model", "cm", "--decoder", "a")
 
 
 def test_fine_tuning_at_the_original_size_begins_where_it_should():

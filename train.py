@@ -120,6 +120,10 @@ PRESETS = {
     "ae": {"paper": {},
            "small": OFTEN | {"steps": 30_000, "lr": 1e-4, "ae.ch": 64, "ae.hidden": 128,
                              "ema": 0.999},
+           # Stable Diffusion's autoencoder becomes a field (init=FILE), for pictures up to 2K (H).
+           "sd": {"size": 512, "max_size": 2048, "original_from": 600_000, "p_original": 0.5,
+                  "frozen_encoder": True, "reg_weight": 1e-6, "ae.ch_mult": (1, 2, 4, 4),
+                  "ae.z_channels": 4, "ae.kl": True},
            "tiny": TINY | {"steps": 3000, "batch": 4, "lr": 1e-3, "beta1": 0.9, "beta2": 0.99,
                            "ema": 0.998, "ema_warmup": True, "patch": 64, "max_size": 256,
                            "p_whole": 0.5, "lpips": "none", "gan_weight": 0.0, "reg_weight": 1e-6,
@@ -196,6 +200,12 @@ def configure(stage: str, preset: str = "paper", data_name: str = "synthetic",
     chosen = PRESETS[stage][preset]
     if preset not in ("small", "tiny"):
         chosen = PAPER_DATA.get((stage, data_name), {}) | chosen
+    follows = STAGES[stage].implied(given)
+    for name, value in follows.items():
+        if given.get(name, value) != value:
+            raise ValueError(f"{name}={given[name]}: the file that the run starts from has {value};"
+                             f" leave {name} out")
+    chosen = chosen | follows
     size = given.get("size", chosen.get("size", cls.size))
     known = option_types(cls)
     by_size = {name: v for name, v in PAPER_SIZE.get(size, {}).items() if name in known}
