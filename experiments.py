@@ -26,8 +26,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 from metrics import Protocol, frechet_distance, load_features, statistics
 from models import INFD, OneStep, load
+from pictures import contact_sheet
 from runs import Meter, cli, convert, parse_options, pick_device, set_tf32, unflatten
-from sample import bundled, contact_sheet
+from sample import bundled
 from train import STAGES, configure, train
 
 # The function generator learns as the bundled one did (weights/README.md): to reconstruct, to

@@ -15,6 +15,7 @@ import functools
 import hashlib
 import importlib
 import json
+import math
 import operator
 import os
 import pickle
@@ -49,8 +50,18 @@ def rng(*key: int | str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=_digest(key)))
 
 
-def torch_noise(shape: tuple[int, ...], *key: int | str) -> Tensor:
-    """Give the standard normal float32 noise that belongs to `key`; made on the CPU."""
+def torch_noise(shape: tuple[int, ...], *key: int | str | float) -> Tensor:
+    """Give the standard normal float32 noise that belongs to `key`; made on the CPU.
+
+    A float in the key, as 2.25, asks for the noise a quarter of the way from that of 2 to that of
+    3, on an arc, where it stays standard normal.
+    """
+    for at, part in enumerate(key):
+        if isinstance(part, float):
+            low = math.floor(part)
+            angle = math.pi / 2 * (part - low)
+            a, b = (torch_noise(shape, *key[:at], i, *key[at + 1:]) for i in (low, low + 1))
+            return math.cos(angle) * a + math.sin(angle) * b
     return torch.randn(shape, generator=torch.Generator().manual_seed(_digest(key) >> 65))
 
 

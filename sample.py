@@ -1,102 +1,26 @@
-"""Draw pictures at any resolution and write them: the program. From Python: models.py.
-
-A PNG says in its text `parameters` how it was made; pictures are drawn and written tile by tile.
-"""
+"""Draw pictures at any resolution: the program. From Python: models.py, then pictures.py."""
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import itertools
-import json
-import math
 import os
 import re
-import struct
 import sys
 import tempfile
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
-from clif import Tiles, check_frame
-from data import to_uint8
+from clif import check_frame
 from models import INFD, SAMPLERS, OneStep, draw_labels, export, load
+from pictures import SHEET, Drawing, png_head, write_png, write_sheet
 from runs import cli, compiled, pick_device, wants_compile
 
-# ---- Picture files ----
-
-def png_chunk(kind: bytes, data: bytes) -> bytes:
-    """A chunk of a PNG file: length, kind, data, CRC-32 of both."""
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def png_head(size: tuple[int, int], info: dict) -> bytes:
-    """All of a PNG before its pixels; its text `parameters` says in JSON how it was made."""
-    ihdr = struct.pack(">2I5B", size[1], size[0], 8, 2, 0, 0, 0)     # 8 bits, RGB, not interlaced
-    text = b"parameters\0" + json.dumps(info).encode("ascii")
-    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", ihdr) + png_chunk(b"tEXt", text)
-
-
-def write_png(path: Path, head: bytes, width: int, tiles: Tiles) -> None:
-    """Draw a picture into a PNG that begins by `head`; memory holds one row of its tiles."""
-    part = path.with_name(path.name + ".part")
-    above = np.zeros((1, 3 * width), np.uint8)
-    deflate = zlib.compressobj()
-    band = []
-    try:
-        with open(part, "wb") as file:
-            file.write(head)
-            for _, left, rgb in tiles:
-                band.append(to_uint8(rgb[0]))                        # (h, w, 3)
-                if left + rgb.shape[-1] < width:
-                    continue
-                rows = np.concatenate(band, axis=1).reshape(-1, 3 * width)
-                up = rows - np.concatenate([above, rows[:-1]])       # modulo 256, as PNG has it
-                raw = np.insert(up, 0, 2, axis=1)                    # filter 2: less the row above
-                file.write(png_chunk(b"IDAT", deflate.compress(raw.tobytes())))
-                above = rows[-1:]
-                band.clear()
-            file.write(png_chunk(b"IDAT", deflate.flush()) + png_chunk(b"IEND", b""))
-        part.rename(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def contact_sheet(rows: Sequence[Sequence[np.ndarray]], side: int, gap: int = 4) -> np.ndarray:
-    """Put rows of pictures (h, w, 3) on white, enlarged to `side` pixels by nearest neighbour."""
-    columns = max(len(row) for row in rows)
-    sheet = np.full((len(rows) * (side + gap), columns * (side + gap), 3), 255, np.uint8)
-    for r, row in enumerate(rows):
-        for c, pixels in enumerate(row):
-            scale = side / max(pixels.shape[:2])
-            height, width = (max(1, round(scale * n)) for n in pixels.shape[:2])
-            cell = sheet[r * (side + gap):, c * (side + gap):]
-            cell[:height, :width] = Image.fromarray(pixels).resize((width, height), Image.NEAREST)
-    return sheet[:-gap, :-gap]
-
-
-SHEET = 8192                                # pixels: about the side of a sheet at most
-
-
-def write_sheet(path: Path, files: Sequence[Path]) -> None:
-    """Put picture files on one sheet, nearly square; large ones are reduced so that it fits."""
-    columns = math.ceil(math.sqrt(len(files)))
-    pictures = []
-    for file in files:
-        with Image.open(file) as image:
-            image.thumbnail((SHEET // columns, SHEET // columns))    # never enlarges
-            pictures.append(np.asarray(image))
-    rows = [pictures[at:at + columns] for at in range(0, len(pictures), columns)]
-    sheet = contact_sheet(rows, max(max(pixels.shape) for pixels in pictures))
-    Image.fromarray(sheet).save(path, quality=92)
-
-
-# ---- Command line ----
 
 def size(text: str) -> tuple[int, int]:
     """'512' -> (512, 512), '512x1024' -> (512, 1024), height first."""
@@ -208,7 +132,7 @@ def read_prompts(args: argparse.Namespace) -> list[str] | None:
 
 
 def infd_pictures(model: INFD, args: argparse.Namespace) -> tuple[dict, list, Callable]:
-    """How pictures are made, their sizes, and what draws those of some indices: tiles of each."""
+    """How pictures are made, their sizes, and what makes those of some indices: (index, Drawing)."""
     decoder = {}
     if args.decoder:
         other = load(args.decoder, model.scale.mean.device)
@@ -233,13 +157,11 @@ def infd_pictures(model: INFD, args: argparse.Namespace) -> tuple[dict, list, Ca
         renderer = compiled(renderer, strict=args.compile == "on")
     sizes = args.res or [tuple(model.autoencoder.cfg.f * n for n in latent)]
 
-    def draw(indices: list[int]) -> Iterator[tuple]:
+    def draw(indices: list[int]) -> Iterator[tuple[int, Drawing]]:
         z = model.sample(indices, args.seed, latent_size=latent, labels=args.label,
                          prompts=args.prompt, **how)
         for i, one in zip(indices, z.split(1)):
-            field = replace(model.decode(one, paper, args.tile), renderer=renderer)
-            for size in sizes:
-                yield i, size, field.tiles(size, args.window)
+            yield i, replace(model.decode(one, paper, args.tile), renderer=renderer).tiles
 
     tile = {"tile": args.tile or model.patch} if paper else {}       # else it changes no picture
     made = {**how, "norm": args.norm or "frame", **tile, "latent_size": args.latent_size, **decoder}
@@ -257,16 +179,15 @@ def onestep_pictures(model: OneStep, args: argparse.Namespace) -> tuple[dict, li
         raise ValueError(f"only one step of generator=func can be drawn at any size and window, "
                          f"and by --func-dtype; this draws --res {model.size} and the whole image")
 
-    def draw(indices: list[int]) -> Iterator[tuple]:
+    def draw(indices: list[int]) -> Iterator[tuple[int, Drawing]]:
         if not free:
             images = model.sample(indices, args.seed, sigmas, args.label)
             for i, image in zip(indices, images.split(1)):
-                yield i, own[0], [(0, 0, image)]
+                yield i, lambda *_, image=image: [(0, 0, image)]
             return
         functions = model.functions(indices, args.seed, args.label)
-        for (b, i), size in itertools.product(enumerate(indices), sizes):
-            tiles = functions[b].tiles(size, args.window, dtype=getattr(torch, dtype))
-            yield i, size, tiles
+        for b, i in enumerate(indices):
+            yield i, functools.partial(functions[b].tiles, dtype=getattr(torch, dtype))
 
     made = {"steps": 1 + len(sigmas), "sigmas": sigmas}
     return made | ({} if dtype == "float32" else {"func_dtype": dtype}), sizes, draw
@@ -282,18 +203,26 @@ def digest(file: Path) -> str:
     return hashlib.sha256(np.memmap(file, mode="r")).hexdigest()[:16]
 
 
-def planned(args: argparse.Namespace, model: INFD | OneStep, sizes: list, made: dict,
+def origin(model: INFD | OneStep) -> dict:
+    """Which weights draw, as PNGs say it."""
+    return {"ckpt": model.file.name, "sha256": digest(model.file), "weights": model.weights}
+
+
+def described(args: argparse.Namespace, common: dict, i: int) -> dict:
+    """How picture i is made, for its PNG, which adds its size; common: what all share."""
+    prompt = {"prompt": args.prompt[i % len(args.prompt)]} if args.prompt else {}
+    return {**common, "seed": args.seed, "label": args.label, **prompt, "index": i}
+
+
+def planned(args: argparse.Namespace, common: dict, sizes: list,
             out: Path) -> tuple[dict, dict]:
     """Name the files of a call by (index, size), and what their PNGs begin with."""
-    common = {"ckpt": model.file.name, "sha256": digest(model.file), "weights": model.weights,
-              "seed": args.seed, "window": args.window, "label": args.label, **made}
     files = {}
     heads = {}
     for i, size in itertools.product(range(args.start, args.start + args.n), sizes):
-        if args.prompt:
-            common["prompt"] = args.prompt[i % len(args.prompt)]
         files[i, size] = file = out / f"seed{args.seed}-{i:06d}-{size[0]}x{size[1]}.png"
-        heads[i, size] = head = png_head(size, {**common, "index": i, "res": size})
+        info = {**described(args, common, i), "window": args.window, "res": size}
+        heads[i, size] = head = png_head(size, info)
         if file.exists() and file.open("rb").read(len(head)) != head:
             raise FileExistsError(f"{file} exists and is another picture; choose another --out")
     return files, heads
@@ -340,14 +269,15 @@ def run(argv: list[str]) -> None:
     for folder in (out, sheet.parent if sheet else out):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()                   # says what is wrong at once
-    files, heads = planned(args, model, sizes, made, out)
+    files, heads = planned(args, origin(model) | made, sizes, out)
 
     todo = [i for (i, _), file in files.items() if i % world == rank and not file.exists()]
     todo = list(dict.fromkeys(todo))
     for at in range(0, len(todo), args.batch):
-        for i, size, tiles in draw(todo[at:at + args.batch]):
-            if not files[i, size].exists():                          # one that is there is the same
-                write_png(files[i, size], heads[i, size], size[1], tiles)
+        for i, drawing in draw(todo[at:at + args.batch]):
+            for size in sizes:
+                if not files[i, size].exists():                      # one that is there is the same
+                    write_png(files[i, size], heads[i, size], size[1], drawing(size, args.window))
     if sheet:
         write_sheet(sheet, list(files.values()))
     if rank == 0:

@@ -25,9 +25,9 @@ from data import Source, to_tensor, to_uint8
 from inr_generator import AdaLNBlock, Block
 from ldm import SelfAttention, TimeResBlock
 from metrics import psnr
+from pictures import contact_sheet
 from runs import (all_mean, autocast_for, compiled, newest_checkpoint, print_once, ranks,
                   read_checkpoint, torch_noise, wants_compile)
-from sample import contact_sheet
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ import experiments
 import inr_generator
 import metrics
 import models
+import pictures
 import published
 import runs
 import sample
@@ -2458,6 +2459,14 @@ def data_equal(a: list[dict], b: list[dict]) -> bool:
         return x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in x)
 
     return len(a) == len(b) and all(map(same, a, b))
+
+
+def test_noise_between_two_pictures_lies_on_an_arc():
+    a, b = (torch_noise((4, 64, 64), 5, "x_T", i) for i in (2, 3))
+    assert torch.equal(torch_noise((4, 64, 64), 5, "x_T", 2.0), a)
+    middle = torch_noise((4, 64, 64), 5, "x_T", 2.5)
+    assert torch.allclose(middle, (a + b) / math.sqrt(2), atol=1e-6)
+    assert abs(middle.std() - 1) < 0.02                              # a line would give 0.71
 
 
 def test_random_numbers_belong_to_their_key_alone():
@@ -5738,9 +5747,9 @@ def test_png_written_in_bands_holds_the_pixels_and_the_parameters(tmp_path, size
     picture = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     info = {"res": list(size), "window": None, "label": "d\u00e4mmerung"}
     file = tmp_path / "a.png"
-    head = sample.png_head(size, info)
+    head = pictures.png_head(size, info)
     for band in (1, 20, 64):
-        sample.write_png(file, head, size[1], sample_tiles(picture, band))
+        pictures.write_png(file, head, size[1], sample_tiles(picture, band))
         pixels, read = main_png(file)
         assert np.array_equal(pixels, picture) and read == info
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
@@ -5755,8 +5764,8 @@ def test_png_takes_the_memory_of_one_band(tmp_path):
     band = 2 * torch.rand(1, 3, 64, 1024) - 1
     tracemalloc.start()
     try:
-        head = sample.png_head((4096, 1024), {})
-        sample.write_png(tmp_path / "a.png", head, 1024, itertools.repeat((0, 0, band), 64))
+        head = pictures.png_head((4096, 1024), {})
+        pictures.write_png(tmp_path / "a.png", head, 1024, itertools.repeat((0, 0, band), 64))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -5769,7 +5778,7 @@ def test_fault_f11_a_signal_in_sampling_leaves_whole_pictures(sample_runs, tmp_p
     args = ["--ckpt", sample_runs / "cm", "--n", 5, "--batch", 2]
     assert main_sample(*args, "--out", tmp_path / "whole") == 0
     drawn = []
-    png_chunk = sample.png_chunk
+    png_chunk = pictures.png_chunk
 
     def in_the_middle(kind, content):
         drawn.append(kind)
@@ -5777,7 +5786,7 @@ def test_fault_f11_a_signal_in_sampling_leaves_whole_pictures(sample_runs, tmp_p
             os.kill(os.getpid(), number)
         return png_chunk(kind, content)
 
-    monkeypatch.setattr(sample, "png_chunk", in_the_middle)
+    monkeypatch.setattr(pictures, "png_chunk", in_the_middle)
     assert main_sample(*args, "--out", tmp_path / "parts") == code
     assert "the same command with the same --out" in capsys.readouterr().err
     monkeypatch.undo()
@@ -5845,7 +5854,7 @@ def test_a_sheet_shows_all_pictures_of_a_call(sample_runs, tmp_path, capsys):
 
 def test_contact_sheet_enlarges_by_nearest_neighbour():
     picture = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
-    sheet = sample.contact_sheet([[picture, picture], [picture]], 4, gap=1)
+    sheet = pictures.contact_sheet([[picture, picture], [picture]], 4, gap=1)
     assert sheet.shape == (9, 9, 3) and (sheet[5:, 4:] == 255).all() and (sheet[4] == 255).all()
     assert np.array_equal(sheet[:4, :4], picture.repeat(2, 0).repeat(2, 1))
 
