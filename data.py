@@ -6,7 +6,6 @@ Read next: train.py, whose steps consume the batches.
 """
 from __future__ import annotations
 
-import argparse
 import functools
 import hashlib
 import io
@@ -34,7 +33,7 @@ from tqdm import tqdm
 
 from clif import coord_grid
 from landscapes import Box, Landscapes, Scene
-from runs import Stopped, cli, first_line, rng, torch_noise
+from runs import Parser, Stopped, cli, first_line, rng, torch_noise
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp")
 NOT_READ = (".avif", ".bmp", ".exr", ".gif", ".heic", ".jp2", ".jxl", ".ppm", ".tif", ".tiff")
@@ -152,6 +151,7 @@ class Source:
     labels: Sequence[int] = ()
     captions: Sequence[str] = ()
     passed_over = ""  # what of the files is not in the set, in words
+    split_by = ""  # how the held-out pictures were chosen, in words
 
     def __init__(self, items):
         self.items = items
@@ -283,6 +283,7 @@ class Photos(Source):
     labels: list[int]
     classes: Sequence[str]
     passed_over: str
+    split_by: str
 
     def __getitem__(self, i: int) -> Photo:
         name = self.store.where(self.items[i])
@@ -328,13 +329,14 @@ def open_photos(store: Files, name: str, split: str) -> Photos:
     paths = [picture.removeprefix(top).lstrip("/").split("/") for picture in pictures]
     parts = [SPLITS.get(path[0].lower()) for path in paths]
     held = "val" if "val" in parts else "test"
+    by = f"folder {held}"
     if "train" in parts and held in parts:
         paths = [path[1:] for path in paths]
         neither = len(parts) - parts.count("train") - parts.count(held)
         if neither and split != "all":
             over += ", " * bool(over) + f"{neither} neither in train nor in {held}"
     else:
-        official = held_out(store, name)
+        official, by = held_out(store, name)
         parts = [held if picture in official else "train" for picture in pictures]
     wanted = {"train": ["train"], "val": [held], "all": parts}[split]
     chosen = [i for i, part in enumerate(parts) if part in wanted]
@@ -347,11 +349,14 @@ def open_photos(store: Files, name: str, split: str) -> Photos:
         classes = classes[:1]  # numbered folders are pieces of one set
     index = {value: i for i, value in enumerate(classes)}
     return Photos(store, [pictures[i] for i in chosen], [index.get(values[i], 0) for i in chosen],
-                  tuple(map(str, classes)) if len(classes) > 1 else (), over)
+                  tuple(map(str, classes)) if len(classes) > 1 else (), over, by)
 
 
-def held_out(store: Files, name: str) -> set[str]:
-    """Choose the held-out pictures: the official ones, else 5 % by the hash of their own names."""
+def held_out(store: Files, name: str) -> tuple[set[str], str]:
+    """Choose the held-out pictures: the official ones, else 5 % by the hash of their own names.
+
+    Gives them, and in words how they were chosen.
+    """
     stems = {picture: Path(picture).stem for picture in store.pictures}
     listed = store.nearest(*HELD_OUT)
     lines = store.text(listed).splitlines() if listed else []
@@ -362,12 +367,12 @@ def held_out(store: Files, name: str) -> set[str]:
         official = {stem for stem in stems.values() if stem.isdecimal() and int(stem) >= 60_000}
     held = {picture for picture, stem in stems.items() if stem in official}
     if held:
-        return held
+        return held, "as published"
     ranks = sorted(
         (hashlib.blake2b(os.fsencode(os.path.splitext(name)[0]), digest_size=8).hexdigest(), name)
         for name in store.pictures)
     held = {name for rank, name in ranks if int(rank, 16) < 0.05 * 2**64}
-    return held or {name for _, name in ranks[:len(ranks) >= 4]}
+    return held or {name for _, name in ranks[:len(ranks) >= 4]}, "1 in 20, by name"
 
 
 def listed_labels(store: Files) -> list[int]:
@@ -707,8 +712,20 @@ def loader(source: Source, make_item: Callable[..., dict], batch: int, start: in
         yield stacked
 
 
-def run(args: argparse.Namespace) -> None:
+def parser() -> Parser:
+    """Describe the command line."""
+    p = Parser(description="Decode a data set once: --data DST then reads pixels, not files.")
+    p.add_argument("command", choices=["prepare"])
+    p.add_argument("source", metavar="SRC", help="as of --data")
+    p.add_argument("folder", metavar="DST", type=Path, help="new; size x size x 3 bytes a picture")
+    p.add_argument("--size", type=int, required=True, help="side; smaller pictures are enlarged")
+    p.add_argument("--workers", type=int, default=os.cpu_count(), help="that decode (%(default)s)")
+    return p
+
+
+def run(argv: list[str]) -> None:
     """Prepare a copy, and say what is in it."""
+    args = parser().read(argv)
     meta = prepare(args.source, args.folder, args.size, args.workers)
     print(f"{len(meta['train'] + meta['val']):,} pictures of {args.size} px in "
           f"{shown(args.folder)}, {meta['skipped']} skipped; passed over: "
@@ -717,14 +734,8 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The exit code: see `runs.cli`."""
-    p = argparse.ArgumentParser(
-        description="Decode a data set once: --data DST then reads pixels, not files.")
-    p.add_argument("command", choices=["prepare"])
-    p.add_argument("source", metavar="SRC", help="as of --data")
-    p.add_argument("folder", metavar="DST", type=Path, help="new; size x size x 3 bytes a picture")
-    p.add_argument("--size", type=int, required=True, help="side; smaller pictures are enlarged")
-    p.add_argument("--workers", type=int, default=os.cpu_count(), help="that decode (%(default)s)")
-    return cli(run, p.parse_args(argv), "stopped; nothing is left, the same command starts again")
+    return cli(run, sys.argv[1:] if argv is None else argv,
+               "stopped; nothing is left, the same command starts again")
 
 
 if __name__ == "__main__":

@@ -3,13 +3,15 @@
     python experiments.py demo                             both systems, 20 minutes on 2 cores
     python experiments.py compare NAME [steps=N seeds=N]   what the papers compare: COMPARISONS
     python experiments.py bench STAGE [key=value ...]      a training step; bench sample [RUN ...]
+    python experiments.py plot RUN [RUN ...]               the curves of a run's log: RUN/plot.png
 """
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
 import json
+import math
+import operator
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
@@ -27,7 +29,8 @@ import data
 from metrics import Protocol, frechet_distance, load_features, statistics
 from models import INFD, OneStep, load
 from pictures import contact_sheet
-from runs import Meter, cli, convert, parse_options, pick_device, set_tf32, unflatten
+from runs import (Meter, Parser, cli, convert, parse_options, pick_device, read_log, set_tf32,
+                  unflatten)
 from sample import bundled
 from train import STAGES, configure, train
 
@@ -257,23 +260,115 @@ def bench(what: str, preset: str, data_name: str, texts: Sequence[str], n: int,
     return rows
 
 
-def parser() -> argparse.ArgumentParser:
+# ---- The curves of a run ----
+
+PANEL = (480, 220)                                   # pixels: width and height of a panel
+LEFT, TOP, RIGHT, BOTTOM = 64, 30, 16, 24            # of its margins
+BETTER = {"held_out_psnr": max, "held_out_loss": min, "denoising_distance": min}
+
+
+def plot(run_folder: Path) -> Path:
+    """Draw the log of a run, a panel for each of its columns, held-out scores first: RUN/plot.png.
+
+    Raises ValueError where there is no log with two lines.
+    """
+    file = run_folder / "log.jsonl"
+    lines = read_log(file) if file.exists() else []
+    if len(lines) < 2:
+        raise ValueError(f"{file} has {len(lines)} lines, and a curve needs two; name a run folder "
+                         f"of train.py that has come to its second line")
+    names = dict.fromkeys([*BETTER, "loss", *itertools.chain(*lines)])
+    curves = {}
+    for name in names:
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        points = [point for point in points if math.isfinite(point[1])]
+        if points and name != "step":
+            curves[name] = points
+    columns = 2
+    rows = -(-len(curves) // columns)
+    page = Image.new("RGB", (columns * PANEL[0], rows * PANEL[1]), "white")
+    for i, (name, points) in enumerate(curves.items()):
+        panel = draw_panel(name, points, lines[-1]["step"])
+        page.paste(panel, (i % columns * PANEL[0], i // columns * PANEL[1]))
+    page.save(run_folder / "plot.png")
+    return run_folder / "plot.png"
+
+
+def draw_panel(name: str, points: Sequence[tuple[int, float]], steps: int) -> Image.Image:
+    """Draw one curve over 0..steps; its values on a logarithmic axis where they span a lot."""
+    values = [value for _, value in points]
+    lo = min(values)
+    hi = max(values)
+    log = lo > 0 and hi > 10 * lo
+    title = f"{name} by step" + " (logarithmic)" * log + f"; last {values[-1]:.4g}"
+    if name in BETTER:
+        best = BETTER[name](points, key=operator.itemgetter(1))
+        title += f"; best {best[1]:.4g} at step {best[0]:,}"
+    if hi == lo:
+        lo, hi = lo - 1, hi + 1
+    image = Image.new("RGB", PANEL, "white")
+    pen = ImageDraw.Draw(image)
+    right = PANEL[0] - RIGHT
+    bottom = PANEL[1] - BOTTOM
+
+    def at(step: float, value: float) -> tuple[float, float]:
+        up = math.log(value / lo) / math.log(hi / lo) if log else (value - lo) / (hi - lo)
+        return LEFT + step / steps * (right - LEFT), bottom - up * (bottom - TOP)
+
+    for value in ticks(lo, hi, log):
+        y = at(0, value)[1]
+        pen.line((LEFT, y, right, y), "#dddddd")
+        pen.text((LEFT - 6, y), f"{value:.4g}", "black", anchor="rm")
+    for step in ticks(0, steps):
+        x = at(step, lo)[0]
+        pen.line((x, TOP, x, bottom), "#dddddd")
+        pen.text((x, bottom + 6), f"{step:,.0f}", "black", anchor="mt")
+    pen.rectangle((LEFT, TOP, right, bottom), outline="black")
+    pen.text((LEFT, 8), title, "black")
+    places = [at(*point) for point in points]
+    pen.line(places, "#c03020", 2)
+    if len(places) <= 40:
+        for x, y in places:
+            pen.ellipse((x - 2, y - 2, x + 2, y + 2), "#c03020")
+    return image
+
+
+def ticks(lo: float, hi: float, log: bool = False) -> list[float]:
+    """Round numbers from lo to hi for an axis: about five, or 1, 2 and 5 times powers of ten."""
+    if log:
+        powers = range(math.floor(math.log10(lo)), math.ceil(math.log10(hi)) + 1)
+        many = powers[::max(1, len(powers) // 4)]
+        marks = [m * 10.0**p for p in many for m in ((1, 2, 5) if len(powers) < 5 else (1,))]
+        return [mark for mark in marks if lo <= mark <= hi]
+    power = 10.0 ** math.floor(math.log10((hi - lo) / 5))
+    width = power * min(m for m in (1, 2, 5, 10) if (hi - lo) / (m * power) <= 5)
+    return [n * width for n in range(math.ceil(lo / width), math.floor(hi / width) + 1)]
+
+
+# ---- Command line ----
+
+def parser() -> Parser:
     """Describe the command line."""
-    p = argparse.ArgumentParser(usage=__doc__.split("\n\n")[1].strip(), allow_abbrev=False)
-    p.add_argument("program", choices=("demo", "compare", "bench"))
-    p.add_argument("words", nargs="*", help="NAME or STAGE, then key=value")
+    p = Parser(usage=__doc__.split("\n\n")[1].strip())
+    p.add_argument("program", choices=("demo", "compare", "bench", "plot"))
+    p.add_argument("words", nargs="*", help="NAME, STAGE or RUN, then key=value")
     p.add_argument("--data", default="synthetic", help="a name, or the path of a folder or .zip")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     p.add_argument("--out", help="folder of demo and compare (runs/demo, runs/compare/NAME)")
     p.add_argument("--preset", default="tiny", help="bench: tiny, small, paper (tiny)")
-    p.add_argument("--steps", type=int, default=20, help="bench: how many are measured (20)")
+    p.add_argument("--repeat", type=int, default=20, metavar="N",
+                   help="bench: steps, or pictures, that are measured (20)")
     return p
 
 
 def run(argv: list[str]) -> None:
     """Do what the command line says."""
-    args = parser().parse_intermixed_args(argv)
+    args = parser().read(argv, "a run's options are written key=value; bench measures --repeat N")
     name, *texts = ["demo"] if args.program == "demo" else args.words or [""]
+    if args.program == "plot":
+        for run_folder in args.words or [""]:
+            print(plot(Path(run_folder)))
+        return
     device = pick_device(args.device)
     if args.program != "bench":
         out = Path("runs/demo" if name == "demo" else f"runs/compare/{name}")
@@ -281,8 +376,8 @@ def run(argv: list[str]) -> None:
         texts = [text for text in texts if not text.startswith("seeds=")]
         compare(name, args.data, Path(args.out or out), device, max([1, *seeds]), texts)
         return
-    rows = (bench_samples(texts, args.steps, device) if name == "sample" else
-            bench(name, args.preset, args.data, texts, args.steps, device))
+    rows = (bench_samples(texts, args.repeat, device) if name == "sample" else
+            bench(name, args.preset, args.data, texts, args.repeat, device))
     for row, values in rows.items():
         print(json.dumps({"name": row, "device": str(device), **values}))
     print(as_table(rows))

@@ -577,7 +577,7 @@ def compare(name: str, samples: ImageSet, reference: ImageSet, protocol: Protoco
                              f"{reference.name}, not {pair[0]} and {pair[1]}")
     if name == "psnr":
         return per_image("PSNR", psnr, sets, protocol, "none, peak 1", device)
-    network = lpips_network(net, "use --lpips-net squeeze").to(device)
+    network = lpips_network(net, "use --lpips squeeze").to(device)
     return per_image(f"LPIPS-{net}", network, sets, protocol, "LPIPS v0.1", device)
 
 
@@ -608,11 +608,11 @@ def no_reference(name: str, samples: ImageSet, protocol: Protocol = Protocol(), 
 # ---- command line ----
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description="Score SAMPLES against REFERENCE: folders, zips, "
-                                                 "prepared sets, .npz batches.")
-    add = parser.add_argument
+def parser() -> runs.Parser:
+    """Describe the command line."""
+    p = runs.Parser(description="Score SAMPLES against REFERENCE: folders, zips, prepared sets, "
+                                ".npz batches.")
+    add = p.add_argument
     add("metric", help=f"fid, sfid, kid, is, pr in one pass (fid,kid), fd (= fid --features "
                        f"squeeze), pfid; psnr, lpips; {', '.join(IQA)}")
     add("samples", type=Path)
@@ -623,10 +623,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--patch", type=int, default=0, help="px; side of the random squares of pfid")
     add("--seed", type=int, default=0, help="of these squares")
     add("--limit", type=int, default=0, help="use this many of the samples, evenly spaced")
-    add("--lpips-net", choices=("vgg", "alex", "squeeze"), default="vgg")
+    add("--lpips", choices=("vgg", "alex", "squeeze"), default="vgg")
     add("--cache", type=Path, help="folder of reference statistics (default: beside the reference)")
     add("--device", default="auto", help="auto, cuda, mps, cpu")
-    return parser.parse_args(argv)
+    return p
 
 
 def scores(args: argparse.Namespace) -> Iterator[Score]:
@@ -651,18 +651,18 @@ def scores(args: argparse.Namespace) -> Iterator[Score]:
             yield no_reference(name, samples, protocol, device=device)
         else:
             reference = ImageSet(args.reference, args.limit)
-            yield compare(name, samples, reference, protocol, args.lpips_net, device)
+            yield compare(name, samples, reference, protocol, args.lpips, device)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(argv: list[str]) -> None:
     """Print every score as soon as it is there, as a line and as JSON."""
-    for score in scores(args):
+    for score in scores(parser().read(argv)):
         print(score, json.dumps(asdict(score)), sep="\n", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print scores, each as a line with its protocol and as JSON."""
-    return runs.cli(run, parse(argv), "stopped; finished scores stand above",
+    return runs.cli(run, sys.argv[1:] if argv is None else argv, "stopped; finished scores stand above",
                     "use --device cpu")
 
 

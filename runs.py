@@ -265,6 +265,29 @@ def convert(name: str, kind: type, text: str):
         raise ValueError(f"option {name}={text}: expected {expected}") from None
 
 
+class Parser(argparse.ArgumentParser):
+    """The command line of a program; a ValueError says what is wrong with it, and what is meant."""
+
+    def __init__(self, **own):
+        super().__init__(allow_abbrev=False, **own)
+
+    def error(self, message: str) -> None:
+        raise ValueError(message)
+
+    def read(self, argv: list[str], elsewhere: str = "") -> argparse.Namespace:
+        """Read options and words in any order. elsewhere: what to say of an option unlike all."""
+        args, unknown = self.parse_known_intermixed_args(argv)
+        if not unknown:
+            return args
+        flags = [flag[2:] for action in self._actions for flag in action.option_strings]
+        name, _, value = unknown[0].lstrip("-").partition("=")
+        if name in flags and value:
+            raise ValueError(f"{unknown[0]}: write --{name} {value}")
+        like = ", ".join(f"--{flag}" for flag in difflib.get_close_matches(name, flags))
+        raise ValueError(f"there is no option {unknown[0]}; "
+                         f"{f'did you mean {like}?' if like else elsewhere or '--help lists them'}")
+
+
 def parse_options(cls: type, texts: list[str], what: str) -> dict[str, object]:
     """Read key=value texts as options of a dataclass (`what` names it): a flat dict."""
     known = option_types(cls)
@@ -422,10 +445,14 @@ class Meter:
         if "skipped" in seen:
             line["skipped"] = len(seen["skipped"])           # a count, not a mean
         elapsed = time.perf_counter() - self.since
-        line["images_per_s"] = round(self.images / elapsed, 2)
+        line["images_per_s"] = round(self.rate(), 2)
         line["data_wait"] = round(self.waited / elapsed, 4)
         self.restart()
         return line
+
+    def rate(self) -> float:
+        """Images per second since the last line of the log."""
+        return self.images / (time.perf_counter() - self.since)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -436,6 +463,12 @@ class Meter:
 
 
 # ---- the run folder ------------------------------------------------------------------------------
+
+# What to say where these options differ from those of the run that is to be continued.
+WHY = {"K": "K is for how many steps the noise levels are planned, by default for all: add K={} to "
+            "train on at those of the end",
+       "encoder": "The autoencoder has learned since, and its latents are others: train a new UNet "
+                  "(start=RUN begins from the old), or give init= as it was"}
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)      # Lustre, some NFS
 
@@ -499,7 +532,10 @@ class RunFolder:
             for name, part in state.items():
                 restore(part, ckpt["state"][name], f"{name} in {path}")
             step = ckpt["step"]
-            print_once(f"continuing {self.path} from step {step}")
+            print_once(f"continuing {self.path} from step {step:,}")
+        else:
+            again = " over" if (self.path / "log.jsonl").exists() else ""
+            print_once(f"starting{again} from step 0: no checkpoint in {self.path}")
         if ranks()[0] == 0:
             cut_log(self.path / "log.jsonl", step)           # 0: killed before its first checkpoint
         barrier()                                            # all have read; rank 0 may write now
@@ -508,14 +544,16 @@ class RunFolder:
     def _check(self, ckpt: dict) -> None:
         """Raise ValueError where a checkpoint is of another run."""
         changed = [f"stage: {ckpt['stage']} -> {self.stage}"] if ckpt["stage"] != self.stage else []
+        other = []
         if not changed:                                      # options it lacks had their default
             old = flatten(unflatten(type(self.cfg), ckpt["config"]))
             new = flatten(self.cfg)
             other = [k for k in sorted(new) if old[k] != new[k] and k not in self.free]
             changed = [f"{k}: {old[k]} -> {new[k]}" for k in other]
         if changed:
+            why = "".join(f". {WHY[k].format(old[k])}" for k in other if k in WHY)
             raise ValueError(f"{self.path} holds another run ({'; '.join(changed)}); choose "
-                             f"another --out, or those options")
+                             f"another --out, or those options{why}")
         then = ckpt.get("data")
         if self.data and then and then != self.data:
             raise ValueError(f"{self.path} was trained on {then['pictures']} pictures, the data "
@@ -602,15 +640,20 @@ def all_finite(state: dict) -> bool:
     return bool(torch.isfinite(torch.stack(torch._foreach_norm(tensors))).all())
 
 
+def read_log(log: Path) -> list[dict]:
+    """The lines of a log, less those that a kill cut short."""
+    lines = []
+    for text in log.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(text))
+    return [line for line in lines if isinstance(line, dict) and "step" in line]
+
+
 def cut_log(log: Path, step: int) -> None:
     """Keep the lines of a log up to a step; those after that checkpoint will come again."""
     if not log.exists():
         return
-    kept = []
-    for line in log.read_text().splitlines():
-        with contextlib.suppress(ValueError):                # a line that a kill cut short
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+    kept = [json.dumps(line) + "\n" for line in read_log(log) if line["step"] <= step]
     part = log.with_suffix(".part")
     part.write_text("".join(kept))
     part.replace(log)

@@ -19,7 +19,7 @@ import torch
 from clif import check_frame
 from models import INFD, SAMPLERS, OneStep, draw_labels, export, load
 from pictures import SHEET, Drawing, png_head, write_png, write_sheet
-from runs import cli, compiled, pick_device, wants_compile
+from runs import Parser, cli, compiled, pick_device, wants_compile
 
 
 def size(text: str) -> tuple[int, int]:
@@ -40,18 +40,10 @@ def numbers(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(","))
 
 
-class Parser(argparse.ArgumentParser):
-    """Reads the command line; a ValueError says what is wrong with it."""
-
-    def error(self, message: str) -> None:
-        raise ValueError(message)
-
-
 def parser() -> Parser:
     """Describe the command line."""
     p = Parser(usage="python sample.py [--ckpt RUN] [-n N] [--res SIZES] [OPTION ...]",
-               description="Draw images as functions: any resolution, any window.",
-               allow_abbrev=False)
+               description="Draw images as functions: any resolution, any window.")
     p._negative_number_matcher = re.compile(r"-[\d.]")               # --window -1,-1,0,0
     add = p.add_argument_group("the model").add_argument
     add("--ckpt", metavar="RUN", help="run folder or checkpoint file (the bundled weights)")
@@ -230,10 +222,8 @@ def planned(args: argparse.Namespace, common: dict, sizes: list,
 
 def run(argv: list[str]) -> None:
     """Draw what the command line asks for."""
-    args, unknown = parser().parse_known_args(argv)
-    if unknown:
-        raise ValueError(f"unknown option {' '.join(unknown)} (metrics.py has --fid and --features "
-                         f"now, experiments.py bench, docs/results.md the table of samplers)")
+    args = parser().read(argv, "sizes are given by --res, scores made by metrics.py, "
+                               "measurements by experiments.py")
     path = Path(args.ckpt) if args.ckpt else bundled(args.model)
     if args.export:
         return export(path, Path(args.export))

@@ -7,6 +7,7 @@ skipped. Nothing here needs a network or a GPU.
 """
 from __future__ import annotations
 
+import argparse
 import ast
 import errno
 import functools
@@ -4916,7 +4917,7 @@ def test_metrics_psnr_and_lpips_between_folders(tmp_path, metrics_squeeze_home, 
     b = metrics_folder(tmp_path / "b", pictures)
     noisy = (pictures[2].astype(int) + 51).clip(0, 255).astype(np.uint8)
     Image.fromarray(noisy).save(b / "0002.png")
-    lpips = ["--lpips-net", "squeeze"]
+    lpips = ["--lpips", "squeeze"]
     same, zero = metrics_scores(capsys, "psnr,lpips", a, a, *lpips)
     assert same["value"] == math.inf and zero["value"] == 0
     record, = metrics_scores(capsys, "lpips", a, b, *lpips)
@@ -5934,9 +5935,9 @@ def test_stage_cm_a_generator_of_pixels_draws_its_own_size(sample_runs, tmp_path
     (["--sampler", "dpm++", "--eta", "0"], "dpm++ adds none: leave it out"),
     (["--sigmas", "4,1"], "--sigmas means nothing to a model of the kind INFD"),
     (["--compile", "yes"], "choose auto, on or off"), (["--n"], "expected one argument"),
-    (["--samplr", "ddim"], "unknown option --samplr"), (["res=512"], "unknown option res=512"),
-    (["--fid", "x"], "metrics.py has --fid"), (["--bench"], "experiments.py bench"),
-    (["--compare-samplers"], "docs/results.md"),
+    (["--samplr", "ddim"], "no option --samplr; did you mean --sampler"),
+    (["res=512"], "res=512: write --res 512"), (["--size", "512"], "sizes are given by --res"),
+    (["--fid", "x"], "scores made by metrics.py, measurements by experiments.py"),
 ])
 def test_bad_sampling_options(sample_runs, tmp_path, capsys, args, said):
     line = sample_error(capsys, "--ckpt", sample_runs / "ldm", "--out", tmp_path / "out", *args)
@@ -6322,12 +6323,85 @@ def test_the_first_lines_say_what_is_learned_from_and_the_last_what_comes_next(t
     assert main_stage("ae", tmp_path / "ae", *TINY_AE, "steps=4") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("stage ae: 50,000 pictures of synthetic to train on and 10,000 held "
-                               "out, centre squares at 16 px, 4 classes (dawn, day, dusk, night)")
+                               "out (their score says when to stop), centre squares at 16 px and 16 "
+                               "px patches of them at 16 to 32 px, 4 classes (dawn, day, dusk, ")
     assert "parameters, 4 steps of batch 2, cpu, into" in lines[1]
+    assert lines[2] == f"starting from step 0: no checkpoint in {tmp_path / 'ae'}"
     steps = [line for line in lines if line.startswith("step ")]
     assert [line.partition(":")[0] for line in steps] == ["step 2 of 4", "step 4 of 4"]
     assert "minutes to go" in steps[0] and "held_out_psnr" in steps[1]
-    assert lines[-1].startswith(f"done; next: python train.py --stage ldm init={tmp_path / 'ae'}")
+    assert lines[-1] == (f"done; next: python train.py --stage ldm --preset tiny --out "
+                         f"{tmp_path / 'ldm'} size=16")
+
+
+@pytest.mark.parametrize("before, after", [
+    (["--stage", "ae", "--data", "my photos"], ["--stage", "ldm", "--data", "my photos"]),
+    (["--stage", "pretrain", "--out", "a b/pre", "func.dim=64", "steps=9", "size=32"],
+     ["--stage", "cm", "--out", "a b/cm", "func.dim=64", "size=32"]),
+])
+def test_the_next_command_goes_on_from_this_run(before, after):
+    """Options that both stages must share are in it, words with a space are quoted when shown."""
+    args = train.parser().parse_intermixed_args([*before, "--preset", "tiny"])
+    words = train.next_command(args, Path(args.out or "runs/x/ae"))
+    assert words[:2] == ["python", "train.py"]
+    then = train.parser().parse_intermixed_args(words[2:])
+    assert vars(then) == vars(train.parser().parse_intermixed_args([*after, "--preset", "tiny"]))
+    done = argparse.Namespace(stage="cm")
+    assert train.next_command(done, Path("a b")) == ["python", "sample.py", "--ckpt", "a b"]
+
+
+@pytest.mark.parametrize("names, by", [
+    ([f"a/{i}.png" for i in range(8)], "1 in 20, by name: "),
+    (["train/1.png", "train/2.png", "val/1.png"], "folder val: "),
+    (["img_align_celeba/1.png", "img_align_celeba/2.png", "list_eval_partition.txt"],
+     "as published: ")])
+def test_the_first_line_says_how_the_held_out_pictures_were_chosen(tmp_path, capsys, names, by):
+    for name in names:
+        (tmp_path / "my set" / name).parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".txt"):
+            (tmp_path / "my set" / name).write_text("1.png 0\n2.png 1\n")
+        else:
+            Image.new("RGB", (32, 32)).save(tmp_path / "my set" / name)
+    assert main_stage("ae", tmp_path / "run", "--data", tmp_path / "my set", *TINY_AE,
+                      "steps=1") == 0
+    assert f"1 held out ({by}their score says when to stop)" in capsys.readouterr().out
+
+
+def test_after_20_steps_a_run_says_how_long_it_will_take(tmp_path, capsys):
+    options = [*TINY_AE, "log_every=1000", "save_every=1000"]
+    assert main_stage("ae", tmp_path, *options, "steps=22") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "to go" in line]
+    assert lines[0].endswith(" minutes to go, by the first 20 steps") and len(lines) == 2
+
+
+def test_a_run_that_starts_over_says_so(tmp_path, capsys):
+    assert main_stage("ae", tmp_path, *TINY_AE, "steps=2") == 0
+    (tmp_path / "step-00000002.pt").unlink()
+    assert main_stage("ae", tmp_path, *TINY_AE, "steps=2") == 0
+    assert f"starting over from step 0: no checkpoint in {tmp_path}" in capsys.readouterr().out
+    assert [line["step"] for line in main_log(tmp_path)] == [2]
+
+
+def test_a_longer_cm_run_explains_K_and_continues_with_it(stage_runs, tmp_path, capsys):
+    shutil.copytree(stage_runs / "cm", tmp_path / "cm")
+    args = [*TINY_CM, f"init={stage_runs / 'pretrain'}", "steps=8"]
+    assert main_stage("cm", tmp_path / "cm", *args) == 2
+    line = main_error(capsys)
+    assert "(K: 6 -> 8)" in line and line.endswith("add K=6 to train on at those of the end")
+    assert main_stage("cm", tmp_path / "cm", *args, "K=6") == 0
+    assert main_log(tmp_path / "cm")[-1]["step"] == 8
+
+
+def test_a_unet_whose_autoencoder_has_learned_since_is_not_continued(main_runs, tmp_path, capsys):
+    """Its latents are others: the encoder's weights are part of what the run is."""
+    shutil.copytree(main_runs, tmp_path / "runs")
+    assert main_stage("ae", tmp_path / "runs/ae", *TINY_AE, "steps=7") == 0
+    capsys.readouterr()
+    assert main_stage("ldm", tmp_path / "runs/ldm", *TINY_LDM, "steps=6") == 2
+    line = main_error(capsys)
+    assert "holds another run (encoder: " in line and "train a new UNet (start=RUN" in line
+    args = [*TINY_LDM, f"start={tmp_path / 'runs/ldm'}", f"init={tmp_path / 'runs/ae'}"]
+    assert main_stage("ldm", tmp_path / "anew", *args) == 0
 
 
 def test_held_out_scores_stand_in_the_log_every_grid_every_steps(main_runs, stage_runs):
@@ -8285,7 +8359,7 @@ def test_stage_bench_measures_a_training_step(main_runs, tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     args = {"ae": [*TINY_AE, *TINY_GAN, "gan_start=5"], "pretrain": TINY_PRETRAIN, "cm": TINY_CM,
             "ldm": [*TINY_LDM, f"init={main_runs / 'ae'}"]}[stage]
-    rows = experiments_bench(capsys, stage, "--steps", 3, *args)
+    rows = experiments_bench(capsys, stage, "--repeat", 3, *args)
     row = rows["func" if stage == "cm" else stage]
     batch = 4 if stage in ("pretrain", "cm") else 2
     assert row["images_per_s"] == pytest.approx(1000 / row["ms"] * batch)
@@ -8317,7 +8391,7 @@ def test_stage_cm_bench_compares_generators_by_their_pictures_at_three_sizes(cap
 
     monkeypatch.setattr(experiments, "draw_some", told)
     args = [*TINY_CM, *TINY_NETS, "batch=2", "size=32", "generator=func,dit,unet"]
-    rows = experiments_bench(capsys, "cm", "--steps", 1, *args)
+    rows = experiments_bench(capsys, "cm", "--repeat", 1, *args)
     assert list(rows) == ["func", "dit", "unet"]
     assert all(row["multi_res_fps"] > 0 and row["images_per_s"] > 0 for row in rows.values())
     calls = len(drawn) // 7                                      # one of func, three each of others
@@ -8326,11 +8400,68 @@ def test_stage_cm_bench_compares_generators_by_their_pictures_at_three_sizes(cap
 
 def test_sample_bench_times_pictures_of_any_model(main_runs, stage_runs, capsys):
     files = [stage_runs / "cm", stage_runs / "cm-unet", main_runs / "ldm"]
-    rows = experiments_bench(capsys, "sample", "--steps", 1, *files)
+    rows = experiments_bench(capsys, "sample", "--repeat", 1, *files)
     assert list(rows) == [f"{name} {size}px" for name in ("cm", "cm-unet", "ldm")
                           for size in (16, 64, 256)]
     assert rows["cm 256px"]["gflop"] > rows["cm 64px"]["gflop"] > 0
     assert all(row["images_per_s"] == pytest.approx(1000 / row["ms"]) for row in rows.values())
+
+
+# ---- plot ----
+
+def test_plot_draws_a_panel_for_every_column_of_the_log(tmp_path, capsys):
+    """A line from corner to corner; the best held-out score; a line that a kill cut short."""
+    lines = [{"step": 10 * i, "loss": 2.0 + i, "held_out_psnr": 20.0 - (i - 3)**2, "reg": 10.0**i}
+             for i in range(1, 6)]
+    log = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 60, "lo'
+    (tmp_path / "log.jsonl").write_text(log)
+    assert experiments_main("plot", tmp_path) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'plot.png'}\n"
+    with Image.open(tmp_path / "plot.png") as image:
+        page = np.asarray(image)
+    width, height = experiments.PANEL
+    assert page.shape == (2 * height, 2 * width, 3)              # three panels
+    red = (page == (0xc0, 0x30, 0x20)).all(axis=-1)
+    assert [red[:height, :width].any(), red[:height, width:].any(), red[height:, :width].any(),
+            red[height:, width:].any()] == [True, True, True, False]
+    y, x = np.nonzero(red[:height, width:])                      # loss: straight, 3 to 7
+    step = (width - experiments.LEFT - experiments.RIGHT) / 50
+    fit = np.polyfit(x, y, 1)
+    assert fit[0] == pytest.approx(-(height - experiments.TOP - experiments.BOTTOM) / (40 * step),
+                                   rel=0.02)
+    y, x = np.nonzero(red[height:, :width])                      # reg: straight on its log axis
+    assert np.polyfit(x, y, 1) == pytest.approx(fit, rel=0.05)
+
+
+def test_plot_axes_have_round_numbers():
+    assert experiments.ticks(0, 600) == [0, 200, 400, 600]
+    assert experiments.ticks(-1, 1) == [-1, -0.5, 0, 0.5, 1]
+    assert experiments.ticks(0.5, 40, log=True) == pytest.approx([0.5, 1, 2, 5, 10, 20])
+    assert experiments.ticks(1e-6, 1e2, log=True) == pytest.approx([1e-6, 1e-4, 1e-2, 1, 100])
+
+
+def test_plot_says_what_it_needs(tmp_path, capsys):
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    for folder, said in ((tmp_path, "has 1 lines"), (tmp_path / "none", "has 0 lines")):
+        assert experiments_main("plot", folder) == 2
+        assert said in main_error(capsys)
+
+
+@pytest.mark.parametrize("program, args, said", [
+    (sample, ["--n"], "argument -n/--n: expected one argument"),
+    (metrics, ["fid", "a", "b", "--sise", "3"], "no option --sise; did you mean --size"),
+    (metrics, ["psnr", "a", "b", "size=64"], "size=64: write --size 64"),
+    (metrics, ["lpips", "a", "b", "--lpips-net", "vgg"], "did you mean --lpips?"),
+    (metrics, [], "required: metric, samples"),
+    (data, ["prepare", "a", "b"], "required: --size"),
+    (data, ["prepare", "a", "b", "--size", "8", "--worker", "0"], "did you mean --workers"),
+    (experiments, ["demos"], "invalid choice: 'demos'"),
+    (experiments, ["bench", "ae", "--steps", "3"], "bench measures --repeat N"),
+    (train, ["--stage"], "argument --stage: expected one argument"),
+])
+def test_every_program_answers_a_mistake_in_one_line(capsys, program, args, said):
+    assert program.main(args) == 2
+    assert said in main_error(capsys)
 
 
 # ==================================================================================================

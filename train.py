@@ -16,6 +16,7 @@ import inspect
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -25,7 +26,7 @@ import torch
 
 import data
 from data import Source
-from runs import (RunFolder, Stopped, barrier, cli, flatten, nearest, option_types, parse_options,
+from runs import (Parser, RunFolder, Stopped, barrier, cli, flatten, nearest, option_types, parse_options,
                   pick_device, print_once, process_group, ranks, rng, set_tf32, unflatten)
 from stages import Run, Stage, descend, ema_update
 from stages_func import CMRun, CMStage, PretrainRun, PretrainStage
@@ -79,6 +80,8 @@ def fit(stage: Stage, out: Path) -> None:
                 line = {"step": done, **meter.means()}
                 folder.log(line)
                 print_once(in_words(line, cfg))
+            elif done == start + 20:
+                print_once(f"{minutes(done, meter.rate(), cfg)}, by the first 20 steps")
 
             with meter.paused():
                 signalled = folder.stopping()
@@ -95,9 +98,14 @@ def in_words(line: dict, cfg: Run) -> str:
     """Say a line of the log, and how long the rest will take."""
     wanted = ("loss", "held_out_psnr", "held_out_loss", "denoising_distance", "images_per_s")
     values = ", ".join(f"{name} {line[name]:g}" for name in wanted if name in line)
-    images = (cfg.steps - line["step"]) * cfg.batch
-    minutes = images / max(line["images_per_s"], 0.01) / 60
-    return f"step {line['step']:,} of {cfg.steps:,}: {values}, {minutes:.1f} minutes to go"
+    left = minutes(line["step"], line["images_per_s"], cfg)
+    return f"step {line['step']:,} of {cfg.steps:,}: {values}, {left}"
+
+
+def minutes(step: int, images_per_s: float, cfg: Run) -> str:
+    """Say how long the steps after `step` will take."""
+    images = (cfg.steps - step) * cfg.batch
+    return f"{images / max(images_per_s, 0.01) / 60:.1f} minutes to go"
 
 
 # ---- presets ----
@@ -235,7 +243,7 @@ def option_help(stage: str) -> str:
 def train(stage: str, cfg: Run, out: str | Path, device: str | torch.device,
           source: Source | None = None, held_out: Source | None = None,
           loss: Callable | None = None) -> Stage:
-    """Train a stage into a run folder, score it, and say what to do next; returns the stage.
+    """Train a stage into a run folder and score it; returns the stage.
 
     source, held_out, loss: see `Stage`. What a stage starts from is by default the run of the stage
     before it, in the folder beside `out`.
@@ -262,9 +270,6 @@ def train(stage: str, cfg: Run, out: str | Path, device: str | torch.device,
         if row["n"]:
             means = ", ".join(f"{name} {row[name]:.4g}" for name in list(row)[2:])
             print(f"{scale}, {row['px']} px, {row['n']} held-out pictures: {means}")
-    after = {"ae": "ldm", "pretrain": "cm"}.get(stage)
-    print_once(f"done; next: python train.py --stage {after} init={out}, with the same --data and "
-               f"--preset" if after else f"done; next: python sample.py --ckpt {out}")
     return made
 
 
@@ -275,13 +280,17 @@ def introduce(stage: Stage, out: Path) -> None:
     some = ", ".join([*source.classes[:4], "..."][:len(source.classes)])
     used = "used" if stage.extra["classes"] else "not used"
     classes = f"{len(source.classes)} classes ({some}), {used}" if source.classes else "no classes"
-    held = f"{len(stage.held_out):,} held out"
+    by = f"{source.split_by}: " * bool(source.split_by)
+    held = f"{len(stage.held_out):,} held out ({by}their score says when to stop)"
     if stage.held_out is source:
         held = "none held out, so that scores are of the same pictures"
     over = f"; passed over: {source.passed_over}" if source.passed_over else ""
+    crops = ""
+    if isinstance(cfg, AERun):
+        crops = f" and {cfg.patch} px patches of them at {cfg.size} to {cfg.max_size} px"
     parameters = sum(p.numel() for p in stage.net.parameters())
     print_once(f"stage {stage.name}: {len(source):,} pictures of {data.shown(cfg.data)} to "
-               f"train on and {held}, centre squares at {cfg.size} px, {classes}{over}\n"
+               f"train on and {held}, centre squares at {cfg.size} px{crops}, {classes}{over}\n"
                f"{parameters:,} parameters, {cfg.steps:,} steps of batch {cfg.batch}, "
                f"{stage.device}, into {data.shown(out)}")
 
@@ -291,11 +300,10 @@ def introduce(stage: Stage, out: Path) -> None:
 MOVED = ("demo", "compare", "bench")
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Describe the command line."""
-    p = argparse.ArgumentParser(
-        description="Train. The same command again continues the run.", add_help=False,
-        allow_abbrev=False, epilog="key=value sets an option of the stage; --help STAGE lists them")
+    p = Parser(
+        description="Train. The same command again continues the run.", add_help=False, epilog="key=value sets an option of the stage; --help STAGE lists them")
     p.add_argument("--stage", default="ae", help=f"{', '.join(STAGES)} (default: ae)")
     p.add_argument("--preset", default="paper",
                    help="paper (default), small or tiny; of stage cm also ict and ect: improved "
@@ -356,10 +364,24 @@ def run(argv: argparse.Namespace) -> int:
                          f", and there is none; take --preset tiny, or insist with --device cpu")
     generator = getattr(cfg, "generator", "func")
     folder = args.stage if generator == "func" else f"{args.stage}-{generator}"
-    out = args.out or Path("runs", f"{Path(args.data).stem}-{args.preset}", folder)
+    out = Path(args.out or Path("runs", f"{Path(args.data).stem}-{args.preset}", folder))
     with process_group(device) as device:
         train(args.stage, cfg, out, device)
+        print_once(f"done; next: {shlex.join(next_command(args, out))}")
     return 0
+
+
+def next_command(args: argparse.Namespace, out: Path) -> list[str]:
+    """The words of the command that goes on from a finished run."""
+    after = {"ae": "ldm", "pretrain": "cm"}.get(args.stage)
+    if after is None:
+        return ["python", "sample.py", "--ckpt", str(out)]
+    flags = {"--preset": args.preset, "--data": args.data, "--device": args.device}
+    flags["--out"] = args.out and str(out.parent / after)
+    words = ["python", "train.py", "--stage", after]
+    for flag, value in flags.items():
+        words += [flag, value] if value not in (None, parser().get_default(flag[2:])) else []
+    return words + [text for text in args.options if text.startswith(("size=", "func."))]
 
 
 def main(argv: list[str] | None = None) -> int:
