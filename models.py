@@ -27,12 +27,13 @@ from consistency import (ConsistencyConfig, ConsistencyModel, sample_function, s
 from inr_generator import (DiT, FunctionGenerator, GeneratorConfig, ImageFunction,
                            TransformerConfig, UViT)
 from ldm import DiffusionConfig, GaussianDiffusion, UNet, UNetConfig, guided
-from published import (WEIGHT_FILES, Model, autoencoder_config, infd_model, openai_network,
-                       read_weights, sd_model, split_weights)
+from published import (WEIGHT_FILES, Model, autoencoder_config, below, infd_model,
+                       openai_network, read_weights, sd_model, split_weights)
 from runs import (checkpoints, first_line, flatten, load_weights,
                   newest_checkpoint, read_checkpoint, rng, torch_noise, unflatten,
                   write_checkpoint)
-from text import CLIPTokenizer, TextTransformer, WordTokenizer, clip_tokenizer
+from text import (CLIPTokenizer, TextConfig, TextTransformer, WordTokenizer, clip_tokenizer,
+                  tokenizer_from)
 
 Labels = Sequence[int | str] | int | str | None
 Prompts = Sequence[str] | None              # image i is drawn from number i modulo their count
@@ -86,6 +87,7 @@ class LatentScale(nn.Module):
         return z * self.std[:, None, None] + self.mean[:, None, None]
 
 
+GUIDANCE = 2.0                              # of text, for models trained here (docs/results.md)
 # Steps: of ddim as published; of dpm++ as many as come within 40 dB of ddim's (docs/results.md).
 SAMPLERS = {"ddim": 200, "dpm++": 20}
 
@@ -106,9 +108,10 @@ class INFD:
     file: Path = Path()                     # where they were read from
     text: TextTransformer | None = None     # makes the context that the UNet attends to
     tokenizer: CLIPTokenizer | WordTokenizer | None = None
+    captions: Sequence[str] = ()            # of its training; drawn where no prompt is given
     ddim_steps: int = SAMPLERS["ddim"]      # what `sample` does where nothing else is said
     eta: float = 1.0
-    guidance: float = 7.5                   # of text (Stable Diffusion)
+    guidance: float = 7.5                   # of text; 1: it never learned to draw without
     to = frozen
 
     @property
@@ -125,19 +128,27 @@ class INFD:
             raise ValueError("a prompt: this model does not read text")
         if self.text is not None and labels is not None:
             raise ValueError("a label: this model has no classes, it draws what a prompt says")
-        if self.text is not None and not (prompts and all(prompt.strip() for prompt in prompts)):
+        given = self.captions if prompts is None else prompts
+        if self.text is not None and not (given and all(prompt.strip() for prompt in given)):
             raise ValueError("this model draws what a --prompt says: give one that is not empty")
-        if guidance is not None and self.text is None and not self.unet.cfg.null_class:
+        learned = self.unet.cfg.null_class if self.text is None else self.guidance != 1
+        if guidance is not None and not learned:
             raise ValueError("guidance: this model never learned to draw without its condition")
 
-    def guide(self, indices: Sequence[int], prompts: Prompts, negative: str,
+    def prompt_of(self, i: int, seed: int, prompts: Prompts) -> str:
+        """What image i is drawn from: its prompt, else a training caption drawn by (seed, i)."""
+        if prompts is not None:
+            return prompts[i % len(prompts)]
+        return self.captions[rng(seed, "caption", i).integers(len(self.captions))]
+
+    def guide(self, indices: Sequence[int], seed: int, prompts: Prompts, negative: str,
               guidance: float | None) -> Callable:
         """The network that a sampler calls: (x_t, t, y) -> eps, after its condition."""
         if self.text is None and guidance is None:
             return self.unet
         if self.text is None:
             return guided(self.unet, guidance, null_class=self.unet.cfg.num_classes)
-        texts = [prompts[i % len(prompts)] for i in indices]
+        texts = [self.prompt_of(i, seed, prompts) for i in indices]
         ids = self.tokenizer([negative, *texts]).to(self.scale.mean.device)      # (1 + B, N)
         null, context = self.text(ids).split([1, len(texts)])                    # (1 + B, N, D)
         return guided(self.unet, self.guidance if guidance is None else guidance, context, null)
@@ -160,7 +171,7 @@ class INFD:
         self.check_condition(labels, prompts, guidance)
         steps = self.steps_of(sampler) if steps is None else steps
         eta = self.eta if eta is None else eta
-        model = self.guide(indices, prompts, negative, guidance)
+        model = self.guide(indices, seed, prompts, negative, guidance)
         y = draw_labels(self.unet, self.classes, indices, seed, labels)
         shape = (self.latent_shape[0], *(latent_size or self.latent_shape[1:]))
 
@@ -343,6 +354,13 @@ def trained(ckpt: dict, raw: bool) -> INFD | OneStep:
                     GaussianDiffusion(DiffusionConfig()), LatentScale(cfg.z_channels),
                     base["config"]["size"], base["config"]["patch"])
         if not alone:
+            if options.get("text"):
+                made.tokenizer = tokenizer_from(ckpt["tokenizer"])
+                made.captions = ckpt["captions"]
+                made.guidance = GUIDANCE if options["p_uncond"] else 1.0
+                made.text = filled(TextTransformer, section("context", TextConfig, options),
+                                   below(weights, "text."), "the text encoder")
+                weights = below(weights, "unet.")
             made.unet = filled(UNet, section("unet", UNetConfig, options), weights, "the UNet")
             made.diffusion = GaussianDiffusion(section("diffusion", DiffusionConfig, options))
             load_weights(made.scale, state["scale"], "the latent scale")

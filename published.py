@@ -240,9 +240,9 @@ def split_weights(weights: dict[str, Tensor], raw: bool = False) -> Parts:
     """
     refuse_foreign(weights)
     weights = {name: value for name, value in weights.items() if not LEFT_OUT.search(name)}
-    unet = _below(weights, UNET)
-    autoencoder = _below(weights, AUTOENCODER)
-    text = _below(weights, TEXT)
+    unet = below(weights, UNET)
+    autoencoder = below(weights, AUTOENCODER)
+    text = below(weights, TEXT)
     used = (UNET, AVERAGED, AUTOENCODER, TEXT, "betas")
     if not unet and not autoencoder and not text:                    # a network on its own
         if "encoder.conv_in.weight" in weights:
@@ -292,7 +292,8 @@ def averaged_weights(weights: dict[str, Tensor], names: list[str]) -> dict[str, 
     return found
 
 
-def _below(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def below(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The weights of the part whose names begin so, without that beginning."""
     return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
 
 
@@ -563,7 +564,7 @@ def infd_model(args: dict, sd: dict[str, Tensor], raw: bool) -> Model:
         spec = {k.replace("attention_resolutions", "attention_ds"): v
                 for k, v in (args["z_dm"].get("args") or {}).items() if k != "image_size"}
         unet_cfg = unflatten(UNetConfig, spec)                       # which has their defaults
-        own = _below(sd, "z_dm." if raw else "z_dm_ema.")
+        own = below(sd, "z_dm." if raw else "z_dm_ema.")
         unet = (unet_cfg, adm_weights(_float(own), unet_cfg.num_head_channels))
     betas = {k.removeprefix("linear_"): v for k, v in (args.get("z_dp") or {}).items()}
     return Model((cfg, autoencoder), unet, unflatten(DiffusionConfig, betas),

@@ -200,20 +200,22 @@ def origin(model: INFD | OneStep) -> dict:
     return {"ckpt": model.file.name, "sha256": digest(model.file), "weights": model.weights}
 
 
-def described(args: argparse.Namespace, common: dict, i: int) -> dict:
+def described(model: INFD | OneStep, args: argparse.Namespace, common: dict, i: int) -> dict:
     """How picture i is made, for its PNG, which adds its size; common: what all share."""
-    prompt = {"prompt": args.prompt[i % len(args.prompt)]} if args.prompt else {}
+    prompt = {}
+    if isinstance(model, INFD) and model.text is not None:
+        prompt["prompt"] = model.prompt_of(i, args.seed, args.prompt)
     return {**common, "seed": args.seed, "label": args.label, **prompt, "index": i}
 
 
-def planned(args: argparse.Namespace, common: dict, sizes: list,
+def planned(model: INFD | OneStep, args: argparse.Namespace, common: dict, sizes: list,
             out: Path) -> tuple[dict, dict]:
     """Name the files of a call by (index, size), and what their PNGs begin with."""
     files = {}
     heads = {}
     for i, size in itertools.product(range(args.start, args.start + args.n), sizes):
         files[i, size] = file = out / f"seed{args.seed}-{i:06d}-{size[0]}x{size[1]}.png"
-        info = {**described(args, common, i), "window": args.window, "res": size}
+        info = {**described(model, args, common, i), "window": args.window, "res": size}
         heads[i, size] = head = png_head(size, info)
         if file.exists() and file.open("rb").read(len(head)) != head:
             raise FileExistsError(f"{file} exists and is another picture; choose another --out")
@@ -259,7 +261,7 @@ def run(argv: list[str]) -> None:
     for folder in (out, sheet.parent if sheet else out):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()                   # says what is wrong at once
-    files, heads = planned(args, origin(model) | made, sizes, out)
+    files, heads = planned(model, args, origin(model) | made, sizes, out)
 
     todo = [i for (i, _), file in files.items() if i % world == rank and not file.exists()]
     todo = list(dict.fromkeys(todo))

@@ -191,15 +191,16 @@ class Stage:
         return len(self.extra["classes"])
 
     def loaded(self, start: int, make_item: Callable | None = None, source: Source | None = None,
-               **noise: tuple) -> Iterator[dict]:
-        """This rank's batches from step `start` on; only "index" stays on the host."""
+               captions: bool = False, **noise: tuple) -> Iterator[dict]:
+        """This rank's batches from step `start` on; only "index" and "caption" stay on the host."""
         cfg = self.cfg
         make_item = make_item or functools.partial(data.whole_item, size=cfg.size, flip=cfg.flip)
         for batch in data.loader(source or self.source, make_item, cfg.batch, start, cfg.seed,
-                                 cfg.workers, *ranks(), self.device.type == "cuda", noise):
-            index = batch.pop("index")
+                                 cfg.workers, *ranks(), self.device.type == "cuda", noise,
+                                 captions):
+            host = {key: batch.pop(key) for key in ("index", "caption") if key in batch}
             moved = {key: v.to(self.device, non_blocking=True) for key, v in batch.items()}
-            yield moved | {"index": index}
+            yield moved | host
 
     @functools.cached_property
     def judged(self) -> tuple[Tensor, Tensor | None]:

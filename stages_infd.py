@@ -24,11 +24,12 @@ from clif import Field, ResBlock
 from data import DataConfig, to_uint8
 from ldm import DiffusionConfig, GaussianDiffusion, UNet, UNetConfig
 from metrics import lpips_network
-from models import INFD, LatentScale, load, published_autoencoder
+from models import GUIDANCE, INFD, LatentScale, load, published_autoencoder
 from published import WEIGHT_FILES
 from runs import all_mean, flatten, load_weights, print_once, ranks, rng
 from stages import (Reconstruction, Run, Stage, backward, descend, drawn_at, optimisers,
                     starting_point)
+from text import TextConfig, TextTransformer, WordTokenizer
 
 
 @dataclass(frozen=True)
@@ -184,11 +185,19 @@ class LDMRun(Run):
     start: str = ""                   # run of stage ldm whose UNet to start from
     latent_norm: bool = False         # scale latents to unit variance first (published: no)
     labels: str = "auto"              # auto: tell the UNet the classes, if there are; true | false
+    text: bool = False                # tell it the captions, of which it learns words, instead
+    words: str = ""                   # filled in: which words those are
+    p_uncond: float = 0.1             # leave class or caption out this often, for guidance (SD)
     pictures: int = 0                 # with cache: learn from the first so many only; 0: all
     cache: bool = False               # encode every picture once, unmirrored; keep z in memory
     preview_steps: int = 50           # DDIM steps of the sample sheets
     unet: UNetConfig = UNetConfig()
+    context: TextConfig = TextConfig(width=256, layers=4, heads=4, hidden=1024)  # with text=true
     diffusion: DiffusionConfig = DiffusionConfig()
+
+
+MOST_CAPTIONS = 10_000                      # that words are learnt from, evenly over the set
+EXAMPLES = 256                              # captions kept, to be drawn where no prompt is given
 
 
 class LDMStage(Stage):
@@ -218,14 +227,46 @@ class LDMStage(Stage):
         encoder = (v for name, v in frozen.items() if name.startswith("encoder."))
         digest = hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in encoder)).hexdigest()
         n = base.latent_shape[0]
-        unet = replace(cfg.unet, in_channels=n, out_channels=n, num_classes=self.tell_classes())
-        self.cfg = cfg = replace(cfg, unet=unet, encoder=digest[:16])
+        self.cfg = cfg = replace(self.learn_words(), encoder=digest[:16])
+        classes = self.tell_classes()
+        unet = replace(cfg.unet, in_channels=n, out_channels=n, num_classes=classes,
+                       null_class=classes > 0 and cfg.p_uncond > 0,
+                       context_dim=cfg.context.width if cfg.text else 0)
+        self.cfg = cfg = replace(cfg, unet=unet)
         torch.manual_seed(cfg.seed)
         net = UNet(unet).to(self.device)
+        calls = [(net, "forward"), (base.autoencoder.encoder, "forward")]
+        if cfg.text:
+            net = nn.ModuleDict({"unet": net, "text": TextTransformer(cfg.context)}).to(self.device)
+            calls.append((net["text"], "forward"))
         self.scale = LatentScale(n).to(self.device)
         self.diffusion = GaussianDiffusion(cfg.diffusion)
         self.opts = optimisers(net, cfg)
-        self.hold(net, [(net, "forward"), (base.autoencoder.encoder, "forward")], scale=self.scale)
+        self.hold(net, calls, scale=self.scale)
+
+    def learn_words(self) -> LDMRun:
+        """With text=true make the tokenizer of the training captions; returns the options."""
+        cfg = self.cfg
+        if not 0 <= cfg.p_uncond <= 1:
+            raise ValueError(f"p_uncond={cfg.p_uncond:g} is a probability, 0 to 1")
+        if not cfg.text:
+            return cfg
+        if cfg.labels == "true":
+            raise ValueError("text=true tells captions, not classes: leave labels=true out")
+        n = min(cfg.pictures or len(self.source), len(self.source))
+        captions = [self.source.caption(i) for i in range(0, n, -(-n // MOST_CAPTIONS))]
+        told = [caption for caption in captions if caption]
+        if not told:
+            raise ValueError(f"text=true: {data.shown(cfg.data)} has no captions; put name.txt "
+                             f"beside name.jpg, or a metadata.jsonl (file_name, text)")
+        self.tokenizer = WordTokenizer.learn(told)
+        state = self.tokenizer.state()
+        print_once(f"captions: {len(self.tokenizer) - 2:,} words of {len(captions):,} pictures, "
+                   f"{len(captions) - len(told):,} of them without; the first: {told[0][:90]}")
+        self.extra |= {"tokenizer": state, "captions": told[:EXAMPLES]}
+        digest = hashlib.sha256("\0".join(state["words"]).encode()).hexdigest()
+        context = replace(cfg.context, vocabulary=len(self.tokenizer), positions=state["length"])
+        return replace(cfg, labels="false", words=digest[:16], context=context)
 
     def begin(self) -> None:
         """Take over the UNet of `start`; with latent_norm, measure the latents of 512 samples."""
@@ -241,10 +282,23 @@ class LDMStage(Stage):
 
     def batches(self, start: int) -> Iterator[dict]:
         shape = self.base.latent_shape
-        if self.cfg.cache:
-            return self.loaded(start, source=self.latents, noise=shape)
-        kl = {"latent_noise": shape} if self.base.autoencoder.cfg.kl else {}
-        return self.loaded(start, noise=shape, **kl)
+        kl = self.base.autoencoder.cfg.kl and not self.cfg.cache
+        noise = {"noise": shape} | ({"latent_noise": shape} if kl else {})
+        source = self.latents if self.cfg.cache else None
+        for batch in self.loaded(start, source=source, captions=self.cfg.text, **noise):
+            yield self.condition(batch)
+
+    def condition(self, batch: dict) -> dict:
+        """Turn captions into tokens, and leave out those, or the classes, of some samples."""
+        cfg = self.cfg
+        numbers = batch["index"].tolist()
+        out = [rng(cfg.seed, "uncond", n).random() < cfg.p_uncond for n in numbers]
+        if cfg.text:
+            texts = ["" if left else text for left, text in zip(out, batch.pop("caption"))]
+            return batch | {"tokens": self.tokenizer(texts).to(self.device)}     # (B, N)
+        none = cfg.unet.num_classes                              # the null class
+        left = torch.tensor(out).to(self.device, non_blocking=True)              # (B,)
+        return batch | {"label": torch.where(left, none, batch["label"])}
 
     @functools.cached_property
     @torch.no_grad()
@@ -257,6 +311,7 @@ class LDMStage(Stage):
         encode = self.base.autoencoder.encode
         made = Latents(torch.cat([encode(x.to(self.device)).cpu() for x in pictures]))
         made.label = self.source.label
+        made.caption = self.source.caption
         return made
 
     @torch.no_grad()
@@ -272,13 +327,20 @@ class LDMStage(Stage):
         t = [int(rng(self.cfg.seed, "t", n).integers(steps)) for n in index.tolist()]
         return torch.tensor(t).to(self.device, non_blocking=True)
 
+    def denoise(self, net: nn.Module, z: Tensor, t: Tensor, noise: Tensor, part: dict) -> Tensor:
+        """The loss (B,) of latents z (B, C, h, w) at times t (B,), with classes or captions."""
+        y = part["label"] if self.extra["classes"] else None
+        model = net
+        if self.cfg.text:                                        # context (B, N, D)
+            model = functools.partial(net["unet"], context=net["text"](part["tokens"]))
+        return self.diffusion.loss(model, z, t, noise, y)
+
     def objective(self, part: dict, k: int) -> tuple[Tensor, dict]:
         """The mean squared error of the predicted noise, at uniform times of the samples' own."""
         z = self.scale(self.encode(part))                        # (B, C, h, w)
         t = self.times(part["index"])                            # (B,)
-        y = part["label"] if self.extra["classes"] else None
         with self.autocast():
-            loss = self.diffusion.loss(self.net, z, t, part["noise"], y).mean()
+            loss = self.denoise(self.net, z, t, part["noise"], part).mean()
         return loss, {"loss": loss}
 
     @torch.no_grad()
@@ -287,11 +349,19 @@ class LDMStage(Stage):
         x, y = self.judged
         z = self.scale(torch.cat([self.base.autoencoder.encode(one) for one in x.split(1)]))
         t = torch.arange(len(z), device=self.device) * self.cfg.diffusion.steps // len(z)
-        loss = self.diffusion.loss(self.shown, z, t, self.noise_like(z), y)
+        part = {"label": y}
+        if self.cfg.text:
+            captions = [self.held_out.caption(i) for i in range(len(z))]
+            part = {"tokens": self.tokenizer(captions).to(self.device)}          # (n, N)
+        loss = self.denoise(self.shown, z, t, self.noise_like(z), part)          # (n,)
         return {"held_out_loss": loss.mean()}
 
     def preview(self, folder: Path, k: int) -> None:
         model = replace(self.base, unet=self.shown, diffusion=self.diffusion, scale=self.scale)
+        if self.cfg.text:
+            model = replace(model, unet=self.shown["unet"], text=self.shown["text"],
+                            tokenizer=self.tokenizer, captions=self.extra["captions"],
+                            guidance=GUIDANCE)
         drawn = model.decode(model.sample(range(8), self.cfg.seed, self.cfg.preview_steps))
         sides = [s * model.size for s in (1, 2, 4) if s == 1 or s * model.size <= 512]
         rows = [to_uint8(drawn.draw(side)) for side in sides]

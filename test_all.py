@@ -6851,6 +6851,109 @@ def test_a_unet_may_start_from_that_of_another_run(main_runs, tmp_path, capsys):
     assert "is no run of stage ldm" in main_error(capsys)
 
 
+# ---- stage ldm: captions ----
+
+TINY_TEXT = ["text=true", "unet.attention_ds=1", "context.width=16", "context.layers=1",
+             "context.heads=2", "context.hidden=32"]
+
+
+@pytest.fixture(scope="module")
+def text_run(main_runs, tmp_path_factory):
+    """A finished run from captions."""
+    out = tmp_path_factory.mktemp("text") / "ldm"
+    assert main_stage("ldm", out, *TINY_LDM, *TINY_TEXT, f"init={main_runs / 'ae'}") == 0
+    return out
+
+
+def test_stage_ldm_learns_words_of_captions_and_its_checkpoint_knows_them(text_run, capsys):
+    model = models.load(text_run)
+    seen = [Landscapes().caption(i) for i in range(8)]           # pictures=8
+    assert list(model.captions) == seen
+    assert set(model.tokenizer.words) == set(WordTokenizer.learn(seen).words)
+    assert model.text.cfg.vocabulary == len(model.tokenizer)
+    assert model.unet.cfg.context_dim == 16 and model.unet.cfg.num_classes == 0
+
+    one = dict(steps=3, sampler="dpm++")
+    z = model.sample([0, 1, 2], prompts=["a lake", "mountains at dusk"], **one)
+    alone = model.sample([2], prompts=["a lake", "by day"], **one)
+    torch.testing.assert_close(z[2:], alone, rtol=1e-4, atol=1e-4)
+    for i in (0, 5):                                             # none given: one of the captions
+        caption = model.prompt_of(i, 0, None)
+        assert caption in seen
+        assert torch.equal(model.sample([i], **one), model.sample([i], prompts=[caption], **one))
+    assert len({model.prompt_of(i, 0, None) for i in range(40)}) == 8
+
+    out = text_run.parent / "drawn"
+    assert main_sample("--ckpt", text_run, "--out", out, "--steps", 2, "--sampler", "dpm++",
+                       "--prompt", "a lake, a unicorn", "--guidance", 3) == 0
+    assert "does not know unicorn; it knows" in capsys.readouterr().err
+    info = main_png(next(out.glob("*.png")))[1]
+    assert (info["prompt"], info["guidance"]) == ("a lake, a unicorn", 3.0)
+    for wrong, said in ((["--label", "dusk"], "has no classes, it draws what a prompt says"),
+                        (["--prompt", " "], "one that is not empty")):
+        assert main_sample("--ckpt", text_run, "--steps", 2, *wrong) == 2
+        assert said in main_error(capsys)
+
+
+def test_stage_ldm_from_captions_resumes_bit_for_bit(main_runs, text_run, tmp_path):
+    args = [*TINY_LDM, *TINY_TEXT, f"init={main_runs / 'ae'}"]
+    shutil.copytree(text_run, tmp_path / "ldm")
+    (tmp_path / "ldm" / "step-00000004.pt").unlink()
+    assert main_stage("ldm", tmp_path / "ldm", *args) == 0
+    assert main_same(main_state(tmp_path / "ldm"), main_state(text_run))
+
+
+def test_a_condition_left_out_is_the_empty_caption_or_the_null_class(main_runs):
+    """Which samples go without depends on (seed, index) alone."""
+    args = [*TINY_LDM, f"init={main_runs / 'ae'}", "batch=4"]
+    told = main_made("ldm", *args, *TINY_TEXT, "p_uncond=0")
+    never = main_made("ldm", *args, *TINY_TEXT, "p_uncond=1")
+    often = main_made("ldm", *args, *TINY_TEXT, "p_uncond=0.5", "batch=8")
+    empty = never.tokenizer([""])[0]
+    assert all(torch.equal(row, empty) for row in next(never.batches(0))["tokens"])
+    rows = [row for batch, _ in zip(told.batches(0), range(2)) for row in batch["tokens"]]
+    left = [rng(0, "uncond", n).random() < 0.5 for n in range(8)]
+    assert 0 < sum(left) < 8
+    for n, row in enumerate(next(often.batches(0))["tokens"]):
+        assert torch.equal(row, empty if left[n] else rows[n])
+
+    classes = main_made("ldm", *args, "p_uncond=0.5", "batch=8")
+    assert classes.cfg.unet.null_class and classes.net.label_emb.num_embeddings == 5
+    labels = next(classes.batches(0))["label"].tolist()
+    plain = next(main_made("ldm", *args, "p_uncond=0", "batch=8").batches(0))["label"].tolist()
+    assert labels == [4 if left[n] else plain[n] for n in range(8)]
+
+
+def test_the_loss_of_a_caption_is_that_of_its_context(main_runs):
+    stage = main_made("ldm", *TINY_LDM, *TINY_TEXT, f"init={main_runs / 'ae'}", "batch=4")
+    batch = next(stage.batches(0))
+    with torch.no_grad():
+        for p in stage.net.parameters():             # what starts at 0 hides the context
+            p.add_(0.05)
+        z = stage.scale(stage.encode(batch))
+        t = torch.tensor([10, 300, 600, 900])
+        context = stage.net["text"](batch["tokens"])
+        eps = stage.net["unet"](stage.diffusion.q_sample(z, t, batch["noise"]), t, None, context)
+        want = (eps - batch["noise"]).square().mean(dim=(1, 2, 3))
+        field_equal(stage.denoise(stage.net, z, t, batch["noise"], batch), want)
+        other = {"tokens": batch["tokens"].flip(0)}
+        assert (stage.denoise(stage.net, z, t, batch["noise"], other) - want).abs().max() > 1e-6
+
+
+def test_captions_that_cannot_be_learnt_from_are_named(main_runs, text_run, tmp_path, capsys):
+    args = [*TINY_LDM, *TINY_TEXT, f"init={main_runs / 'ae'}"]
+    main_set(tmp_path / "plain", 4)
+    for wrong, said in (((*args, "labels=true"), "not classes: leave labels=true out"),
+                        ((*args, "p_uncond=2"), "p_uncond=2 is a probability"),
+                        ((*args, "--data", tmp_path / "plain"), "plain has no captions; put name")):
+        assert main_stage("ldm", tmp_path / "b", *wrong) == 2
+        assert said in main_error(capsys)
+    assert not (tmp_path / "b").exists()
+    deaf = replace(models.load(text_run), guidance=1.0)          # trained with p_uncond=0
+    with pytest.raises(ValueError, match="never learned to draw without"):
+        deaf.sample([0], steps=2, sampler="dpm++", prompts=["a lake"], guidance=2.0)
+
+
 def test_fine_tuning_with_a_frozen_encoder_keeps_z_and_learns_the_rest(main_runs, tmp_path, capsys):
     options = [*TINY_AE, "steps=2", "ema=0.9", "ema_warmup=false"]
     assert main_stage("ae", tmp_path / "a", *options, f"init={main_runs / 'ae'}",
