@@ -4126,7 +4126,7 @@ def test_text_golden_stable_diffusion_from_prompt_to_picture(text_tiny, name):
 
     steps = config["ddim_steps"]
     assert model.diffusion.ddim_timesteps(steps)[::-1] == out["ddim_timesteps"]
-    guide = model.guide(range(2), given["prompts"], given["negative_prompts"][0],
+    guide = model.guide(range(2), 0, given["prompts"], given["negative_prompts"][0],
                         config["guidance_scale"])
     walk = model.diffusion.ddim_loop(guide, given["x_T"], steps, config["eta"])
     for i, (z, z_0) in enumerate(walk):
@@ -4139,7 +4139,7 @@ def test_text_golden_stable_diffusion_from_prompt_to_picture(text_tiny, name):
     pixels = torch.from_numpy(to_uint8(picture)).movedim(-1, 1).int()
     assert (pixels - out["image_uint8"].int()).abs().max() <= 1
 
-    plain = model.guide(range(2), given["prompts"], "", 1.0)
+    plain = model.guide(range(2), 0, given["prompts"], "", 1.0)
     text_close(model.diffusion.ddim_sample(plain, given["x_T"], steps, 0.0), out["z_scale_1"])
     noises = given["noises_eta1"]
     noisy = model.diffusion.ddim_sample(guide, given["x_T"], steps, 1.0, noises.__getitem__)
@@ -4153,7 +4153,7 @@ def test_text_golden_stable_diffusion_raw_weights(text_tiny):
     model = models.load(text_tiny_file("sd_ckpt_tiny.pt"), raw=True, merges=str(merges))
     assert model.weights == "published weights"
     text_close(model.unet(given["x"], given["t"], None, model.text(given["ids"])), out["eps_raw"])
-    guide = model.guide(range(2), given["prompts"], "", data["config"]["guidance_scale"])
+    guide = model.guide(range(2), 0, given["prompts"], "", data["config"]["guidance_scale"])
     z = model.diffusion.ddim_sample(guide, given["x_T"], data["config"]["ddim_steps"], 0.0)
     text_close(z, out["z_raw_weights"])
 
