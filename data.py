@@ -298,7 +298,7 @@ class Photos(Source):
 
     @functools.cached_property
     def listed(self) -> dict[str, str]:
-        """Picture -> caption, of all metadata.jsonl files. Raises DataError for pictures not there."""
+        """Picture -> caption, of all metadata.jsonl files, which may name no other pictures."""
         found = {}
         for file in [name for name in self.store.names if name.endswith("metadata.jsonl")]:
             with reading(f"{self.store.where(file)} is damaged", remedy="; mend or remove it"):

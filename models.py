@@ -87,6 +87,7 @@ class LatentScale(nn.Module):
         return z * self.std[:, None, None] + self.mean[:, None, None]
 
 
+AS_PUBLISHED = {"ddim_steps": 50, "eta": 0.0, "guidance": 7.5}       # of Stable Diffusion v1
 GUIDANCE = 2.0                              # of text, for models trained here (docs/results.md)
 # Steps: of ddim as published; of dpm++ as many as come within 40 dB of ddim's (docs/results.md).
 SAMPLERS = {"ddim": 200, "dpm++": 20}
@@ -200,16 +201,21 @@ class INFD:
     def drawn_by(self, other: INFD | OneStep) -> INFD:
         """This model with the decoder and renderer of `other`, for instance this one converted.
 
-        Raises ValueError unless both have one encoder, up to half precision: else other latents.
+        Raises ValueError unless both have one encoder, and so latents of one meaning.
         """
-        ours = self.autoencoder.encoder.state_dict()
-        theirs = other.autoencoder.encoder.state_dict() if isinstance(other, INFD) else {}
-        near = (v.shape == theirs[k].shape and (v - theirs[k]).abs().max() <= 0.01 * v.abs().max()
-                for k, v in ours.items())
-        if ours.keys() != theirs.keys() or not all(near):
+        if not isinstance(other, INFD) or not same_encoder(self, other):
             raise ValueError(f"{other.file} has not the encoder whose latents this model draws; "
                              f"convert its autoencoder by --stage ae init=FILE frozen_encoder=true")
         return replace(self, autoencoder=other.autoencoder, patch=other.patch)
+
+
+def same_encoder(a: INFD, b: INFD) -> bool:
+    """Say whether two models have the same latents: one encoder, up to half precision."""
+    ours = a.autoencoder.encoder.state_dict()
+    theirs = b.autoencoder.encoder.state_dict()
+    return ours.keys() == theirs.keys() and all(
+        v.shape == theirs[k].shape and (v.cpu() - theirs[k].cpu()).abs().max() <= 0.01 * v.abs().max()
+        for k, v in ours.items())
 
 
 # The networks F: name -> (network, its configuration, the option of a run that holds that).
@@ -358,6 +364,8 @@ def trained(ckpt: dict, raw: bool) -> INFD | OneStep:
                 made.tokenizer = tokenizer_from(ckpt["tokenizer"])
                 made.captions = ckpt["captions"]
                 made.guidance = GUIDANCE if options["p_uncond"] else 1.0
+                if isinstance(made.tokenizer, CLIPTokenizer):        # began as Stable Diffusion
+                    made = replace(made, **AS_PUBLISHED)
                 made.text = filled(TextTransformer, section("context", TextConfig, options),
                                    below(weights, "text."), "the text encoder")
                 weights = below(weights, "unet.")
@@ -382,7 +390,7 @@ def assembled(parts: Model, path: Path, merges: str | None = None) -> INFD:
     scale.std.fill_(1 / parts.scale)
     made = INFD(autoencoder, unet, GaussianDiffusion(parts.diffusion), scale, parts.size, patch=256,
                 weights=parts.weights, text=text, tokenizer=tokenizer)
-    return made if text is None else replace(made, ddim_steps=50, eta=0.0)   # as published
+    return made if text is None else replace(made, **AS_PUBLISHED)
 
 
 def published_autoencoder(path: Path, groups: int) -> FieldAutoencoder:

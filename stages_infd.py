@@ -24,12 +24,12 @@ from clif import Field, ResBlock
 from data import DataConfig, to_uint8
 from ldm import DiffusionConfig, GaussianDiffusion, UNet, UNetConfig
 from metrics import lpips_network
-from models import GUIDANCE, INFD, LatentScale, load, published_autoencoder
+from models import GUIDANCE, INFD, LatentScale, load, published_autoencoder, same_encoder
 from published import WEIGHT_FILES
 from runs import all_mean, flatten, load_weights, print_once, ranks, rng
 from stages import (Reconstruction, Run, Stage, backward, descend, drawn_at, optimisers,
                     starting_point)
-from text import TextConfig, TextTransformer, WordTokenizer
+from text import TextConfig, TextTransformer, WordTokenizer, clip_tokenizer
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class LDMRun(Run):
     ema: float = 0.9999
     init: str = ""                    # run or file of stage ae; by default the one beside --out
     encoder: str = ""                 # filled in: which encoder it is that makes the latents
-    start: str = ""                   # run of stage ldm whose UNet to start from
+    start: str = ""                   # run of stage ldm to start from, or file of LDM or SD
     latent_norm: bool = False         # scale latents to unit variance first (published: no)
     labels: str = "auto"              # auto: tell the UNet the classes, if there are; true | false
     text: bool = False                # tell it the captions, of which it learns words, instead
@@ -227,6 +227,11 @@ class LDMStage(Stage):
         encoder = (v for name, v in frozen.items() if name.startswith("encoder."))
         digest = hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in encoder)).hexdigest()
         n = base.latent_shape[0]
+        self.started = Path(cfg.start).suffix in WEIGHT_FILES        # from a published file
+        if self.started and cfg.unet.in_channels != n:
+            raise ValueError(f"the UNet in {cfg.start} takes latents of {cfg.unet.in_channels} "
+                             f"channels, the autoencoder in {cfg.init} makes {n}; give "
+                             f"init={cfg.start}, or a run of stage ae that began with that")
         self.cfg = cfg = replace(self.learn_words(), encoder=digest[:16])
         classes = self.tell_classes()
         unet = replace(cfg.unet, in_channels=n, out_channels=n, num_classes=classes,
@@ -238,11 +243,27 @@ class LDMStage(Stage):
         calls = [(net, "forward"), (base.autoencoder.encoder, "forward")]
         if cfg.text:
             net = nn.ModuleDict({"unet": net, "text": TextTransformer(cfg.context)}).to(self.device)
+            net["text"].requires_grad_(not self.started)         # as Stable Diffusion was trained
             calls.append((net["text"], "forward"))
         self.scale = LatentScale(n).to(self.device)
         self.diffusion = GaussianDiffusion(cfg.diffusion)
         self.opts = optimisers(net, cfg)
         self.hold(net, calls, scale=self.scale)
+
+    @classmethod
+    def implied(cls, given: dict) -> dict[str, object]:
+        """UNet, text encoder and noise schedule of a published file; it knows no classes."""
+        path = Path(given.get("start", ""))
+        if path.suffix not in WEIGHT_FILES:
+            return {}
+        model = load(path)
+        if model.unet is None:
+            raise ValueError(f"start={path} has no UNet; take the file that holds the whole model")
+        context = {} if model.text is None else {"context": model.text.cfg}
+        found = flatten({"unet": model.unet.cfg, "diffusion": model.diffusion.cfg, **context})
+        found = {name: tuple(v) if isinstance(v, list) else v for name, v in found.items()
+                 if name != "unet.dropout"}
+        return found | {"text": model.text is not None, "labels": "false", "latent_norm": False}
 
     def learn_words(self) -> LDMRun:
         """With text=true make the tokenizer of the training captions; returns the options."""
@@ -259,20 +280,34 @@ class LDMStage(Stage):
         if not told:
             raise ValueError(f"text=true: {data.shown(cfg.data)} has no captions; put name.txt "
                              f"beside name.jpg, or a metadata.jsonl (file_name, text)")
-        self.tokenizer = WordTokenizer.learn(told)
+        if self.started:
+            self.tokenizer = clip_tokenizer(Path(cfg.start), None, cfg.context)
+        else:
+            self.tokenizer = WordTokenizer.learn(told)
         state = self.tokenizer.state()
         print_once(f"captions: {len(self.tokenizer) - 2:,} words of {len(captions):,} pictures, "
                    f"{len(captions) - len(told):,} of them without; the first: {told[0][:90]}")
         self.extra |= {"tokenizer": state, "captions": told[:EXAMPLES]}
-        digest = hashlib.sha256("\0".join(state["words"]).encode()).hexdigest()
+        digest = hashlib.sha256(repr(state).encode()).hexdigest()
         context = replace(cfg.context, vocabulary=len(self.tokenizer), positions=state["length"])
         return replace(cfg, labels="false", words=digest[:16], context=context)
 
     def begin(self) -> None:
-        """Take over the UNet of `start`; with latent_norm, measure the latents of 512 samples."""
+        """Take over what `start` has; with latent_norm, measure the latents of 512 samples."""
         cfg = self.cfg
-        if cfg.start:
-            load_weights(self.net, starting_point(cfg.start, "ldm")[1], f"the UNet in {cfg.start}")
+        if self.started:
+            theirs = load(cfg.start)
+            if not same_encoder(theirs, self.base):
+                print_once(f"warning: {cfg.init} has not the encoder of {cfg.start}, so the UNet has "
+                           f"to learn other latents")
+            unet = nn.ModuleDict({"unet": theirs.unet, "text": theirs.text}) if cfg.text \
+                else theirs.unet
+            load_weights(self.net, unet.state_dict(), f"the UNet in {cfg.start}")
+            load_weights(self.scale, theirs.scale.state_dict(), f"the scale of {cfg.start}")
+        elif cfg.start:
+            _, best, state = starting_point(cfg.start, "ldm")
+            load_weights(self.net, best, f"the UNet in {cfg.start}")
+            load_weights(self.scale, state["scale"], f"the latent scale in {cfg.start}")
         if cfg.latent_norm:
             some = itertools.islice(self.batches(0), -(-512 // cfg.batch))
             z = torch.cat([self.encode(batch).cpu().double() for batch in some])     # (N, C, h, w)

@@ -65,8 +65,8 @@ import stages_infd
 import text
 import train
 from autoencoder import (AutoencoderConfig, Decoder, DiscriminatorConfig, Encoder, FieldAutoencoder,
-                         PatchDiscriminator, PixelHead, VectorQuantizer, adaptive_weight, first_order,
-                         hinge_loss, kl_loss, split_moments)
+                         PatchDiscriminator, PixelHead, VectorQuantizer, adaptive_weight,
+                         first_order, hinge_loss, kl_loss, split_moments)
 from clif import (CLIF, CLIFConfig, Field, FrameNorm, LIIF, LIIFConfig, check_frame, coord_grid,
                   query)
 from consistency import (ConsistencyConfig, ConsistencyModel, ECT, ICT, Schedule, consistency_loss,
@@ -7086,6 +7086,85 @@ def test_latents_of_a_published_file_are_drawn_by_its_converted_autoencoder(tmp_
                        (["--decoder", ROOT / "weights/cm.pt"], "cm.pt has not the encoder")):
         assert said in text_error(capsys, *call, *more, "--out", tmp_path / "b")
     assert "--decoder means nothing" in text_error(capsys, "--model", "cm", "--decoder", "a")
+
+
+START = ["steps=2", "batch=2", "size=16", "pictures=4", "workers=0", "log_every=2", "ema=0.5",
+         "grid_every=2", "preview_steps=2", "eval_n=2"]
+
+
+def test_a_unet_may_start_from_that_of_a_published_file(tmp_path, capsys):
+    """What the file says of its UNet, noise and latents is followed, and nothing else is taken."""
+    file = tmp_path / "ldm.ckpt"
+    text_ldm_file(file)
+    assert main_stage("ae", tmp_path / "ae", *CONVERT, f"init={file}", "frozen_encoder=true") == 0
+    args = [*START, f"start={file}"]
+    stage = main_made("ldm", *args, f"init={tmp_path / 'ae'}")
+    stage.begin()
+    theirs = models.load(file)
+    assert stage.cfg.unet == theirs.unet.cfg and stage.cfg.diffusion == theirs.diffusion.cfg
+    x, t = main_randn(2, 3, 4, 4), torch.tensor([3, 900])
+    assert torch.equal(stage.net(x, t), theirs.unet(x, t)) and torch.equal(stage.scale(x), x)
+
+    assert main_stage("ldm", tmp_path / "ldm", *args) == 0           # the run ae is beside it
+    assert "warning" not in capsys.readouterr().out
+    made = models.load(tmp_path / "ldm")
+    assert made.autoencoder.cfg.renderer == "clif" and made.unet.cfg == theirs.unet.cfg
+    assert not torch.equal(made.unet(x, t), theirs.unet(x, t))
+    assert main_stage("ae", tmp_path / "four", *CONVERT, "ae.z_channels=4", "ae.ch=16") == 0
+    assert main_stage("ae", tmp_path / "own", *CONVERT, "ae.ch_mult=1,1,1", "ae.ch=16") == 0
+    capsys.readouterr()
+    vae = tmp_path / "vae.safetensors"
+    main_published(vae, replace(TEXT_LDM[1], kl=True))
+    for more, said in (
+            (["unet.model_channels=64"], "the file that the run starts from has 32"),
+            (["latent_norm=true"], "latent_norm=True: the file that the run starts from has False"),
+            (["labels=true"], "leave labels out"),
+            (["text=true"], "leave text out"),
+            ([f"start={vae}"], "has no UNet"),
+            ([f"init={tmp_path / 'four'}"], "takes latents of 3 channels, the autoencoder in")):
+        assert main_stage("ldm", tmp_path / "b", *args, *more) == 2
+        assert said in main_error(capsys), more
+    assert main_stage("ldm", tmp_path / "c", *args, f"init={tmp_path / 'own'}") == 0
+    assert "own has not the encoder of" in capsys.readouterr().out
+
+
+def test_text_golden_stable_diffusion_goes_on_learning_from_captions(text_tiny, tmp_path, capsys):
+    """Converted and started from the file: its eps, its scale, its tokenizer; then UNet learns."""
+    numbers, merges = text_tiny
+    given, out = numbers["inputs"], numbers["outputs"]
+    file = Path(shutil.copy(text_tiny_file("sd_ckpt_tiny.safetensors"), tmp_path))
+    side = 4 * models.load(file, merges=str(merges)).autoencoder.cfg.f
+    sizes = [f"size={side}", "--data", tmp_path / "set"]
+    patch = [f"max_size={side}", f"patch={side}"]
+    for picture in main_set(tmp_path / "set", 8).glob("*.png"):
+        Image.open(picture).resize((side, side)).save(picture)
+    (tmp_path / "set/000.txt").write_text("a lake")
+    convert = [*CONVERT, *patch, f"init={file}", "frozen_encoder=true"]
+    assert main_stage("ae", tmp_path / "ae", *convert, *sizes) == 0
+    args = [*START, *sizes, f"start={file}", "pictures=0", "cache=false"]
+    capsys.readouterr()
+    assert main_stage("ldm", tmp_path / "ldm", *args) == 2
+    assert MERGES_FILE in main_error(capsys)
+    shutil.copy(merges, tmp_path / MERGES_FILE.removesuffix(".gz"))
+
+    assert main_stage("ldm", tmp_path / "same", *args, "lr=0") == 0
+    assert main_stage("ldm", tmp_path / "ldm", *args) == 0
+    same, new = models.load(tmp_path / "same"), models.load(tmp_path / "ldm")
+    context = same.text(same.tokenizer(given["prompts"]))
+    text_close(context, out["context"])
+    text_close(same.unet(given["x"], given["t"], None, context), out["eps_ema"])
+    text_close(same.scale(same.autoencoder.encode(given["image"], given["noise"])),
+               out["latent_scaled"])
+    assert main_same(new.text.state_dict(), same.text.state_dict())
+    assert not torch.equal(new.unet.out[2].weight, same.unet.out[2].weight)
+    assert (new.guidance, new.ddim_steps, new.eta) == (7.5, 50, 0.0)
+
+    call = ["--prompt", given["prompts"][0], "--steps", "2", "--latent-size", "8", "--out"]
+    through = ["--ckpt", file, "--decoder", tmp_path / "ae"]
+    assert sample.main([*map(str, [*through, *call, tmp_path / "a"])]) == 0
+    assert sample.main([*map(str, ["--ckpt", tmp_path / "same", *call, tmp_path / "b"])]) == 0
+    (a, _), (b, info) = (text_png(next(tmp_path.glob(f"{name}/*"))) for name in "ab")
+    assert (a == b).all() and info["guidance"] == 7.5
 
 
 def test_fine_tuning_at_the_original_size_begins_where_it_should():

@@ -137,7 +137,7 @@ PRESETS = {
                            "p_whole": 0.5, "lpips": "none", "gan_weight": 0.0, "reg_weight": 1e-6,
                            "ae.ch": 16, "ae.groups": 8, "ae.num_res_blocks": 1, "ae.kl": True,
                            "ae.hidden": 32}},
-    "ldm": {"paper": {},
+    "ldm": {"paper": {}, "sd": {"size": 512},
             "small": OFTEN | {"steps": 40_000, "lr": 2e-4, "ema": 0.999, "ema_warmup": True,
                               "latent_norm": True, "unet.model_channels": 128},
             "tiny": FAST | {"steps": 1500, "batch": 32, "lr": 1e-3, "latent_norm": True,
