@@ -8718,7 +8718,8 @@ def readme_command(line):
     script, *words = line.split()
     if script == "train.py":
         parsed = train.parser().parse_intermixed_args(words)
-        train.configure(parsed.stage, parsed.preset, parsed.data, parsed.options)
+        here = [word for word in parsed.options if not word.endswith(".safetensors")]
+        train.configure(parsed.stage, parsed.preset, parsed.data, here)
     elif script == "sample.py":
         joined = " ".join(words).replace("--window ", "--window=").split()
         sample.parser().parse_args(joined)

@@ -306,8 +306,9 @@ def parser() -> Parser:
         description="Train. The same command again continues the run.", add_help=False, epilog="key=value sets an option of the stage; --help STAGE lists them")
     p.add_argument("--stage", default="ae", help=f"{', '.join(STAGES)} (default: ae)")
     p.add_argument("--preset", default="paper",
-                   help="paper (default), small or tiny; of stage cm also ict and ect: improved "
-                        "consistency training, easy consistency tuning")
+                   help="paper (default), small or tiny; of stages ae and ldm also sd: from Stable "
+                        "Diffusion v1; of stage cm also ict and ect: improved consistency training, "
+                        "easy consistency tuning")
     p.add_argument("--data", default="synthetic",
                    help="a name, or the path of a folder or .zip of images (default: synthetic)")
     p.add_argument("--out", help="run folder (default: runs/DATA-PRESET/STAGE)")
