@@ -6,8 +6,9 @@ Read next: autoencoder.py, which makes the feature field phi that is rendered he
 from __future__ import annotations
 
 import math
+import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
 
@@ -26,8 +27,12 @@ Tiles = Iterator[tuple[int, int, Tensor]]           # (y, x, rgb (B, 3, h, w)), 
 def check_frame(res: int | tuple[int, int],
                 window: Window | None = None) -> tuple[tuple[int, int], Window]:
     """Check the size and place of a picture before it is drawn: ((H, W), window), or ValueError."""
-    height, width = (res, res) if isinstance(res, int) else res
-    y0, x0, y1, x1 = WHOLE_PLANE if window is None else window
+    try:
+        height, width = map(operator.index, res if isinstance(res, Sequence) else (res, res))
+        y0, x0, y1, x1 = map(float, WHOLE_PLANE if window is None else window)
+    except (TypeError, ValueError):
+        raise ValueError(f"resolution {res!r}, window {window!r}: give 512 or (256, 512), and "
+                         f"(y0, x0, y1, x1)") from None
     if height < 1 or width < 1:
         raise ValueError(f"resolution {height}x{width}: both sides must be at least 1 pixel")
     if not (-1 <= y0 < y1 <= 1 and -1 <= x0 < x1 <= 1):

@@ -159,9 +159,14 @@ class Source:
         for name in ("classes", "label", "caption", "identity"):
             if hasattr(items, name):
                 setattr(self, name, getattr(items, name))
-        if len(items) and not hasattr(self[0], "draw"):
-            raise DataError(f"{type(items).__name__}[0] is a {type(items[0]).__name__}: return a "
-                            f"PIL image, and its class from label(i)")
+        first = items[0] if len(items) else None
+        image = first[0] if isinstance(first, tuple) else first
+        if len(items) and not isinstance(image, Image.Image) and not hasattr(first, "draw"):
+            raise DataError(f"{type(items).__name__}[0] is a {type(first).__name__} with a "
+                            f"{type(image).__name__}: return a PIL image (no ToTensor), alone or "
+                            f"in a pair, and its class from label(i)")
+        if len(self.classes) and not len(self.labels) and not hasattr(items, "label"):
+            raise DataError(f"{type(items).__name__} has classes, but no label(i) or targets")
 
     def __len__(self) -> int:
         return len(self.items)
@@ -174,7 +179,7 @@ class Source:
         return item
 
     def label(self, i: int) -> int:
-        return self.labels[i] if self.labels else 0
+        return int(self.labels[i]) if len(self.labels) else 0
 
     def caption(self, i: int) -> str:
         return self.captions[i] if self.captions else ""
@@ -712,20 +717,15 @@ def loader(source: Source, make_item: Callable[..., dict], batch: int, start: in
         yield stacked
 
 
-def parser() -> Parser:
-    """Describe the command line."""
+def run(argv: list[str]) -> None:
+    """Prepare a copy, and say what is in it."""
     p = Parser(description="Decode a data set once: --data DST then reads pixels, not files.")
     p.add_argument("command", choices=["prepare"])
     p.add_argument("source", metavar="SRC", help="as of --data")
     p.add_argument("folder", metavar="DST", type=Path, help="new; size x size x 3 bytes a picture")
     p.add_argument("--size", type=int, required=True, help="side; smaller pictures are enlarged")
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="that decode (%(default)s)")
-    return p
-
-
-def run(argv: list[str]) -> None:
-    """Prepare a copy, and say what is in it."""
-    args = parser().read(argv)
+    args = p.read(argv)
     meta = prepare(args.source, args.folder, args.size, args.workers)
     print(f"{len(meta['train'] + meta['val']):,} pictures of {args.size} px in "
           f"{shown(args.folder)}, {meta['skipped']} skipped; passed over: "

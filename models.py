@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 import os
 import re
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -24,6 +26,7 @@ from autoencoder import AutoencoderConfig, FieldAutoencoder
 from clif import Field
 from consistency import (ConsistencyConfig, ConsistencyModel, sample_function, sample_multistep,
                          sample_onestep)
+from data import MAX_BYTES, Photo, decode, shown, to_rgb, to_tensor
 from inr_generator import (DiT, FunctionGenerator, GeneratorConfig, ImageFunction,
                            TransformerConfig, UViT)
 from ldm import DiffusionConfig, GaussianDiffusion, UNet, UNetConfig, guided
@@ -53,9 +56,36 @@ def draw_labels(net: nn.Module, classes: Sequence[str], indices: Sequence[int], 
     numbers = {str(i): i for i in range(n)} | {name: i for i, name in enumerate(classes)}
     given = [str(label) for label in np.asarray(labels).reshape(-1)]
     for label in set(given) - set(numbers):
-        raise ValueError(f"label {label}: this model has {', '.join(classes) or f'{n} classes'}")
+        known = ", ".join(classes) or f"{n or 'no'} classes"
+        raise ValueError(f"label {label}: this model has {known}")
+    if len(given) not in (1, len(indices)):
+        raise ValueError(f"{len(given)} labels for {len(indices)} images: give one, or one each")
     chosen = torch.tensor([numbers[label] for label in given])
     return chosen.to(next(net.parameters()).device).expand(len(indices))
+
+
+def numbered(indices: Sequence[int]) -> list[int]:
+    """The numbers of images, or ValueError where they are none."""
+    try:
+        numbers = [operator.index(i) for i in indices]
+    except TypeError:
+        numbers = []
+    if not numbers:
+        raise ValueError(f"indices {indices!r}: give the numbers of the images, as [0, 1] or "
+                         f"range(4)")
+    return numbers
+
+
+def photo(picture: str | Path | Image.Image) -> Photo:
+    """One picture, of a PNG, JPEG or WEBP file, or of an image."""
+    if isinstance(picture, Image.Image):
+        return Photo("picture", functools.partial(to_rgb, picture))
+
+    def read() -> Image.Image:
+        with open(picture, "rb") as file:
+            return decode(file.read(MAX_BYTES), shown(picture))
+
+    return Photo(shown(picture), read)
 
 
 def frozen(model: INFD | OneStep, device: torch.device | str) -> INFD | OneStep:
@@ -155,7 +185,9 @@ class INFD:
         return guided(self.unet, self.guidance if guidance is None else guidance, context, null)
 
     def steps_of(self, sampler: str) -> int:
-        """How many steps a sampler takes where nothing is said."""
+        """How many steps a sampler takes where nothing is said; ValueError if there is none."""
+        if sampler not in SAMPLERS:
+            raise ValueError(f"there is no sampler {sampler}; there are: {', '.join(SAMPLERS)}")
         return self.ddim_steps if sampler == "ddim" else SAMPLERS[sampler]
 
     @torch.no_grad()
@@ -170,7 +202,9 @@ class INFD:
         what to lead away from. guidance: 1 is the model itself, more follows the prompt closer.
         """
         self.check_condition(labels, prompts, guidance)
-        steps = self.steps_of(sampler) if steps is None else steps
+        indices = numbered(indices)
+        own = self.steps_of(sampler)
+        steps = own if steps is None else steps
         eta = self.eta if eta is None else eta
         model = self.guide(indices, seed, prompts, negative, guidance)
         y = draw_labels(self.unet, self.classes, indices, seed, labels)
@@ -197,6 +231,24 @@ class INFD:
         """
         own = self.patch if paper else 256
         return self.autoencoder.field(z, own if tile is None else tile, paper)
+
+    def functions(self, indices: Sequence[int], seed: int = 0, labels: Labels = None,
+                  **how) -> Field:
+        """Make B pictures to be drawn at any size, as `OneStep.functions`; how: see `sample`."""
+        return self.decode(self.sample(indices, seed, labels=labels, **how))
+
+    @torch.no_grad()
+    def encode(self, picture: Image.Image | str | Path, side: int | None = None) -> Tensor:
+        """The latent z (1, C, h, w) of a picture of one's own, for `decode`: of its centre square.
+
+        picture: an image, or a PNG, JPEG or WEBP file; damage is a ValueError. side: to how many
+        pixels it is scaled for the encoder, by default as in training; larger keeps finer detail.
+        """
+        side = self.size if side is None else side
+        if side < 1 or side % self.autoencoder.cfg.f:
+            raise ValueError(f"side {side}: give a multiple of {self.autoencoder.cfg.f} pixels")
+        image = to_tensor(photo(picture).draw(side))[None]           # (1, 3, S, S)
+        return self.autoencoder.encode(image.to(self.scale.mean.device))
 
     def drawn_by(self, other: INFD | OneStep) -> INFD:
         """This model with the decoder and renderer of `other`, for instance this one converted.
@@ -251,6 +303,7 @@ class OneStep:
     def sample(self, indices: Sequence[int], seed: int = 0, sigmas: Sequence[float] = (),
                labels: Labels = None) -> Tensor:
         """Draw images (B, 3, S, S) in [-1, 1] in one step, and one more from each of `sigmas`."""
+        indices = numbered(indices)
         levels = [self.f.cfg.sigma_max, *sigmas]
         if not all(high > low > 0 for high, low in itertools.pairwise(levels)):
             raise ValueError(f"sigmas {', '.join(f'{s:g}' for s in sigmas)}: give decreasing noise "
@@ -264,6 +317,7 @@ class OneStep:
     def functions(self, indices: Sequence[int], seed: int = 0,
                   labels: Labels = None) -> ImageFunction:
         """Make B image functions in one step; ValueError where the network makes pixels."""
+        indices = numbered(indices)
         y = draw_labels(self.f.net, self.classes, indices, seed, labels)
         return sample_function(self.f, self.noise(indices, seed), y)
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from clif import check_frame
-from models import INFD, SAMPLERS, OneStep, draw_labels, export, load
+from clif import Window, check_frame
+from models import INFD, SAMPLERS, OneStep, draw_labels, export, load, photo
 from pictures import SHEET, Drawing, png_head, write_png, write_sheet
 from runs import Parser, cli, compiled, pick_device, wants_compile
 
@@ -55,6 +55,7 @@ def parser() -> Parser:
     add("-n", "--n", type=int, help="how many (1, or one a prompt); -n after torchrun")
     add("--start", type=int, default=0, metavar="I", help="number of the first image (0)")
     add("--seed", type=int, default=0, help="a picture depends on seed and number alone (0)")
+    add("--image", metavar="FILE", help="draw this picture of yours, by an autoencoder, at any size")
     add("--label", help="class, by name or number (drawn per image)")
     add("--res", type=sizes, help="512 or several, 256,512,1024; 256x512 (height x width)")
     add("--window", type=numbers, metavar="y0,x0,y1,x1", help="a part of -1,-1,1,1, at --res")
@@ -185,6 +186,34 @@ def onestep_pictures(model: OneStep, args: argparse.Namespace) -> tuple[dict, li
     return made | ({} if dtype == "float32" else {"func_dtype": dtype}), sizes, draw
 
 
+def photo_pictures(model: INFD | OneStep, args: argparse.Namespace) -> tuple[dict, list, Callable]:
+    """As `infd_pictures`: the user's own photograph, encoded and drawn by the autoencoder."""
+    if not isinstance(model, INFD):
+        raise ValueError("--image: a model of stage cm encodes no pictures; give one of INFD")
+    own = ("label", "prompt", "sampler", "steps", "eta", "sigmas", "func_dtype", "guidance")
+    given = [f"--{name.replace('_', '-')}" for name in own if getattr(args, name) is not None]
+    if given or args.n != 1 or args.start:
+        raise ValueError(f"{', '.join(given) or '--n, --start'}: --image draws one picture, yours, "
+                         f"and samples nothing")
+    latent = args.latent_size or model.latent_shape[1:]
+    if latent[0] != latent[1]:
+        raise ValueError("--image: its centre square is encoded; give --latent-size one number")
+    side = latent[0] * model.autoencoder.cfg.f
+    image = photo(args.image).read()
+    square = min(image.size)
+    finer = f"; --latent-size {2 * latent[0]} keeps finer detail" if square > side else ""
+    print(f"{args.image}: its centre square, {square} of {image.width}x{image.height} pixels, "
+          f"encoded at {side} px{finer}")
+    paper = args.norm == "paper"
+
+    def draw(indices: list[int]) -> Iterator[tuple[int, Drawing]]:
+        yield 0, model.decode(model.encode(image, side), paper, args.tile).tiles
+
+    made = {"image": Path(args.image).name, "image_sha256": digest(Path(args.image)),
+            "norm": args.norm or "frame", "latent_size": args.latent_size}
+    return made, args.res or [(square, square)], draw
+
+
 def bundled(name: str) -> Path:
     """Say where the weights are that come with the project."""
     return Path(__file__).parent / "weights" / f"{name}.pt"
@@ -214,7 +243,8 @@ def planned(model: INFD | OneStep, args: argparse.Namespace, common: dict, sizes
     files = {}
     heads = {}
     for i, size in itertools.product(range(args.start, args.start + args.n), sizes):
-        files[i, size] = file = out / f"seed{args.seed}-{i:06d}-{size[0]}x{size[1]}.png"
+        name = Path(args.image).stem if args.image else f"seed{args.seed}-{i:06d}"
+        files[i, size] = file = out / f"{name}-{size[0]}x{size[1]}.png"
         info = {**described(model, args, common, i), "window": args.window, "res": size}
         heads[i, size] = head = png_head(size, info)
         if file.exists() and file.open("rb").read(len(head)) != head:
@@ -222,11 +252,21 @@ def planned(model: INFD | OneStep, args: argparse.Namespace, common: dict, sizes
     return files, heads
 
 
+def say_stretched(size: tuple[int, int], window: Window, latent: tuple[int, int]) -> None:
+    """Remark where the pixels of a picture are not squares of its plane."""
+    y0, x0, y1, x1 = window
+    if abs(size[1] * (y1 - y0) * latent[0] / (size[0] * (x1 - x0) * latent[1]) - 1) > 0.02:
+        print(f"remark: --res {size[0]}x{size[1]} stretches the picture to that shape; a wider or "
+              f"taller one is drawn by --latent-size (INFD), a part of it by --window, as "
+              f"-0.5,-1,0.5,1 for twice as wide as high", file=sys.stderr)
+
+
 def run(argv: list[str]) -> None:
     """Draw what the command line asks for."""
     args = parser().read(argv, "sizes are given by --res, scores made by metrics.py, "
                                "measurements by experiments.py")
-    path = Path(args.ckpt) if args.ckpt else bundled(args.model)
+    own = "autoencoder" if args.image and args.model == "infd" else args.model
+    path = Path(args.ckpt) if args.ckpt else bundled(own)
     if args.export:
         return export(path, Path(args.export))
     rank = int(os.environ.get("RANK", 0))                            # torchrun: each has its share
@@ -242,14 +282,17 @@ def run(argv: list[str]) -> None:
         raise ValueError("--n and --batch must be at least 1")
 
     model = load(path, pick_device(args.device), args.raw, args.merges)
-    check_kind(model, args)
     pictures = infd_pictures if isinstance(model, INFD) else onestep_pictures
+    if args.image:
+        pictures = photo_pictures
+    else:
+        check_kind(model, args)
     made, sizes, draw = pictures(model, args)
     net = model.unet if isinstance(model, INFD) else model.f.net
     if net is not None:
         draw_labels(net, model.classes, [0], args.seed, args.label)  # names a wrong one at once
     for size in sizes:
-        check_frame(size, args.window)
+        say_stretched(size, check_frame(size, args.window)[1], made.get("latent_size") or (1, 1))
     sheet = args.sheet and Path(args.sheet)
     if sheet and (sheet.exists() or sheet.suffix not in (".png", ".jpg")
                   or max(map(max, sizes)) > SHEET):

@@ -5860,6 +5860,81 @@ def test_contact_sheet_enlarges_by_nearest_neighbour():
     assert np.array_equal(sheet[:4, :4], picture.repeat(2, 0).repeat(2, 1))
 
 
+# ---- a photograph of one's own ----
+
+def sample_photo(path, height, width, seed=0, **how):
+    """A smooth picture as a PNG or JPEG file."""
+    small = np.random.default_rng(seed).integers(0, 256, (4, 6, 3), np.uint8)
+    Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC).save(path, **how)
+    return path
+
+
+@pytest.mark.parametrize("stage", ["ae", "ldm"])
+def test_a_photograph_is_drawn_at_any_size_as_from_python(sample_runs, tmp_path, capsys, stage):
+    """The centre square of a wide picture; a window is the slice of the whole."""
+    file = sample_photo(tmp_path / "my photo.png", 40, 60)
+    args = ["--ckpt", sample_runs / stage, "--image", file]
+    assert main_sample(*args, "--res", "24,48", "--out", tmp_path / "a") == 0
+    assert "its centre square, 40 of 60x40 pixels, encoded at 16 px" in capsys.readouterr().out
+    infd = models.load(sample_runs / stage)
+    with Image.open(file) as image:
+        square = image.crop((10, 0, 50, 40))
+    field = infd.decode(infd.encode(square))
+    for res in (24, 48):
+        drawn, info = main_png(tmp_path / f"a/my photo-{res}x{res}.png")
+        assert np.array_equal(drawn, to_uint8(field.draw(res))[0])
+        assert info["image"] == "my photo.png" and len(info["image_sha256"]) == 16
+    window = ["--window", "0,0,1,1", "--res", 24]
+    assert main_sample(*args, *window, "--out", tmp_path / "b") == 0
+    part, _ = main_png(tmp_path / "b/my photo-24x24.png")
+    assert np.abs(part.astype(int) - drawn[24:, 24:]).max() <= 1
+    assert main_sample(*args, "--latent-size", 20, "--out", tmp_path / "c") == 0
+    larger, _ = main_png(tmp_path / "c/my photo-40x40.png")     # by default as large as it is
+    assert np.array_equal(larger, to_uint8(infd.decode(infd.encode(file, 40)).draw(40))[0])
+
+
+def test_a_photograph_lies_as_its_camera_says(sample_runs, tmp_path):
+    """EXIF orientation 6: turned by 90 degrees, as data.py reads it for training."""
+    upright = sample_photo(tmp_path / "upright.png", 40, 40)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(upright) as image:
+        image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    infd = models.load(sample_runs / "ae")
+    assert torch.equal(infd.encode(upright), infd.encode(str(tmp_path / "turned.png")))
+
+
+@pytest.mark.parametrize("args, said", [
+    (["--label", "day"], "--label: --image draws one picture, yours"),
+    (["--sampler", "ddim", "--steps", 4], "--sampler, --steps: --image draws"),
+    (["--n", 2], "--n, --start: --image draws"),
+    (["--latent-size", "8x16"], "give --latent-size one number"),
+    (["--image", "none.jpg"], "none.jpg: No such file"),
+    (["--image", "text.jpg"], "text.jpg: not a PNG, JPEG or WEBP image"),
+])
+def test_a_photograph_that_cannot_be_drawn_as_asked(sample_runs, tmp_path, monkeypatch, capsys,
+                                                    args, said):
+    monkeypatch.chdir(tmp_path)
+    sample_photo("photo.png", 20, 20)
+    Path("text.jpg").write_text("no picture")
+    line = sample_error(capsys, "--ckpt", sample_runs / "ldm", "--image", "photo.png", *args)
+    assert said in line and not Path("samples").exists()
+    line = sample_error(capsys, "--ckpt", sample_runs / "cm", "--image", "photo.png")
+    assert "a model of stage cm encodes no pictures" in line
+
+
+@pytest.mark.parametrize("args, stretched", [
+    (["--res", "16x32"], True), (["--res", "16x32", "--latent-size", "8x16"], False),
+    (["--res", "16x32", "--window", "-0.5,-1,0.5,1"], False), (["--res", "32x32"], False),
+    (["--res", "32x32", "--window", "0,0,1,0.5"], True)])
+def test_a_stretched_picture_is_remarked_on_with_what_people_mean(sample_runs, tmp_path, capsys,
+                                                                  args, stretched):
+    common = ["--ckpt", sample_runs / "ldm", "--steps", 2, "--out", tmp_path / "out"]
+    assert main_sample(*common, *args) == 0
+    said = capsys.readouterr().err
+    assert ("stretches the picture" in said) == stretched == ("--latent-size" in said)
+
+
 # ---- one-step models ----
 
 def test_stage_cm_one_function_is_drawn_at_any_size_and_window(sample_runs, tmp_path):
@@ -5947,11 +6022,30 @@ def test_bad_sampling_options(sample_runs, tmp_path, capsys, args, said):
 def test_mistakes_from_python_are_named_too(sample_runs):
     infd = models.load(sample_runs / "ldm")
     cm = models.load(sample_runs / "cm")
+    plain = models.load(sample_runs / "cm-unet")
+    field = infd.functions([0], steps=2)
+    assert field.draw(np.int64(8)).shape == field.draw([8, 8]).shape == (1, 3, 8, 8)
     for call, said in ((lambda: infd.sample([0], steps=0), "0 sampling steps"),
                        (lambda: infd.sample([0], labels=["noon"]), "dawn, day, dusk, night"),
                        (lambda: cm.functions([0], labels=4), "label 4: this model has dawn"),
                        (lambda: cm.functions([0], labels=[1.5]), "label 1.5: this model"),
                        (lambda: cm.sample([0], sigmas=(1, 2)), "decreasing"),
+                       (lambda: infd.sample([0], sampler="heun"), "are: ddim, dpm\\+\\+"),
+                       (lambda: infd.sample([0], 0, 4, sampler="heun"), "there is no sampler heun"),
+                       (lambda: infd.sample(0), "indices 0: give the numbers of the images"),
+                       (lambda: infd.functions([]), "indices \\[\\]: give the numbers"),
+                       (lambda: cm.functions(3), "indices 3: give the numbers"),
+                       (lambda: cm.sample([0.5]), "indices \\[0.5\\]: give"),
+                       (lambda: infd.sample([0], labels=["day", "dusk"]), "2 labels for 1 images"),
+                       (lambda: plain.sample([0], labels=["dusk"]), "label dusk: this model has no"),
+                       (lambda: field.draw("64"), "resolution '64', window None: give 512"),
+                       (lambda: field.draw((8, 8, 3)), "give 512 or \\(256, 512\\)"),
+                       (lambda: field.draw(8.5), "resolution 8.5"),
+                       (lambda: field.draw(8, (0, 0, 1)), "and \\(y0, x0, y1, x1\\)"),
+                       (lambda: field.draw(8, (0, 0, 2, 1)), "need -1 <= y0 < y1 <= 1"),
+                       (lambda: cm.functions([0]).draw("big"), "resolution 'big'"),
+                       (lambda: infd.encode("none.jpg"), "none.jpg: No such file"),
+                       (lambda: infd.encode(Image.new("RGB", (9, 9)), 15), "a multiple of 2"),
                        (lambda: infd.decode(torch.zeros(1, 4, 8, 8), tile=0), "at least 1 pixel")):
         with pytest.raises(ValueError, match=said):
             call()
@@ -7466,6 +7560,42 @@ def test_a_user_trains_on_pictures_and_a_loss_of_their_own(tmp_path, capsys):
     train.train("cm", cfg, tmp_path / "cm", "cpu", MainPictures(), MainPictures(), metric)
     line, = main_log(tmp_path / "cm")
     assert line["loss"] == pytest.approx(line["difference"]) and line["loss"] < 3
+
+
+class MainPairs(MainPictures):
+    """As torchvision's: pairs of a picture and its class."""
+
+    classes = ("even", "odd")
+
+    def __getitem__(self, i):
+        return super().__getitem__(i), i % 2
+
+
+class MainTensors(MainPairs):
+    """A data set for other training code: pairs of a tensor and a class."""
+
+    def __getitem__(self, i):
+        return torch.zeros(3, 16, 16), i % 2
+
+
+@pytest.mark.parametrize("targets", [[0, 1] * 3, np.array([0, 1] * 3), torch.tensor([0, 1] * 3)])
+def test_pairs_with_targets_are_pictures_with_classes(targets):
+    pairs = MainPairs()
+    with pytest.raises(data.DataError, match="MainPairs has classes, but no label"):
+        data.as_source(pairs)
+    pairs.targets = targets
+    source = data.as_source(pairs)
+    assert [source.label(i) for i in range(6)] == [0, 1] * 3 and source.classes == pairs.classes
+    assert np.array_equal(source[2].draw(40), np.full((40, 40, 3), 80))
+
+
+@pytest.mark.parametrize("items, said", [
+    (MainTensors(), r"MainTensors\[0\] is a tuple with a Tensor: return a PIL image \(no ToTensor"),
+    ([torch.zeros(3, 16, 16)], r"list\[0\] is a Tensor"), ([np.zeros((4, 4, 3))], "with a ndarray"),
+])
+def test_a_data_set_of_tensors_is_refused_by_a_clear_line(items, said):
+    with pytest.raises(data.DataError, match=said):
+        data.as_source(items)
 
 
 def test_what_is_no_picture_or_no_place_for_a_loss_is_refused(main_runs, tmp_path):
