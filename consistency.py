@@ -207,19 +207,20 @@ def heun_step(denoiser: nn.Module, x: Tensor, t: Tensor, r: Tensor,
     return torch.where(per_image(r) == 0, ahead, x + gap * (slope + there) / 2)
 
 
-def consistency_loss(f: nn.Module, target: nn.Module, x: Tensor, noise: Tensor, t: Tensor,
+def consistency_loss(f: nn.Module, target: nn.Module | None, x: Tensor, noise: Tensor, t: Tensor,
                      r: Tensor, metric: Callable, y: Tensor | None = None,
                      denoiser: nn.Module | None = None, **extra: Tensor) -> Tensor:
     """The loss of consistency training: d(f(x + t z, t), target(x + r z, r)) of each image, (B,).
 
-    x (B, 3, H, W) clean images; noise z like x; t > r >= 0 (B,), where r = 0 is the clean image.
+    x (B, 3, H, W) clean images; noise z like x; t > r >= 0 (B,), where r = 0 is the clean image: if
+    all are, f learns to denoise and target may be None.
     `extra`, shifted coordinates, goes to both: separate draws would leave a floor under the loss.
     denoiser: distillation (Song et al. 2023, Algorithm 2); x + r z is on its path in the mean only.
     """
     noisy = x + per_image(t) * noise                                     # (B, 3, H, W)
     student = f(noisy, t, y, **extra)                                    # (B, 3, H, W)
     answer = x
-    if (r > 0).any():                                                    # else: a denoiser
+    if target is not None:
         with torch.no_grad():
             start = x + per_image(r) * noise                             # (B, 3, H, W)
             if denoiser is not None:
@@ -242,24 +243,28 @@ def pseudo_huber(a: Tensor, b: Tensor, c: float | None = None) -> Tensor:
     return ((a - b).square().flatten(1).sum(1) + c**2).sqrt() - c
 
 
-def lpips_resized(lpips: nn.Module, average_pool: bool = True, size: int = 224) -> Callable:
+class ResizedLPIPS(nn.Module):
     """The paper's metric: LPIPS of both images, bilinearly resized to 224 px (Appendix A.1).
 
     lpips: a frozen module (a, b) -> one distance per image; it is copied. average_pool: left open;
     the published PyTorch code replaces the max pooling of the VGG. A size below 224 is cheaper.
     """
-    lpips = deepcopy(lpips)
-    for parent in list(lpips.modules()) if average_pool else []:
-        for name, child in parent.named_children():
-            if isinstance(child, nn.MaxPool2d):
-                pool = nn.AvgPool2d(child.kernel_size, child.stride, child.padding, child.ceil_mode)
-                setattr(parent, name, pool)
 
-    def metric(a: Tensor, b: Tensor) -> Tensor:
-        a, b = (F.interpolate(image, (size, size), mode="bilinear") for image in (a, b))
-        return lpips(a, b).flatten()                                     # (B,)
+    def __init__(self, lpips: nn.Module, average_pool: bool = True, size: int = 224):
+        super().__init__()
+        self.lpips = deepcopy(lpips)
+        self.size = (size, size)
+        for parent in list(self.lpips.modules()) if average_pool else []:
+            for name, child in parent.named_children():
+                if isinstance(child, nn.MaxPool2d):
+                    pool = nn.AvgPool2d(child.kernel_size, child.stride, child.padding,
+                                        child.ceil_mode)
+                    setattr(parent, name, pool)
 
-    return metric
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> (B,)."""
+        a, b = (F.interpolate(image, self.size, mode="bilinear") for image in (a, b))
+        return self.lpips(a, b).flatten()                                # (B,)
 
 
 # ---- sampling and evaluation ----

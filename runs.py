@@ -101,7 +101,12 @@ def all_mean(tensors: list[Tensor]) -> list[Tensor]:
     flat = torch.cat([t.detach().flatten() for t in tensors])
     dist.all_reduce(flat)
     parts = (flat / world).split([t.numel() for t in tensors])
-    return [part.view_as(t) for part, t in zip(parts, tensors)]
+    return [laid_out_like(t, part.view_as(t)) for part, t in zip(parts, tensors)]
+
+
+def laid_out_like(like: Tensor, value: Tensor) -> Tensor:
+    """Give `value` the memory layout of `like`: fused optimisers take it for granted, unchecked."""
+    return value if value.stride() == like.stride() else torch.empty_like(like).copy_(value)
 
 
 def together(flag: int) -> int:
@@ -624,11 +629,20 @@ def restore(part: nn.Module | torch.optim.Optimizer | list, content, what: str) 
     """Load what `stored` gave; ValueError where weights do not fit."""
     if isinstance(part, list):
         for one, own in zip(part, content, strict=True):
-            one.load_state_dict(own)
+            restore(one, own, what)
     elif isinstance(part, nn.Module):
         load_weights(part, content, what)
     else:
         part.load_state_dict(content)
+        lay_out_state(part)
+
+
+def lay_out_state(opt: torch.optim.Optimizer) -> None:
+    """Lay out what an optimiser keeps of each weight as that weight is, and as gradients are."""
+    for p, kept in opt.state.items():
+        for name, value in kept.items():
+            if isinstance(value, Tensor) and value.shape == p.shape:
+                kept[name] = laid_out_like(p, value)
 
 
 def all_finite(state: dict) -> bool:
@@ -695,37 +709,53 @@ def set_tf32(on: bool, device: torch.device) -> None:
 
 
 def wants_compile(option: str, device: torch.device) -> bool:
-    """Say whether to compile. auto: on a CUDA GPU under Linux."""
-    if option not in ("auto", "on", "off"):
-        raise ValueError(f"compile={option}: choose auto, on or off")
+    """Say whether to compile. auto: on a CUDA GPU under Linux. graphs: with CUDA graphs, too."""
+    if option not in ("auto", "on", "off", "graphs"):
+        raise ValueError(f"compile={option}: choose auto, on, off or graphs")
     auto = device.type == "cuda" and sys.platform == "linux"
-    return option == "on" or (option == "auto" and auto)
+    return option in ("on", "graphs") or (option == "auto" and auto)
 
 
-def compiled(function: Callable, strict: bool = False) -> Callable:
-    """Compile a function of tensors for the shapes of its first call; others run as they are.
+def wants_channels_last(option: str, device: torch.device, compiles: bool) -> bool:
+    """Say whether convolutions work in NHWC. auto: on a CUDA GPU, in what is compiled.
 
-    Training has one shape, and so have tiles. Where the compiler fails, `strict` raises its error;
-    otherwise the function goes on without it after one warning.
+    There they are 1.2 to 2 times faster, but PyTorch's own GroupNorm is 1.8 times slower, so that
+    without the compiler, which writes the norms, it loses (docs/results.md).
     """
-    quick = torch.compile(function, dynamic=False)
-    first: list[list] = []
+    if option not in ("auto", "true", "false"):
+        raise ValueError(f"channels_last={option}: choose auto, true or false")
+    return option == "true" or (option == "auto" and compiles and device.type == "cuda")
+
+
+def compiled(function: Callable, option: str = "auto", shapes: int = 1,
+             otherwise: Callable[[], object] | None = None) -> Callable:
+    """Compile a function of tensors for the first few shapes it is called with; others run as are.
+
+    Training has one, and so have the tiles of a picture. option: as in `wants_compile`. Where the
+    compiler fails, only auto goes on, without it, after one warning and a call of `otherwise`.
+    """
+    mode = "reduce-overhead" if option == "graphs" else None
+    quick = torch.compile(function, dynamic=False, mode=mode)
+    known: list[list] = []
     broken: list[bool] = []                       # not the error, whose frames keep callers alive
 
     def call(*args, **options):
-        shapes = [a.shape for a in (*args, *options.values()) if isinstance(a, Tensor)]
-        first.extend([] if first else [shapes])
-        if broken or shapes != first[0]:
+        given = [a.shape for a in (*args, *options.values()) if isinstance(a, Tensor)]
+        if given not in known and len(known) < shapes:
+            known.append(given)
+        if broken or given not in known:
             return function(*args, **options)
         try:
             return quick(*args, **options)
         except torch._dynamo.exc.TorchDynamoException as error:
-            if strict:
+            if option != "auto":
                 raise
             broken.append(True)
             cause = " ".join(str(error).splitlines()[:2])         # which backend, and what it said
             warnings.warn(f"torch.compile failed, going on without it ({cause}); "
                           f"compile=off is silent, compile=on stops")
+        if otherwise is not None:
+            otherwise()
         return function(*args, **options)
 
     return call

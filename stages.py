@@ -26,8 +26,8 @@ from inr_generator import AdaLNBlock, Block
 from ldm import SelfAttention, TimeResBlock
 from metrics import psnr
 from pictures import contact_sheet
-from runs import (all_mean, autocast_for, compiled, newest_checkpoint, print_once, ranks,
-                  read_checkpoint, torch_noise, wants_compile)
+from runs import (all_mean, autocast_for, compiled, lay_out_state, newest_checkpoint, print_once,
+                  ranks, read_checkpoint, torch_noise, wants_channels_last, wants_compile)
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class Run:
     workers: int = 4                  # loader processes; the batches do not depend on it
     dtype: str = "auto"               # bf16 (autocast) | fp32 | auto: bf16 on a GPU that has it
     tf32: bool = True                 # CUDA: fp32 products with 10 bits of mantissa
-    compile: str = "auto"             # on | off | auto: on a GPU, if the compiler works
+    compile: str = "auto"             # on | off | graphs (CUDA graphs, too) | auto: on, on a GPU
     checkpoint: bool = False          # keep only the inputs of blocks: less memory, more time
-    channels_last: bool = False       # convolutions in NHWC: no gain on a CPU
+    channels_last: str = "auto"       # NHWC: true | false | auto: on a GPU, if compiled
     log_every: int = 50
     grid_every: int = 5_000           # a sheet of pictures, and a held-out score into the log
     save_every: int = 5_000
@@ -117,17 +117,24 @@ def ema_update(ema: nn.Module, model: nn.Module, rate: float) -> None:
             mine.copy_(theirs)
 
 
-def speed_up(cfg: Run, device: torch.device, nets: list[nn.Module], calls: list[tuple]) -> None:
-    """Apply channels_last and checkpoint to networks, compile to calls (module, method name)."""
+def lay_out(nets: Sequence[nn.Module], opts: Sequence[torch.optim.Optimizer],
+            memory_format: torch.memory_format = torch.contiguous_format) -> None:
+    """Lay out networks in memory, and what optimisers keep of their weights."""
     for net in nets:
-        if cfg.channels_last:
-            net.to(memory_format=torch.channels_last)
-        for block in net.modules():
-            if cfg.checkpoint and isinstance(block, BLOCKS):
-                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-    if wants_compile(cfg.compile, device):
-        for module, name in calls:
-            setattr(module, name, compiled(getattr(module, name), strict=cfg.compile == "on"))
+        net.to(memory_format=memory_format)
+    for opt in opts:
+        lay_out_state(opt)
+
+
+def speed_up(cfg: Run, nets: list[nn.Module], calls: list[tuple], compiles: bool,
+             otherwise: Callable | None = None) -> None:
+    """Apply checkpoint to networks, and compile calls (object, method name) of theirs."""
+    for block in itertools.chain(*(net.modules() for net in nets)):
+        if cfg.checkpoint and isinstance(block, BLOCKS):
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    for owner, name in calls if compiles else ():
+        quick = compiled(getattr(owner, name), cfg.compile, otherwise=otherwise)
+        setattr(owner, name, quick)
 
 
 class Stage:
@@ -153,16 +160,27 @@ class Stage:
         self.extra: dict = {"classes": []}           # plain values that checkpoints hold as well
         self.build()
 
-    def hold(self, net: nn.Module, calls: list[tuple], **parts) -> None:
-        """Name what learns, calls to compile, and what else a checkpoint restores."""
+    def hold(self, net: nn.Module, calls: list[tuple], *frozen: nn.Module, **parts) -> None:
+        """Name what learns, calls to compile, networks that stay as they are, and what else a
+        checkpoint restores.
+        """
+        cfg = self.cfg
+        if cfg.compile == "graphs" and cfg.accum > 1:
+            raise ValueError("compile=graphs goes with accum=1: a replayed graph would overwrite "
+                             "the gradients of the part before")
         self.net = net
-        self.ema = copy.deepcopy(net).requires_grad_(False).eval() if self.cfg.ema else None
-        self.shown = net if self.ema is None else self.ema
         self.state = {"model": net, "opt": self.opts, **parts}
         nets = [part for part in self.state.values() if isinstance(part, nn.Module)]
-        speed_up(self.cfg, self.device, nets, calls)
+        compiles = wants_compile(cfg.compile, self.device)
+        if wants_channels_last(cfg.channels_last, self.device, compiles):
+            lay_out([*nets, *frozen], [], torch.channels_last)
+        self.ema = copy.deepcopy(net).requires_grad_(False).eval() if cfg.ema else None
+        self.shown = net if self.ema is None else self.ema
         if self.ema is not None:
             self.state["ema"] = self.ema
+        opts = itertools.chain(*(part for part in self.state.values() if isinstance(part, list)))
+        plain = functools.partial(lay_out, [*nets, *frozen, self.shown], list(opts))
+        speed_up(cfg, nets, calls, compiles, plain if cfg.channels_last == "auto" else None)
 
     @classmethod
     def implied(cls, given: dict) -> dict[str, object]:

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from consistency import (ECT, ICT, ConsistencyConfig, ConsistencyModel, Schedule, consistency_loss,
-                         denoising_distance, l2, lpips_resized, pseudo_huber)
+from consistency import (ECT, ICT, ConsistencyConfig, ConsistencyModel, ResizedLPIPS, Schedule,
+                         consistency_loss, denoising_distance, l2, pseudo_huber)
 from data import to_uint8
 from inr_generator import (FunctionGenerator, GeneratorConfig, ImageFunction, TransformerConfig,
                            pixel_coord, variational_coord)
@@ -130,9 +130,11 @@ class CMStage(Stage):
         self.cfg = cfg = cm_config(self.cfg, self.tell_classes())
         self.schedule = getattr(cfg, cfg.schedule)
         self.metric = self.loss or {"l2": l2, "huber": pseudo_huber}.get(cfg.metric)
+        judges = []
         if self.metric is None:
             net = lpips_network(cfg.lpips, "train without it: metric=huber schedule=ect")
-            self.metric = lpips_resized(net.to(self.device), cfg.lpips == "vgg", cfg.lpips_size)
+            self.metric = ResizedLPIPS(net.to(self.device), cfg.lpips == "vgg", cfg.lpips_size)
+            judges = [self.metric]
         self.denoiser = None
         if cfg.distil:
             made = load(cfg.distil, self.device)
@@ -151,7 +153,8 @@ class CMStage(Stage):
             self.target = copy.deepcopy(self.f).requires_grad_(False)
             teacher = {"target": self.target.net}
         self.opts = optimisers(net, cfg, torch.optim.RAdam, cfg.muon)
-        self.hold(net, [(one, "forward") for one in (net, *teacher.values())], **teacher)
+        self.distance = consistency_loss             # networks and metric in one graph, compiled
+        self.hold(net, [(self, "distance")], *judges, **teacher)
 
     def begin(self) -> None:
         """Take over what stage pretrain has learned (3.4), or all of a run of stage cm to tune."""
@@ -175,30 +178,32 @@ class CMStage(Stage):
         return self.loaded(start, noise=(3, size, size), **coord)
 
     def levels(self, index: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Noise levels t > r, (B,) each, of the samples: drawn for all of step k, each its own."""
+        """Noise levels t > r (B,) of the samples, on the host: drawn for all of step k."""
         cfg = self.cfg
         seed = int(rng(cfg.seed, "levels", k).integers(2**62))
         generator = torch.Generator().manual_seed(seed)
         drawn = self.schedule.levels(k, cfg.K, cfg.batch, generator, cfg.cm)
-        return tuple(v[index % cfg.batch].to(self.device, non_blocking=True) for v in drawn)
+        return tuple(v[index % cfg.batch] for v in drawn)
 
     def objective(self, part: dict, k: int) -> tuple[Tensor, dict]:
         """Student to target, at the same noise and coordinates; with a denoiser: distillation."""
-        t, r = self.levels(part["index"], k)                     # (B,)
+        t, r = self.levels(part["index"], k)                     # (B,), on the host
+        target = self.target if (r > 0).any() else None
+        t, r = (v.to(self.device, non_blocking=True) for v in (t, r))
         y = part["label"] if self.extra["classes"] else None
         coord = {}
         if self.makes_functions:                                 # (B, S, S, 2)
             coord["coord"] = moved_grid(part["coord_noise"], self.cfg.func.corners)
         with self.autocast():
-            d = consistency_loss(self.f, self.target, part["image"], part["noise"], t, r,
-                                 self.metric, y, self.denoiser, **coord)         # (B,)
+            d = self.distance(self.f, target, part["image"], part["noise"], t, r, self.metric, y,
+                              self.denoiser, **coord)            # (B,)
         loss = (self.schedule.weight(t, r) * d).mean()           # Eq. (5)
         return loss, {"loss": loss, "difference": d.mean()}
 
     def step(self, batch: dict, k: int) -> dict[str, Tensor]:
         """One iteration; then the teacher: theta^- <- mu theta^- + (1 - mu) theta."""
         logs = super().step(batch, k)
-        if self.target is not self.f and logs["taken"]:
+        if self.target is not self.f:
             ema_update(self.target, self.f, self.schedule.mu(k, self.cfg.K))
         place = self.schedule.log(k, self.cfg.K).items()
         return logs | {name: torch.tensor(value) for name, value in place}

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Subset
 import data
 from autoencoder import (AutoencoderConfig, DiscriminatorConfig, FieldAutoencoder,
                          PatchDiscriminator, adaptive_weight, first_order, hinge_loss)
-from clif import Field, ResBlock
+from clif import Field
 from data import DataConfig, to_uint8
 from ldm import DiffusionConfig, GaussianDiffusion, UNet, UNetConfig
 from metrics import lpips_network
@@ -73,10 +73,11 @@ class AEStage(Reconstruction):
         self.opts = optimisers(net, cfg)
         self.opts_d = optimisers(self.disc, cfg)
         self.scales = [s for s in (1, 2, 4, 8) if s <= 4 or s * cfg.size <= 2 * cfg.max_size]
-        # Not the renderer's last layer, whose gradients the adaptive weight asks for alone.
-        blocks = [part for part in net.renderer.modules() if isinstance(part, ResBlock)]
-        calls = [(part, "forward") for part in (net.encoder, net.decoder, *blocks)]
-        self.hold(net, calls, disc=self.disc, opt_d=self.opts_d)
+        judges = [self.lpips] if self.lpips else []
+        calls = [(part, "forward") for part in (net.encoder, net.decoder, *judges)]
+        if cfg.ae.renderer == "clif":    # the adaptive weight asks for gradients of the rest alone
+            calls.append((net.renderer, "body"))
+        self.hold(net, calls, *judges, disc=self.disc, opt_d=self.opts_d)
 
     @classmethod
     def implied(cls, given: dict) -> dict[str, object]:
@@ -248,7 +249,7 @@ class LDMStage(Stage):
         self.scale = LatentScale(n).to(self.device)
         self.diffusion = GaussianDiffusion(cfg.diffusion)
         self.opts = optimisers(net, cfg)
-        self.hold(net, calls, scale=self.scale)
+        self.hold(net, calls, base.autoencoder.encoder, scale=self.scale)
 
     @classmethod
     def implied(cls, given: dict) -> dict[str, object]:

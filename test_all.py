@@ -69,8 +69,8 @@ from autoencoder import (AutoencoderConfig, Decoder, DiscriminatorConfig, Encode
                          first_order, hinge_loss, kl_loss, split_moments)
 from clif import (CLIF, CLIFConfig, Field, FrameNorm, LIIF, LIIFConfig, check_frame, coord_grid,
                   query)
-from consistency import (ConsistencyConfig, ConsistencyModel, ECT, ICT, Schedule, consistency_loss,
-                         denoising_distance, heun_step, l2, lpips_resized, noise_condition,
+from consistency import (ConsistencyConfig, ConsistencyModel, ECT, ICT, ResizedLPIPS, Schedule,
+                         consistency_loss, denoising_distance, heun_step, l2, noise_condition,
                          per_image, pseudo_huber, sample_function, sample_multistep, sample_onestep)
 from data import to_uint8
 from inr_generator import (AdaLNBlock, Attention, Block, DiT, FunctionGenerator, FunctionPrediction,
@@ -1589,6 +1589,7 @@ def test_cm_r_zero_stands_for_the_clean_image():
                      (torch.tensor([0.0, 0.0, 1.0]), dict(denoiser=denoiser))]:
         loss = consistency_loss(f, f, x, noise, t, r, l2, **extra)
         cm_close(loss[:2], clean[:2])
+    cm_close(consistency_loss(f, None, x, noise, t, torch.zeros(3), l2), clean)
     loss.sum().backward()
     assert f.net.W.grad.isfinite().all()
 
@@ -1994,7 +1995,7 @@ def test_cm_golden_karras():
 def cm_golden_metric(name, g):
     """The four metrics of ct_loss.pt; l1 and l2-32 show that a metric is any callable."""
     if name == "lpips":
-        return lpips_resized(CmTinyLPIPS(g["state_dict"], g["config"]["lpips_layers"]))
+        return ResizedLPIPS(CmTinyLPIPS(g["state_dict"], g["config"]["lpips_layers"]))
 
     def l1(a, b):
         return (a - b).abs().mean((1, 2, 3))
@@ -2037,9 +2038,9 @@ def test_cm_golden_lpips_at_224():
     g = golden("cm/lpips_tiny.pt")
     c, i, out = ldm_parts(g)
     lpips = CmTinyLPIPS(g["state_dict"], c["layers"])
-    cm_close(lpips_resized(lpips)(i["a"], i["b"]), out["avgpool_224"])
+    cm_close(ResizedLPIPS(lpips)(i["a"], i["b"]), out["avgpool_224"])
     cm_close(lpips(i["a"], i["b"]).flatten(), out["maxpool"])            # a copy was changed
-    kept = lpips_resized(lpips, average_pool=False)(i["a"], i["b"])
+    kept = ResizedLPIPS(lpips, average_pool=False)(i["a"], i["b"])
     assert (kept - out["avgpool_224"]).abs().min() > 1e-4
 
 
@@ -6009,7 +6010,7 @@ def test_stage_cm_a_generator_of_pixels_draws_its_own_size(sample_runs, tmp_path
     (["--sampler", "heun"], "choose from"), (["--n", "many"], "invalid int value"),
     (["--sampler", "dpm++", "--eta", "0"], "dpm++ adds none: leave it out"),
     (["--sigmas", "4,1"], "--sigmas means nothing to a model of the kind INFD"),
-    (["--compile", "yes"], "choose auto, on or off"), (["--n"], "expected one argument"),
+    (["--compile", "yes"], "choose auto, on, off or graphs"), (["--n"], "expected one argument"),
     (["--samplr", "ddim"], "no option --samplr; did you mean --sampler"),
     (["res=512"], "res=512: write --res 512"), (["--size", "512"], "sizes are given by --res"),
     (["--fid", "x"], "scores made by metrics.py, measurements by experiments.py"),
@@ -6640,8 +6641,44 @@ def test_a_fast_step_is_the_plain_step(monkeypatch, fast):
         assert len(graphs) == count                  # a preview's shape compiles nothing
 
 
+@pytest.mark.parametrize("kind", [torch.optim.RAdam, stages.ADAMW])
+def test_memory_layout_changes_no_step(kind, monkeypatch):
+    """Moments of a contiguous run go on in NHWC, and so do means over ranks, which come in NCHW."""
+    monkeypatch.setattr(runs, "ranks", lambda: (0, 2))
+    monkeypatch.setattr(runs.dist, "all_reduce", lambda flat: flat.mul_(2))
+    state, ends = {}, []
+    for again in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        net = nn.Conv2d(3, 4, 3).to(memory_format=again)
+        opt = kind(net.parameters(), 1e-2)
+        for k in range(6):
+            if k == 3 and again is torch.contiguous_format:
+                state = deepcopy({"net": net.state_dict(), "opt": opt.state_dict()})
+            if k == 3:
+                runs.restore(net, state["net"], "net")
+                runs.restore(opt, deepcopy(state["opt"]), "opt")
+            net(main_randn(2, 3, 8, 8, seed=k)).square().mean().backward()
+            assert stages.descend([opt])
+        ends.append(net.weight.detach())
+        assert opt.state[net.weight]["exp_avg"].stride() == net.weight.stride()
+    assert ends[0].stride() != ends[1].stride()
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
+
+
+def test_channels_last_goes_with_the_compiler_on_a_gpu():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for device, compiles, expected in ((cpu, True, False), (gpu, True, True), (gpu, False, False)):
+        assert runs.wants_channels_last("auto", device, compiles) is expected
+        assert runs.wants_channels_last("true", device, compiles)
+        assert not runs.wants_channels_last("false", device, compiles)
+    with pytest.raises(ValueError, match="channels_last=yes: choose auto, true or false"):
+        runs.wants_channels_last("yes", cpu, False)
+    with pytest.raises(ValueError, match="compile=graphs goes with accum=1"):
+        main_made("ae", *TINY_AE, "compile=graphs", "accum=2")
+
+
 def test_a_failing_compiler_is_a_warning_and_eager_steps(tmp_path, monkeypatch):
-    """auto: the run equals that of compile=off. on: it is an error."""
+    """auto: the run equals that of compile=off, not in NHWC. on: it is an error."""
     def fails(graph, inputs):
         raise FileNotFoundError("no C++ compiler")
 
@@ -6652,6 +6689,7 @@ def test_a_failing_compiler_is_a_warning_and_eager_steps(tmp_path, monkeypatch):
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **more: compiler(f, backend=fails))
     monkeypatch.setattr(stages, "wants_compile", lambda option, device: option != "off")
+    monkeypatch.setattr(stages, "wants_channels_last", lambda option, device, compiles: compiles)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert main_stage("ae", *args("auto")) == 0
@@ -6659,7 +6697,7 @@ def test_a_failing_compiler_is_a_warning_and_eager_steps(tmp_path, monkeypatch):
     assert len(said) == 1 and "no C++ compiler" in said.pop()
     assert main_same(main_state(tmp_path / "auto"), main_state(tmp_path / "off"))
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed):
-        runs.compiled(nn.Linear(1, 1), strict=True)(torch.ones(1, 1))
+        runs.compiled(nn.Linear(1, 1), "on")(torch.ones(1, 1))
 
 
 @pytest.mark.parametrize("stage, dtype", [("pretrain", "fp32"), ("pretrain", "bf16"),
@@ -6677,7 +6715,7 @@ def test_function_generator_compiles_as_one_graph(stage, dtype, tmp_path, monkey
     for name in ("on", "off"):
         args = [*options, "steps=2", f"dtype={dtype}", f"compile={name}"]
         assert main_stage(stage, tmp_path / name, *args) == 0
-    assert len(graphs) == (1 if stage == "pretrain" else 2)     # the target's is without gradients
+    assert len(graphs) == 1                          # of cm student, teacher and metric
     ours, theirs = (main_log(tmp_path / name)[-1] for name in ("on", "off"))
     assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
 
@@ -6706,7 +6744,7 @@ def test_checkpointed_blocks_have_the_same_gradients(net):
         p.data = 0.1 * main_randn(*p.shape, seed=i)  # zero gates would hide the blocks
     for on in (False, True):
         copied, calls = deepcopy(net), []
-        stages.speed_up(train.LDMRun(checkpoint=on), CPU, [copied], [])
+        stages.speed_up(train.LDMRun(checkpoint=on), [copied], [], compiles=False)
         seen = [m for m in copied.modules() if isinstance(m, (nn.GroupNorm, nn.LayerNorm))]
         for m in seen[:-1]:
             m.register_forward_hook(lambda *args, calls=calls: calls.append(0))
@@ -6734,7 +6772,7 @@ def test_checkpointed_blocks_have_the_same_gradients(net):
     (["data=cats"], "data=cats: write --data cats"),
     (["--data", "no/such/folder"], "synthetic"),
     (["dtype=fp16"], "choose auto, bf16 or fp32"),
-    (["compile=maybe"], "choose auto, on or off"),
+    (["compile=maybe"], "choose auto, on, off or graphs"),
     (["ae.renderer=mlp"], "choose clif or liif"),
     (["--stage", "gan"], "there is no stage gan; there are: ae, ldm, pretrain, cm"),
     (["--stage", "demo"], "--stage demo has moved: python experiments.py demo"),
