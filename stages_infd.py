@@ -94,6 +94,7 @@ class AEStage(Reconstruction):
     def begin(self) -> None:
         cfg = self.cfg
         if Path(cfg.init).suffix in WEIGHT_FILES:
+            print_once(f"keeping encoder and decoder of {cfg.init}, with a new renderer")
             theirs = published_autoencoder(Path(cfg.init), cfg.ae.groups).state_dict()
             kept = {k: v for k, v in theirs.items() if not k.startswith("renderer.")}
             fresh = {k: v for k, v in self.net.state_dict().items() if k.startswith("renderer.")}
@@ -221,6 +222,7 @@ class LDMStage(Stage):
             raise ValueError(f"init={cfg.init} is a model of stage cm; give one of stage ae or ldm")
         if base.size != cfg.size:
             raise ValueError(f"{cfg.init} was trained at size={base.size}; give size={base.size}")
+        self.base = base = replace(base, unet=None, text=None)       # of a file that has them
         self.source = getattr(self.source, "photos", self.source)    # of the 6K-mix: all at once
         frozen = base.autoencoder.state_dict()
         config = flatten({"ae": base.autoencoder.cfg, "size": base.size, "patch": base.patch})
@@ -297,6 +299,7 @@ class LDMStage(Stage):
         """Take over what `start` has; with latent_norm, measure the latents of 512 samples."""
         cfg = self.cfg
         if self.started:
+            print_once(f"starting from the UNet in {cfg.start}")
             theirs = load(cfg.start)
             if not same_encoder(theirs, self.base):
                 print_once(f"warning: {cfg.init} has not the encoder of {cfg.start}, so the UNet has "

@@ -7297,6 +7297,9 @@ def test_text_golden_stable_diffusion_goes_on_learning_from_captions(text_tiny, 
     assert sample.main([*map(str, ["--ckpt", tmp_path / "same", *call, tmp_path / "b"])]) == 0
     (a, _), (b, info) = (text_png(next(tmp_path.glob(f"{name}/*"))) for name in "ab")
     assert (a == b).all() and info["guidance"] == 7.5
+    plain = main_made("ldm", *START, f"size={side}", f"init={tmp_path / 'same'}")
+    plain.preview(tmp_path, 1)                       # without text: of `same` the autoencoder alone
+    assert plain.base.unet is None and plain.base.text is None
 
 
 def test_fine_tuning_at_the_original_size_begins_where_it_should():
