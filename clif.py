@@ -300,8 +300,8 @@ class Field:
         rows = self._cut(height, y0, y1)
         cols = self._cut(width, x0, x1)
         for (top, y, kept_y), (left, x, kept_x) in product(rows, cols):
-            coord = torch.cartesian_prod(y, x).view(len(y), len(x), 2)        # (h, w, 2)
-            coord = coord.to(cell.device).expand(len(self), -1, -1, -1)       # (B, h, w, 2)
+            coord = torch.cartesian_prod(y.to(cell.device), x.to(cell.device))        # (h w, 2)
+            coord = coord.view(len(y), len(x), 2).expand(len(self), -1, -1, -1)       # (B, h, w, 2)
             rgb = self.renderer(self.phi, coord, cell, self.norm)             # (B, 3, h, w)
             yield top, left, rgb[..., kept_y, kept_x]
 

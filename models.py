@@ -32,9 +32,9 @@ from inr_generator import (DiT, FunctionGenerator, GeneratorConfig, ImageFunctio
 from ldm import DiffusionConfig, GaussianDiffusion, UNet, UNetConfig, guided
 from published import (WEIGHT_FILES, Model, autoencoder_config, below, infd_model,
                        openai_network, read_weights, sd_model, split_weights)
-from runs import (checkpoints, first_line, flatten, load_weights,
+from runs import (autocast_for, checkpoints, compiled, first_line, flatten, load_weights,
                   newest_checkpoint, read_checkpoint, rng, torch_noise, unflatten,
-                  write_checkpoint)
+                  wants_channels_last, wants_compile, write_checkpoint)
 from text import (CLIPTokenizer, TextConfig, TextTransformer, WordTokenizer, clip_tokenizer,
                   tokenizer_from)
 
@@ -223,13 +223,34 @@ class INFD:
             pass
         return self.scale.inverse(x_t)
 
+    def compile(self, option: str = "auto") -> None:
+        """Compile decoder and renderer, option as in `runs.wants_compile`; no other model has them.
+
+        On a CUDA GPU they then work in NHWC and bf16: of 256 px pictures of the bundled model
+        99.996 % of the pixels are within 1/255 of those in fp32.
+        """
+        device = self.scale.mean.device
+        if option == "graphs":
+            raise ValueError("compile=graphs is for training: a drawing keeps what a replayed "
+                             "graph would overwrite")
+        if not wants_compile(option, device):
+            return
+        autocast = autocast_for("auto", device)
+        for part in (self.autoencoder.decoder, self.autoencoder.renderer):
+            if wants_channels_last("auto", device, compiles=True):
+                part.to(memory_format=torch.channels_last)
+            plain = functools.partial(part.to, memory_format=torch.contiguous_format)
+            quick = compiled(part.forward, option, shapes=8, otherwise=plain)
+            part.forward = functools.partial(called_within, autocast, quick)
+
     @torch.no_grad()
     def decode(self, z: Tensor, paper: bool = False, tile: int | None = None) -> Field:
         """Turn latents z (B, C, h, w) into pictures to be drawn at any size; see clif.Field.
 
-        tile: its side; by default 256, and with paper, whose pictures change with it, the patch.
+        tile: its side; by default 256, on a CUDA GPU 512: fewer calls, and less drawn twice. With
+        paper, whose pictures change with it, it is the patch.
         """
-        own = self.patch if paper else 256
+        own = self.patch if paper else 512 if z.is_cuda else 256
         return self.autoencoder.field(z, own if tile is None else tile, paper)
 
     def functions(self, indices: Sequence[int], seed: int = 0, labels: Labels = None,
@@ -259,6 +280,12 @@ class INFD:
             raise ValueError(f"{other.file} has not the encoder whose latents this model draws; "
                              f"convert its autoencoder by --stage ae init=FILE frozen_encoder=true")
         return replace(self, autoencoder=other.autoencoder, patch=other.patch)
+
+
+def called_within(context: Callable, function: Callable, *args) -> Tensor:
+    """function(*args) within context(), in fp32."""
+    with context():
+        return function(*args).float()
 
 
 def same_encoder(a: INFD, b: INFD) -> bool:

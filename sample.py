@@ -10,7 +10,6 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ import torch
 from clif import Window, check_frame
 from models import INFD, SAMPLERS, OneStep, draw_labels, export, load, photo
 from pictures import SHEET, Drawing, png_head, write_png, write_sheet
-from runs import Parser, cli, compiled, pick_device, wants_compile
+from runs import Parser, cli, pick_device
 
 
 def size(text: str) -> tuple[int, int]:
@@ -71,8 +70,8 @@ def parser() -> Parser:
     add("--latent-size", type=size, help="a larger noise map, as 32x64 (Section D)")
     add("--decoder", metavar="RUN", help="draw by this run of stage ae init=CKPT")
     add("--norm", choices=["frame", "paper"], help="statistics of the whole, or each tile (frame)")
-    add("--tile", type=int, help="side of a tile in pixels (256; paper: the training patch)")
-    add("--compile", metavar="WHEN", help="the renderer: on, off, or auto, on a CUDA GPU (auto)")
+    add("--tile", type=int, help="side of a tile in pixels (256, GPU 512; paper: patch)")
+    add("--compile", metavar="WHEN", help="the drawing: on, off, or auto, on a CUDA GPU (auto)")
 
     add = p.add_argument_group("text to image (Stable Diffusion v1)").add_argument
     add("--prompt", action="append", metavar="TEXT", help="what to draw; several: image by image")
@@ -145,16 +144,14 @@ def infd_pictures(model: INFD, args: argparse.Namespace) -> tuple[dict, list, Ca
         how["guidance"] = args.guidance
     latent = args.latent_size or model.latent_shape[1:]
     paper = args.norm == "paper"
-    renderer = model.autoencoder.renderer
-    if wants_compile(args.compile or "auto", model.scale.mean.device):
-        renderer = compiled(renderer, strict=args.compile == "on")
+    model.compile(args.compile or "auto")
     sizes = args.res or [tuple(model.autoencoder.cfg.f * n for n in latent)]
 
     def draw(indices: list[int]) -> Iterator[tuple[int, Drawing]]:
         z = model.sample(indices, args.seed, latent_size=latent, labels=args.label,
                          prompts=args.prompt, **how)
         for i, one in zip(indices, z.split(1)):
-            yield i, replace(model.decode(one, paper, args.tile), renderer=renderer).tiles
+            yield i, model.decode(one, paper, args.tile).tiles
 
     tile = {"tile": args.tile or model.patch} if paper else {}       # else it changes no picture
     made = {**how, "norm": args.norm or "frame", **tile, "latent_size": args.latent_size, **decoder}
