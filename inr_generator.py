@@ -35,9 +35,14 @@ def variational_coord(coord: Tensor, noise: Tensor) -> Tensor:
     return coord + (0.3 * step * noise).clamp(-0.5 * step, 0.5 * step)
 
 
+def frequencies(dim: int, sigma: float, device: torch.device | str | None = None) -> Tensor:
+    """w (dim / 2,) of `positional_encoding`."""
+    return torch.linspace(0, math.log(sigma), dim // 2, device=device).exp()
+
+
 def positional_encoding(coord: Tensor, dim: int, sigma: float) -> Tensor:
     """Code of a position (..., 2) -> (..., 2 dim): cos, then sin of pi w c, w from 1 to sigma."""
-    w = torch.linspace(0, math.log(sigma), dim // 2, device=coord.device).exp()
+    w = frequencies(dim, sigma, coord.device)
     angle = (math.pi * w * coord.float()[..., None]).flatten(-2)  # (..., dim): y, x
     return torch.cat([angle.cos(), angle.sin()], dim=-1)          # (..., 2 dim)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import operator
 import os
 import re
@@ -52,7 +53,7 @@ def draw_labels(net: nn.Module, classes: Sequence[str], indices: Sequence[int], 
     if labels is None and n == 0:
         return None
     if labels is None:
-        labels = [rng(seed, "label", i).integers(n) for i in indices]
+        labels = [rng(seed, "label", math.floor(i)).integers(n) for i in indices]
     numbers = {str(i): i for i in range(n)} | {name: i for i, name in enumerate(classes)}
     given = [str(label) for label in np.asarray(labels).reshape(-1)]
     for label in set(given) - set(numbers):
@@ -64,10 +65,10 @@ def draw_labels(net: nn.Module, classes: Sequence[str], indices: Sequence[int], 
     return chosen.to(next(net.parameters()).device).expand(len(indices))
 
 
-def numbered(indices: Sequence[int]) -> list[int]:
-    """The numbers of images, or ValueError where they are none."""
+def numbered(indices: Sequence[float]) -> list[float]:
+    """The numbers of images, 2.25 for one between 2 and 3, or ValueError where they are none."""
     try:
-        numbers = [operator.index(i) for i in indices]
+        numbers = [i if isinstance(i, float) else operator.index(i) for i in indices]
     except TypeError:
         numbers = []
     if not numbers:
@@ -169,8 +170,8 @@ class INFD:
     def prompt_of(self, i: int, seed: int, prompts: Prompts) -> str:
         """What image i is drawn from: its prompt, else a training caption drawn by (seed, i)."""
         if prompts is not None:
-            return prompts[i % len(prompts)]
-        return self.captions[rng(seed, "caption", i).integers(len(self.captions))]
+            return prompts[math.floor(i) % len(prompts)]
+        return self.captions[rng(seed, "caption", math.floor(i)).integers(len(self.captions))]
 
     def guide(self, indices: Sequence[int], seed: int, prompts: Prompts, negative: str,
               guidance: float | None) -> Callable:
@@ -194,12 +195,14 @@ class INFD:
     def sample(self, indices: Sequence[int], seed: int = 0, steps: int | None = None,
                eta: float | None = None, latent_size: tuple[int, int] | None = None,
                labels: Labels = None, sampler: str = "ddim", prompts: Prompts = None,
-               negative: str = "", guidance: float | None = None) -> Tensor:
+               negative: str = "", guidance: float | None = None, bar: Callable = tqdm) -> Tensor:
         """Draw the latents z (B, C, h, w) of the images numbered `indices`, for `decode`.
 
+        An index as 2.25 lies a quarter of the way from picture 2 to 3, by the condition of 2.
         latent_size: (h, w) of a larger noise map, convolutional sampling (Section D). eta: of ddim.
         prompts: what to draw; tokenizer.remark says what of one the model does not read. negative:
         what to lead away from. guidance: 1 is the model itself, more follows the prompt closer.
+        bar: shows progress, called as tqdm.
         """
         self.check_condition(labels, prompts, guidance)
         indices = numbered(indices)
@@ -219,7 +222,7 @@ class INFD:
             walk = self.diffusion.ddim_loop(model, noise("x_T"), steps, eta, each, y)
         else:
             walk = self.diffusion.dpm_loop(model, noise("x_T"), steps, y)
-        for x_t, _ in tqdm(walk, "latents", steps, leave=False, disable=None):
+        for x_t, _ in bar(walk, "latents", steps, leave=False, disable=None):
             pass
         return self.scale.inverse(x_t)
 

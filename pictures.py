@@ -1,21 +1,24 @@
-"""Pictures in files: PNG drawn tile by tile, and sheets of many.
+"""Pictures in files: PNG drawn tile by tile, sheets, moving pictures, a page that is a picture.
 
-A PNG says in its text `parameters` how it was made. Read next: sample.py, the program.
+A PNG says in its text `parameters` how it was made. Read next: viewer.py; sample.py, the program.
 """
 from __future__ import annotations
 
+import base64
 import json
 import math
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
+from tqdm import tqdm
 
-from clif import Tiles
+from clif import Tiles, Window
 from data import to_uint8
+from inr_generator import ImageFunction, frequencies
 
 Drawing = Callable[..., Tiles]              # (res, window) -> tiles: `tiles` of a field or function
 
@@ -89,3 +92,89 @@ def write_sheet(path: Path, files: Sequence[Path]) -> None:
     rows = [pictures[at:at + columns] for at in range(0, len(pictures), columns)]
     sheet = contact_sheet(rows, max(max(pixels.shape) for pixels in pictures))
     Image.fromarray(sheet).save(path, quality=92)
+
+
+def whole(drawing: Drawing, size: tuple[int, int], window: Window | None = None) -> np.ndarray:
+    """Draw the first of some pictures: uint8 (H, W, 3)."""
+    pixels = np.empty((*size, 3), np.uint8)
+    for top, left, rgb in drawing(size, window):
+        pixels[top:top + rgb.shape[2], left:left + rgb.shape[3]] = to_uint8(rgb[0])
+    return pixels
+
+
+# ---- Moving pictures ----
+
+def dive(zoom: float, at: tuple[float, float], frames: int) -> list[Window]:
+    """Windows from the whole plane to one `zoom` times closer, in which `at` keeps its place."""
+    windows = []
+    for k in range(frames):
+        share = k / max(frames - 1, 1)
+        closer = zoom ** (share * share * (3 - 2 * share))           # begins and ends gently
+        low, high = ([c + (edge - c) / closer for c in at] for edge in (-1, 1))
+        windows.append((*low, *high))
+    return windows
+
+
+def new_file(path: Path, kinds: Sequence[str]) -> Path:
+    """Say at once if a file cannot be written: of no such kind, there already, or its folder."""
+    if path.suffix not in kinds or path.exists():
+        raise ValueError(f"{path}: name a new file, {' or '.join(kinds)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_name(path.name + ".part").touch()
+    return path
+
+
+def write_movie(path: Path, frames: Iterable[np.ndarray], count: int, info: dict) -> None:
+    """Write `count` frames (H, W, 3) as animated WebP or PNG, 30 a second, the ends held longer.
+
+    info: how it was made, in JSON; the text `parameters` of PNG, EXIF's ImageDescription of WebP.
+    """
+    part = new_file(path, (".webp", ".png")).with_name(path.name + ".part")
+    bar = tqdm(frames, "frames", count, leave=False, disable=None)
+    try:
+        first, *others = (Image.fromarray(frame) for frame in bar)
+        times = [33] * (1 + len(others))
+        times[0] = times[-1] = 700
+        if path.suffix == ".png":
+            text = PngImagePlugin.PngInfo()
+            text.add_text("parameters", json.dumps(info))
+            how = {"pnginfo": text}
+        else:
+            exif = Image.Exif()
+            exif[0x010E] = json.dumps(info)                          # ImageDescription
+            how = {"quality": 75, "method": 4, "exif": exif}
+        first.save(part, path.suffix[1:], save_all=True, append_images=others, duration=times,
+                   loop=0, **how)
+        part.rename(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+# ---- A page that is a picture ----
+
+def page(about: dict) -> bytes:
+    """viewer.html with what it is to know, which may hold words of a foreign file."""
+    text = json.dumps(about).replace("<", "\\u003c")
+    html = Path(__file__).with_name("viewer.html").read_text("utf-8")
+    return html.replace("ABOUT", text, 1).encode()
+
+
+def write_html(path: Path, function: ImageFunction, shape: tuple[int, int], info: dict) -> None:
+    """Write the first of some image functions as a page that draws it by WebGL, without a network.
+
+    Weights in half precision, outputs padded to fours as the shader reads them. shape: the plane's.
+    """
+    halves = []
+    for wb in function.weights:
+        rows = wb[0].cpu().numpy().astype("<f2")                     # (in + 1, out)
+        halves.append(np.pad(rows, ((0, 0), (0, -rows.shape[1] % 4))).tobytes())
+    w = frequencies(function.pe_dim, function.pe_sigma).tolist()
+    pairs = [(f, 0) for f in w] + [(0, f) for f in w]                # along y, along x
+    made = {"weights": base64.b64encode(b"".join(halves)).decode(), "frequencies": pairs,
+            "shapes": [tuple(wb.shape[1:]) for wb in function.weights],
+            "corners": function.corners, "info": info}
+    about = {"shape": shape, "fields": [], "classes": [], "start": {}, "usual": {}, "tile": 256,
+             "depth": 12, "pixels": 4096, "function": made}
+    part = new_file(path, (".html",)).with_name(path.name + ".part")
+    part.write_bytes(page(about))
+    part.rename(path)

@@ -14,11 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from clif import Window, check_frame
+from clif import WHOLE_PLANE, Window, check_frame
 from models import INFD, SAMPLERS, OneStep, draw_labels, export, load, photo
-from pictures import SHEET, Drawing, png_head, write_png, write_sheet
+from pictures import (SHEET, Drawing, dive, png_head, whole, write_html, write_movie, write_png,
+                      write_sheet)
 from runs import Parser, cli, pick_device
+from viewer import about, serve
 
 
 def size(text: str) -> tuple[int, int]:
@@ -58,10 +61,19 @@ def parser() -> Parser:
     add("--label", help="class, by name or number (drawn per image)")
     add("--res", type=sizes, help="512 or several, 256,512,1024; 256x512 (height x width)")
     add("--window", type=numbers, metavar="y0,x0,y1,x1", help="a part of -1,-1,1,1, at --res")
-    add("--out", metavar="FOLDER", help="(a new one under samples/); nothing is ever overwritten")
+    add("--out", metavar="PATH", help="(a new folder under samples/); nothing is ever overwritten")
     add("--sheet", metavar="FILE", help="all pictures on one sheet, too: .png or .jpg")
     add("--batch", type=int, default=4, help="images made together (4)")
     add("--device", default="auto", help="auto, cpu, cuda, mps (auto)")
+
+    add = p.add_argument_group("more than still pictures").add_argument
+    add("--view", action="store_true", help="walk through pictures in a browser on this machine")
+    add("--port", type=int, default=8000, help="of --view; 0: any that is free (8000)")
+    add("--html", metavar="FILE", help="CM: a page that is the picture, drawn by WebGL at any size")
+    add("--zoom", type=float, metavar="Z", help="dive Z times closer, into --out FILE.webp or .png")
+    add("--at", type=numbers, default=(0.0, 0.0), metavar="y,x", help="where to dive (0,0)")
+    add("--morph", type=int, metavar="N", help="walk through N pictures and back, into --out FILE")
+    add("--frames", type=int, default=90, help="of --zoom and --morph, 30 a second (90)")
 
     add = p.add_argument_group("INFD only").add_argument
     add("--sampler", choices=SAMPLERS, help="(ddim)")
@@ -87,8 +99,8 @@ def parser() -> Parser:
 
 
 # The options of other kinds of models.
-FOREIGN = {"INFD with text": ("sigmas", "func-dtype"),
-           "INFD without text": ("sigmas", "func-dtype", "negative", "merges"),
+FOREIGN = {"INFD with text": ("sigmas", "func-dtype", "html"),
+           "INFD without text": ("sigmas", "func-dtype", "html", "negative", "merges"),
            "OneStep": ("sampler", "steps", "eta", "latent-size", "decoder", "norm", "tile",
                        "compile", "prompt", "negative", "guidance", "merges")}
 
@@ -123,7 +135,8 @@ def read_prompts(args: argparse.Namespace) -> list[str] | None:
     return [*(args.prompt or []), *found]
 
 
-def infd_pictures(model: INFD, args: argparse.Namespace) -> tuple[dict, list, Callable]:
+def infd_pictures(model: INFD, args: argparse.Namespace,
+                  bar: Callable = tqdm) -> tuple[dict, list, Callable]:
     """How pictures are made, their sizes, and what makes those of some indices: (index, Drawing)."""
     decoder = {}
     if args.decoder:
@@ -149,7 +162,7 @@ def infd_pictures(model: INFD, args: argparse.Namespace) -> tuple[dict, list, Ca
 
     def draw(indices: list[int]) -> Iterator[tuple[int, Drawing]]:
         z = model.sample(indices, args.seed, latent_size=latent, labels=args.label,
-                         prompts=args.prompt, **how)
+                         prompts=args.prompt, bar=bar, **how)
         for i, one in zip(indices, z.split(1)):
             yield i, model.decode(one, paper, args.tile).tiles
 
@@ -187,7 +200,8 @@ def photo_pictures(model: INFD | OneStep, args: argparse.Namespace) -> tuple[dic
     """As `infd_pictures`: the user's own photograph, encoded and drawn by the autoencoder."""
     if not isinstance(model, INFD):
         raise ValueError("--image: a model of stage cm encodes no pictures; give one of INFD")
-    own = ("label", "prompt", "sampler", "steps", "eta", "sigmas", "func_dtype", "guidance")
+    own = ("label", "prompt", "sampler", "steps", "eta", "sigmas", "func_dtype", "guidance",
+           "html", "morph")
     given = [f"--{name.replace('_', '-')}" for name in own if getattr(args, name) is not None]
     if given or args.n != 1 or args.start:
         raise ValueError(f"{', '.join(given) or '--n, --start'}: --image draws one picture, yours, "
@@ -209,6 +223,17 @@ def photo_pictures(model: INFD | OneStep, args: argparse.Namespace) -> tuple[dic
     made = {"image": Path(args.image).name, "image_sha256": digest(Path(args.image)),
             "norm": args.norm or "frame", "latent_size": args.latent_size}
     return made, args.res or [(square, square)], draw
+
+
+def pictures_of(model: INFD | OneStep, args: argparse.Namespace,
+                bar: Callable = tqdm) -> tuple[dict, list, Callable]:
+    """As `infd_pictures`, for any model; ValueError where it is no model for the options."""
+    if args.image:
+        return photo_pictures(model, args)
+    check_kind(model, args)
+    if isinstance(model, INFD):
+        return infd_pictures(model, args, bar)
+    return onestep_pictures(model, args)
 
 
 def bundled(name: str) -> Path:
@@ -258,6 +283,63 @@ def say_stretched(size: tuple[int, int], window: Window, latent: tuple[int, int]
               f"-0.5,-1,0.5,1 for twice as wide as high", file=sys.stderr)
 
 
+def shown(model: INFD | OneStep, args: argparse.Namespace, asked: dict,
+          bar: Callable) -> tuple[dict, Drawing]:
+    """Make a picture for viewer.py, by what is `asked` in place of args; bar: as tqdm."""
+    args = argparse.Namespace(**{**vars(args), **asked})
+    if "prompt" in asked:
+        args.prompt = [asked["prompt"]] if asked["prompt"] else None
+    made, _, draw = pictures_of(model, args, bar)
+    i, drawing = next(draw([args.start]))
+    return described(model, args, origin(model) | made, i), drawing
+
+
+def moving(args: argparse.Namespace, size: tuple, draw: Callable) -> Iterator[np.ndarray]:
+    """Draw the frames of --zoom, one picture from near and far, or of --morph, there and back."""
+    if args.zoom:
+        _, drawing = next(draw([args.start]))
+        yield from (whole(drawing, size, w) for w in dive(args.zoom, args.at, args.frames))
+        return
+    there = []
+    for i in np.linspace(args.start, args.start + args.morph - 1, args.frames // 2 + 1):
+        _, drawing = next(draw([float(i)]))
+        there.append(whole(drawing, size, args.window))
+        yield there[-1]
+    yield from there[-2:0:-1]
+
+
+def write_moving(model: INFD | OneStep, args: argparse.Namespace, common: dict, size: tuple,
+                 draw: Callable) -> None:
+    """Write what --zoom or --morph asks for."""
+    if args.zoom and args.morph or not args.out:
+        raise ValueError("a moving picture is of --zoom or of --morph, and has a name: "
+                         "--out FILE.webp")
+    if not (2 <= args.frames <= 3000 and args.frames % 2 == 0 and 2 <= (args.morph or 2) <= 1000
+            and 1 < (args.zoom or 2) <= 1e4 and len(args.at) == 2 and max(map(abs, args.at)) <= 1):
+        raise ValueError("--frames is even, 2 to 3000; --morph 2 to 1000; --zoom above 1, up to "
+                         "10000; --at y,x within -1 and 1")
+    info = {**described(model, args, common, args.start), "res": size, "frames": args.frames}
+    info |= {"zoom": args.zoom, "at": args.at} if args.zoom else {"morph": args.morph}
+    if args.morph:                                                   # conditions stay
+        net = model.unet if isinstance(model, INFD) else model.f.net
+        y = draw_labels(net, model.classes, [args.start], args.seed, args.label)
+        info["label"] = args.label = None if y is None else str(int(y))
+        args.prompt = [info["prompt"]] if "prompt" in info else None
+    write_movie(Path(args.out), moving(args, size, draw), args.frames, info)
+
+
+def exhibit(model: INFD | OneStep, args: argparse.Namespace, common: dict, size: tuple,
+            draw: Callable) -> None:
+    """Serve --view, or write --html or a moving picture."""
+    if args.view:
+        serve(functools.partial(shown, model, args), about(model, args, size), args.port)
+    elif args.html:
+        function = model.functions([args.start], args.seed, args.label)
+        write_html(Path(args.html), function, size, described(model, args, common, args.start))
+    else:
+        write_moving(model, args, common, size, draw)
+
+
 def run(argv: list[str]) -> None:
     """Draw what the command line asks for."""
     args = parser().read(argv, "sizes are given by --res, scores made by metrics.py, "
@@ -279,17 +361,20 @@ def run(argv: list[str]) -> None:
         raise ValueError("--n and --batch must be at least 1")
 
     model = load(path, pick_device(args.device), args.raw, args.merges)
-    pictures = infd_pictures if isinstance(model, INFD) else onestep_pictures
-    if args.image:
-        pictures = photo_pictures
-    else:
-        check_kind(model, args)
-    made, sizes, draw = pictures(model, args)
+    more = args.view or args.html or args.zoom or args.morph
+    if more and isinstance(model, INFD) and args.eta is None and not args.image:
+        args.sampler = args.sampler or "dpm++"                       # someone waits
+    if args.view or args.zoom:
+        args.window = args.window or WHOLE_PLANE                     # or this model has no windows
+    made, sizes, draw = pictures_of(model, args)
     net = model.unet if isinstance(model, INFD) else model.f.net
     if net is not None:
         draw_labels(net, model.classes, [0], args.seed, args.label)  # names a wrong one at once
     for size in sizes:
         say_stretched(size, check_frame(size, args.window)[1], made.get("latent_size") or (1, 1))
+    common = origin(model) | made
+    if more:
+        return exhibit(model, args, common, sizes[0], draw)
     sheet = args.sheet and Path(args.sheet)
     if sheet and (sheet.exists() or sheet.suffix not in (".png", ".jpg")
                   or max(map(max, sizes)) > SHEET):
@@ -301,7 +386,7 @@ def run(argv: list[str]) -> None:
     for folder in (out, sheet.parent if sheet else out):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()                   # says what is wrong at once
-    files, heads = planned(model, args, origin(model) | made, sizes, out)
+    files, heads = planned(model, args, common, sizes, out)
 
     todo = [i for (i, _), file in files.items() if i % world == rank and not file.exists()]
     todo = list(dict.fromkeys(todo))

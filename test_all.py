@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import argparse
 import ast
+import base64
+import contextlib
 import errno
 import functools
 import hashlib
+import http.client
 import io
 import itertools
 import json
@@ -28,6 +31,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import tracemalloc
 import types
@@ -44,7 +48,7 @@ import torch
 import torch._dynamo.testing
 import torch.distributed.run
 import torch.nn.functional as F
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageSequence, PngImagePlugin
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -64,6 +68,7 @@ import stages_func
 import stages_infd
 import text
 import train
+import viewer
 from autoencoder import (AutoencoderConfig, Decoder, DiscriminatorConfig, Encoder, FieldAutoencoder,
                          PatchDiscriminator, PixelHead, VectorQuantizer, adaptive_weight,
                          first_order, hinge_loss, kl_loss, split_moments)
@@ -5890,6 +5895,259 @@ def test_a_sheet_shows_all_pictures_of_a_call(sample_runs, tmp_path, capsys):
     assert (tmp_path / "b.jpg").read_bytes() == before and len(list(tmp_path.iterdir())) == 3
 
 
+# ---- viewer ----
+
+@contextlib.contextmanager
+def viewer_at(run, *options):
+    """A server of a model of a run: (Gallery, port)."""
+    args = sample.parser().read(["--ckpt", str(run), *options], "")
+    model = models.load(run)
+    show = functools.partial(sample.shown, model, args)
+    gallery = viewer.Gallery(show, viewer.about(model, args, (64, 64)))
+    server = viewer.Server(gallery, 0)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield gallery, server.server_port
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def viewer_get(port, path, method="GET", **headers):
+    """Ask a server: (status, headers, body)."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request(method, path, headers=headers)
+    answer = connection.getresponse()
+    body = answer.read()
+    connection.close()
+    return answer.status, answer.headers, body
+
+
+@pytest.mark.parametrize("stage, query", [
+    ("ldm", "seed=3&label=day&steps=2"), ("cm", "seed=3&label=")])
+def test_viewer_tiles_are_windows_of_the_picture(sample_runs, tmp_path, stage, query):
+    sampler = [] if stage == "cm" else ["--sampler", "dpm++"]
+    with viewer_at(sample_runs / stage, *sampler) as (gallery, port):
+        assert gallery.about["fields"] == ["seed", "label", "steps"][:2 if stage == "cm" else 3]
+        status, headers, body = viewer_get(port, "/")
+        assert status == 200 and b"</html>" in body and b"http:" not in body and b"https:" not in body
+        assert "default-src 'none'" in headers["Content-Security-Policy"]
+
+        status, _, body = viewer_get(port, f"/picture?{query}")
+        *steps, name = body.decode().split("\n")[:-1]
+        assert status == 200 and steps == ([] if stage == "cm" else ["0 2", "1 2"])
+        assert viewer_get(port, f"/picture?{query}")[2].decode() == f"{name}\n"   # it is kept
+
+        model = models.load(sample_runs / stage)
+        if stage == "cm":
+            drawn, = [model.functions([0], 3)]
+        else:
+            drawn = model.decode(model.sample([0], 3, 2, labels="day", sampler="dpm++"))
+        for level, y, x in ((0, 0, 0), (2, 3, 1), (9, 100, 511), (viewer.DEPTH, 5, 7)):
+            status, headers, body = viewer_get(port, f"/tile/{name}/{level}/{y}/{x}")
+            assert status == 200 and headers["Content-Type"] == "image/png"
+            n = 2**level
+            window = (2 * y / n - 1, 2 * x / n - 1, 2 * (y + 1) / n - 1, 2 * (x + 1) / n - 1)
+            expected = to_uint8(drawn.draw(256, window)[0])
+            assert np.array_equal(np.asarray(Image.open(io.BytesIO(body))), expected)
+
+        # A saved view is, byte for byte, the file that sample.py writes.
+        status, headers, body = viewer_get(port, f"/view/{name}?window=-0.5,-0.25,0.5,0.75&res=40x48")
+        file = re.search('"(.*)"', headers["Content-Disposition"])[1]
+        label = [] if stage == "cm" else ["--label", "day", "--steps", 2]
+        assert main_sample("--ckpt", sample_runs / stage, "--seed", 3, *sampler, *label, "--res",
+                           "40x48", "--window", "-0.5,-0.25,0.5,0.75", "--out", tmp_path) == 0
+        assert status == 200 and body == (tmp_path / file).read_bytes()
+
+
+def test_viewer_keeps_few_pictures_and_one_it_forgot_is_asked_for_again(sample_runs):
+    with viewer_at(sample_runs / "cm") as (gallery, port):
+        first = viewer_get(port, "/picture?seed=0")[2].decode().strip()
+        for seed in range(1, viewer.PICTURES + 1):
+            viewer_get(port, f"/picture?seed={seed}")
+        assert len(gallery.shown) == viewer.PICTURES
+        assert viewer_get(port, f"/tile/{first}/0/0/0")[0] == 404
+        assert viewer_get(port, "/picture")[2].decode().strip() == first     # seed 0 is the usual
+        assert viewer_get(port, f"/tile/{first}/0/0/0")[0] == 200
+
+
+def viewer_hostile(name):
+    """500 requests as bytes that no page of ours makes."""
+    rng = np.random.default_rng(0)
+    lines = [f"GET {path} HTTP/1.1" for path in (
+        "/../viewer.py", "/viewer.py", "/weights/cm.pt", "//127.0.0.1/", "/?a", "/%2e%2e/", "*", "/tile",
+        f"/tile/{name}/13/0/0", f"/tile/{name}/1/2/0", f"/tile/{name}/-1/0/0", f"/tile/{name}/0/0/0?x",
+        f"/tile/{'0' * 16}/0/0/0", f"/tile/{name}/99/99999/0", "/picture?seed=-1", "/picture?seed=1e9",
+        "/picture?seed=1&seed=2", "/picture?label=noon", "/picture?steps=5", "/picture?prompt=a",
+        "/picture?x", "/picture?" + "&".join(10 * ["seed=1"]), "/picture?seed=" + 99 * "9",
+        f"/view/{name}", f"/view/{name}?window=-1,-1,1,1&res=9999x9999",
+        f"/view/{name}?window=-1,-1,1,1&res=0x5", f"/view/{name}?window=1,1,-1,-1&res=4x4",
+        f"/view/{name}?window=-1,-1,1e999,1&res=4x4", f"/view/{name}?window=1,2,3&res=4x4",
+        "/" + 9000 * "a", "/" + 70000 * "a")]
+    good = "GET / HTTP/1.1"
+    heads = [f"{line}\r\nHost: localhost" for line in lines]
+    heads += [f"{good}\r\nHost: {host}" for host in ("evil.example", "127.0.0.1.evil.example", "",
+                                                      "evil.example:8000", "[::1]", "127.0.0.2")]
+    heads += [f"{good}\r\nHost: localhost\r\nSec-Fetch-Site: cross-site", good,
+              f"{good}\r\nHost: localhost\r\nX: " + 70000 * "a",
+              f"{good}\r\nHost: localhost" + "".join(f"\r\nX{i}: a" for i in range(200))]
+    heads += [f"{method} / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3" for method in
+              ("POST", "PUT", "HEAD", "DELETE", "OPTIONS", "CONNECT", "get", "BREW")]
+    heads += ["GET / HTTP/9.9\r\nHost: localhost", "GET / HTTX", "GET", "GET / / /", "GET /",
+              "\x16\x03\x01\x02", "GET / HTTP/1.1.1"]
+    wanted = [f"{head}\r\n\r\n".encode("latin-1") for head in heads]
+    while len(wanted) < 500:
+        noise = rng.integers(0, 256, rng.integers(1, 300), dtype=np.uint8).tobytes()
+        kinds = (b"GET /" + noise.replace(b"\n", b"") + b" HTTP/1.0\r\n\r\n",
+                 b"GET /picture?" + noise.hex().encode() + b" HTTP/1.0\r\nHost: localhost\r\n\r\n",
+                 b"Z" + noise.replace(b"\n", b"") + b"\r\n\r\n")
+        wanted.append(kinds[len(wanted) % 3])
+    return wanted
+
+
+def test_viewer_refuses_500_hostile_requests_and_lives_on(sample_runs, capfd):
+    with viewer_at(sample_runs / "cm") as (_, port):
+        name = viewer_get(port, "/picture?seed=0")[2].decode().strip()
+        for request in viewer_hostile(name):
+            with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
+                client.sendall(request)
+                client.shutdown(socket.SHUT_WR)
+                answer = b"".join(iter(functools.partial(client.recv, 4096), b""))
+            assert re.match(rb"HTTP/1.0 4\d\d ", answer), (request[:200], answer[:200])
+            assert len(answer) < 1500 and b"Traceback" not in answer
+        assert viewer_get(port, f"/tile/{name}/0/0/0")[0] == 200
+    assert capfd.readouterr().err == ""
+
+
+def test_viewer_answers_so_many_at_a_time_and_survives_who_goes_away(sample_runs):
+    with viewer_at(sample_runs / "cm") as (gallery, port):
+        with gallery.model:                                          # all wait for the model
+            waiting = [socket.create_connection(("127.0.0.1", port)) for _ in range(viewer.JOBS)]
+            for client in waiting:
+                client.sendall(b"GET /picture?seed=1 HTTP/1.0\r\nHost: localhost\r\n\r\n")
+            assert viewer_get(port, "/")[0] == 429
+            for client in waiting:
+                client.close()
+        for _ in range(500):
+            if viewer_get(port, "/")[0] == 200:
+                break
+            time.sleep(0.02)
+        assert viewer_get(port, "/picture?seed=2")[0] == 200
+
+
+def test_viewer_ends_by_ctrl_c_and_says_what_is_wrong_before(sample_runs, tmp_path, capsys):
+    command = [sys.executable, "sample.py", "--ckpt", sample_runs / "cm", "--view", "--port", "0"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        port = int(re.search(r":(\d+) ", process.stdout.readline())[1])
+        assert viewer_get(port, "/picture?seed=1")[0] == 200
+        assert main_sample("--ckpt", sample_runs / "cm", "--view", "--port", port) == 2
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.read() == "closed\n" and process.wait(60) == 0
+    assert f"--port {port}" in capsys.readouterr().err
+    assert main_sample("--ckpt", sample_runs / "cm-unet", "--view") == 2
+    assert "window" in capsys.readouterr().err
+
+
+def test_viewer_works_in_a_browser(sample_runs):
+    """It samples, draws all tiles of the first view, and says no error."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser")
+    if browser is None:
+        pytest.skip("no Chromium here")
+    with viewer_at(sample_runs / "cm") as (gallery, port):
+        command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom",
+                   "--window-size=300,300", "--virtual-time-budget=20000", "--enable-logging=stderr",
+                   f"http://127.0.0.1:{port}/#seed=7"]
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        asked = gallery.read("seed=7&label=")
+        drawn = [gallery.read("seed=7")] if gallery.shown else []
+    assert "×1.0" in ran.stdout and drawn == [asked]
+    assert "Uncaught" not in ran.stderr and "Refused to" not in ran.stderr
+
+
+# ---- moving pictures, and a page that is one ----
+
+def test_a_dive_keeps_its_point_in_place_and_ends_as_close_as_asked():
+    windows = pictures.dive(64, (0.5, -0.25), 9)
+    assert windows[0] == (-1, -1, 1, 1)
+    for y0, x0, y1, x1 in windows:
+        assert -1 <= y0 and y1 <= 1 and -1 <= x0 and x1 <= 1
+        assert math.isclose((0.5 - y0) / (y1 - y0), 0.75)
+        assert math.isclose((-0.25 - x0) / (x1 - x0), 0.375)
+    assert math.isclose(windows[-1][2] - windows[-1][0], 2 / 64)
+    assert math.isclose(windows[4][2] - windows[4][0], 2 / 8)        # half-way in octaves
+
+
+@pytest.mark.parametrize("kind", ["webp", "png"])
+def test_moving_pictures(sample_runs, tmp_path, capsys, kind):
+    run, file = sample_runs / "ldm", tmp_path / "new" / f"dive.{kind}"
+    dive = ["--ckpt", run, "--steps", 2, "--zoom", 8, "--at", "0.5,0", "--frames", 4, "--res", 32]
+    assert main_sample(*dive, "--out", file) == 0
+    with Image.open(file) as movie:
+        assert movie.n_frames == 4 and movie.size == (32, 32)
+        info = movie.text["parameters"] if kind == "png" else movie.getexif()[0x010E]
+        assert json.loads(info)["zoom"] == 8 and json.loads(info)["sampler"] == "dpm++"
+        movie.seek(3)
+        last = np.asarray(movie.convert("RGB")).astype(int)
+    model = models.load(run)
+    field = model.decode(model.sample([0], 0, 2, sampler="dpm++"))
+    exact = to_uint8(field.draw(32, pictures.dive(8, (0.5, 0), 4)[-1])[0])
+    assert np.abs(last - exact).mean() <= (0 if kind == "png" else 15)   # WebP: of noise
+
+    assert main_sample(*dive, "--out", file) == 2
+    assert "name a new file" in capsys.readouterr().err
+    assert list(file.parent.iterdir()) == [file]
+    for bad in (["--frames", 3], ["--zoom", 1], ["--at", "2,0"], ["--morph", 2]):
+        assert main_sample(*dive, *bad, "--out", tmp_path / "b.png") == 2
+
+
+def test_a_walk_between_pictures_starts_and_turns_at_them(sample_runs, tmp_path):
+    run, file = sample_runs / "cm", tmp_path / "walk.png"
+    assert main_sample("--ckpt", run, "--morph", 3, "--frames", 8, "--label", 1, "--start", 5,
+                       "--res", 24, "--out", file) == 0
+    with Image.open(file) as movie:
+        assert movie.n_frames == 8
+        frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(movie)]
+    exact = models.load(run).functions([5, 6, 7], labels=1)
+    for i, frame in enumerate((0, 2, 4)):
+        assert np.array_equal(frames[frame], to_uint8(exact[i].draw(24)[0]))
+    assert all(np.array_equal(frames[i], frames[8 - i]) for i in (1, 2, 3))
+
+
+def html_colours(about, coord):
+    """What the shader of viewer.html computes, in float32, at coord (n, 2): (n, 3)."""
+    f = about["function"]
+    halves = np.frombuffer(base64.b64decode(f["weights"]), "<f2").astype(np.float32)
+    turns = (coord @ np.float32(f["frequencies"]).T / 2) % 1
+    angle = np.float32(2 * np.pi) * turns
+    h = np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
+    for rows, out in f["shapes"]:
+        wide = -(-out // 4) * 4
+        layer, halves = halves[:rows * wide].reshape(rows, wide)[:, :out], halves[rows * wide:]
+        h = (h if (rows, out) == tuple(f["shapes"][0]) else np.maximum(h, 0)) @ layer[:-1] + layer[-1]
+    assert halves.size == 0
+    return h
+
+
+def test_a_page_holds_the_image_function(tmp_path, capsys):
+    file = tmp_path / "out.html"
+    cm = ROOT / "weights/cm.pt"
+    assert main_sample("--ckpt", cm, "--html", file, "--seed", 3, "--label", "dusk") == 0
+    text = file.read_text()
+    assert 40_000 < len(text) < 200_000 and "http:" not in text and "https:" not in text
+    about = json.loads(re.search('<script type="application/json" id="about">(.*?)</script>', text)[1])
+    assert about["function"]["info"]["label"] == "dusk"
+    function = models.load(cm).functions([0], 3, "dusk")
+    exact = function.draw(96)[0].movedim(0, -1).reshape(-1, 3).numpy()
+    drawn = html_colours(about, coord_grid((96, 96)).reshape(-1, 2).numpy())
+    assert np.abs(drawn.clip(-1, 1) - exact.clip(-1, 1)).max() < 0.02     # of 2: half precision
+
+    assert main_sample("--ckpt", cm, "--html", file) == 2
+    assert "name a new file" in capsys.readouterr().err
+    assert main_sample("--html", tmp_path / "b.html") == 2               # INFD
+
+
 def test_contact_sheet_enlarges_by_nearest_neighbour():
     picture = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
     sheet = pictures.contact_sheet([[picture, picture], [picture]], 4, gap=1)
@@ -6072,7 +6330,7 @@ def test_mistakes_from_python_are_named_too(sample_runs):
                        (lambda: infd.sample(0), "indices 0: give the numbers of the images"),
                        (lambda: infd.functions([]), "indices \\[\\]: give the numbers"),
                        (lambda: cm.functions(3), "indices 3: give the numbers"),
-                       (lambda: cm.sample([0.5]), "indices \\[0.5\\]: give"),
+                       (lambda: cm.sample(["a"]), "indices \\['a'\\]: give"),
                        (lambda: infd.sample([0], labels=["day", "dusk"]), "2 labels for 1 images"),
                        (lambda: plain.sample([0], labels=["dusk"]), "label dusk: this model has no"),
                        (lambda: field.draw("64"), "resolution '64', window None: give 512"),

@@ -1,0 +1,305 @@
+"""A page in the browser to walk through pictures: a server on this machine, for this machine alone.
+
+The page (viewer.html) asks for a picture, then for tiles of it as one drags and zooms: level L cuts
+the plane into 2^L by 2^L windows, each drawn alone. Frame statistics make them fit (clif.py).
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import math
+import re
+import socket
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qsl, urlsplit
+
+from PIL import Image
+
+from clif import Tiles, check_frame
+from models import INFD, OneStep
+from pictures import Drawing, page, png_head, png_parts, whole
+from runs import Stopped, first_line
+
+TILE = 256                                  # pixels: the longer side of a tile
+DEPTH = 12                                  # levels; float32 tells pixels of level 16 apart
+PICTURES = 8                                # kept at a time: a latent and its field each
+JOBS = 16                                   # requests at a time; more are refused
+PIXELS = 4096                               # a side of a saved view
+HOSTS = ("127.0.0.1", "localhost")          # a page of another name was led here (DNS rebinding)
+
+# What a picture can be asked by, and what that may be.
+FIELDS = {"seed": r"\d{1,12}", "steps": r"[1-9]\d{0,2}", "guidance": r"\d{1,2}(\.\d{1,6})?",
+          "label": r".{1,100}", "prompt": r".{1,1000}", "negative": r".{1,1000}"}
+KINDS = {"seed": int, "steps": int, "guidance": float}
+
+Show = Callable[[dict, Callable], tuple[dict, Drawing]]    # (asked, bar) -> how it is made, picture
+
+
+def about(model: INFD | OneStep, args: argparse.Namespace, shape: tuple[int, int]) -> dict:
+    """What the page must know: see `serve`; args: of sample.py."""
+    if args.image:
+        return {"shape": shape, "fields": [], "classes": [], "usual": {}, "start": {}}
+    net = model.unet if isinstance(model, INFD) else model.f.net
+    classes = [model.classes[i] if i < len(model.classes) else str(i)
+               for i in range(net.cfg.num_classes)]
+    fields = ["seed"]
+    usual = {}
+    if classes:
+        fields += ["label"]
+    if isinstance(model, INFD):
+        fields += ["steps"]
+        usual["steps"] = model.steps_of(args.sampler or "ddim")
+        if model.text is not None:
+            fields += ["prompt", "negative", "guidance"]
+            usual["guidance"] = model.guidance
+        elif net.cfg.null_class:
+            fields += ["guidance"]
+    start = {name: getattr(args, name) for name in fields}
+    return {"shape": shape, "fields": fields, "classes": classes, "usual": usual,
+            "start": {**start, "prompt": (args.prompt or [None])[0]}}
+
+
+class Refused(Exception):
+    """An answer that is not what was asked for: (status, line)."""
+
+
+class Gallery:
+    """The pictures asked for lately, and the one model that draws, one thing at a time."""
+
+    def __init__(self, show: Show, about: dict):
+        self.show = show
+        self.about = {**about, "tile": TILE, "depth": DEPTH, "pixels": PIXELS}
+        height, width = about["shape"]
+        self.tile = tuple(max(1, round(TILE * n / max(height, width))) for n in (height, width))
+        self.model = threading.Lock()
+        self.shown: OrderedDict[str, tuple[dict, Drawing]] = OrderedDict()
+        self.closing = threading.Event()
+
+    def picture(self, query: str, tell: Callable[[int, int], None]) -> str:
+        """Make the picture that a query asks for, telling (done, steps); its id."""
+        asked = self.read(query)
+        name = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+
+        def bar(walk: Iterable, what: str, steps: int, **_) -> Iterator:
+            for done, item in enumerate(walk):
+                if self.closing.is_set():
+                    raise Refused(410, "closed")
+                tell(done, steps)
+                yield item
+
+        with self.model:
+            if name not in self.shown:
+                self.shown[name] = self.show(asked, bar)
+            self.shown.move_to_end(name)
+            while len(self.shown) > PICTURES:
+                self.shown.popitem(last=False)
+        return name
+
+    def read(self, query: str) -> dict:
+        """What a query asks for, each field of this model; empty: None. ValueError if it is bad."""
+        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query), max_num_fields=9)
+        if len(dict(pairs)) < len(pairs) or not dict(pairs).keys() <= set(self.about["fields"]):
+            raise ValueError(f"ask by {', '.join(self.about['fields'])}, each once")
+        for name, value in pairs:
+            if value and not re.fullmatch(FIELDS[name], value):
+                raise ValueError(f"{name}: cannot read {value[:60]!r}")
+        asked = {name: KINDS.get(name, str)(value) if value else None for name, value in pairs}
+        return dict.fromkeys(self.about["fields"]) | asked | {"seed": asked.get("seed") or 0}
+
+    def find(self, name: str) -> tuple[dict, Drawing]:
+        """A picture by its id."""
+        try:
+            return self.shown[name]
+        except KeyError:
+            raise Refused(404, "no such picture; ask for it first") from None
+
+    def draw_tile(self, name: str, level: int, y: int, x: int) -> bytes:
+        """A tile as PNG."""
+        n = 2**level
+        if level > DEPTH or max(y, x) >= n:
+            raise Refused(404, f"no such tile: levels 0 to {DEPTH}, rows and columns below 2^level")
+        _, drawing = self.find(name)
+        window = (2 * y / n - 1, 2 * x / n - 1, 2 * (y + 1) / n - 1, 2 * (x + 1) / n - 1)
+        with self.model:
+            pixels = whole(drawing, self.tile, window)
+        made = io.BytesIO()
+        Image.fromarray(pixels).save(made, "PNG", compress_level=1)
+        return made.getvalue()
+
+    def draw_view(self, name: str, query: str) -> tuple[str, Iterator[bytes]]:
+        """A window of a picture as the PNG that sample.py writes: a file name, and its parts."""
+        match = re.fullmatch(r"window=([-\d.e,]{7,120})&res=(\d{1,4})x(\d{1,4})", query)
+        if not match:
+            raise ValueError("ask for a view by window=y0,x0,y1,x1&res=HEIGHTxWIDTH")
+        window = tuple(float(part) for part in match[1].split(","))
+        size = (int(match[2]), int(match[3]))
+        if len(window) != 4 or not all(map(math.isfinite, window)) or max(size) > PIXELS:
+            raise ValueError(f"window: four numbers; res: up to {PIXELS} pixels a side")
+        info, drawing = self.find(name)
+        check_frame(size, window)
+        head = png_head(size, {**info, "window": window, "res": size})
+        file = f"seed{info['seed']}-{info['index']:06d}-{size[0]}x{size[1]}.png"
+        return file, png_parts(head, size[1], self.in_turn(drawing(size, window)))
+
+    def in_turn(self, tiles: Tiles) -> Tiles:
+        """Let others draw between two tiles."""
+        tiles = iter(tiles)
+        while True:
+            with self.model:
+                tile = next(tiles, None)
+            if tile is None or self.closing.is_set():
+                return
+            yield tile
+
+
+class Page(BaseHTTPRequestHandler):
+    """Answers one request: the page, a picture to be sampled, a tile, a view to be saved."""
+
+    timeout = 10                            # seconds that a client may be silent
+    default_request_version = "HTTP/1.0"    # a request without a version gets a whole answer too
+    server_version = "viewer"
+    sys_version = ""
+    patience = 16                           # pieces of a refused body
+
+    def parse_request(self) -> bool:
+        """Refuse what is no short GET of a page of this machine."""
+        if not super().parse_request():
+            return False
+        host = self.headers.get("Host", "")
+        if self.command != "GET":
+            self.send_error(405, "only GET")
+        elif len(self.path) > 8000:
+            self.send_error(414, "too long")
+        elif re.sub(r":\d+$", "", host).lower() not in HOSTS:
+            self.send_error(421, "this is 127.0.0.1, asked by another name")
+        elif self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+            self.send_error(403, "asked by another page")
+        else:
+            return True
+        return False
+
+    def do_GET(self) -> None:
+        gallery = self.server.gallery
+        address = urlsplit(self.path)
+        tile = re.fullmatch(r"/tile/([0-9a-f]{16})/(\d{1,2})/(\d{1,5})/(\d{1,5})", address.path)
+        view = re.fullmatch(r"/view/([0-9a-f]{16})", address.path)
+        self.begun = False
+        try:
+            if address.path == "/" and not address.query:
+                self.begin("text/html; charset=utf-8")
+                self.wfile.write(page(gallery.about))
+            elif address.path == "/picture":
+                name = gallery.picture(address.query, self.tell)
+                self.begin("text/plain; charset=utf-8")
+                self.wfile.write(f"{name}\n".encode())
+            elif tile and not address.query:
+                pixels = gallery.draw_tile(tile[1], *map(int, tile.groups()[1:]))
+                self.begin("image/png")
+                self.wfile.write(pixels)
+            elif view:
+                file, parts = gallery.draw_view(view[1], address.query)
+                self.begin("image/png", ("Content-Disposition", f'attachment; filename="{file}"'))
+                self.wfile.writelines(parts)
+            else:
+                raise Refused(404, "nothing here")
+        except (Refused, ValueError) as error:
+            status, line = error.args if isinstance(error, Refused) else (400, first_line(error))
+            self.wfile.write(f"{line}\n".encode()) if self.begun else self.send_error(status, line)
+
+    def tell(self, done: int, steps: int) -> None:
+        """Send how far the sampler is; a client that has gone away ends it here."""
+        self.begin("text/plain; charset=utf-8")
+        self.wfile.write(f"{done} {steps}\n".encode())
+
+    def begin(self, kind: str, *headers: tuple[str, str]) -> None:
+        """Send the head of a good answer, once."""
+        if not self.begun:
+            self.begun = True
+            self.send_response(200)
+            self.finish_head(kind, *headers)
+
+    def finish_head(self, kind: str, *headers: tuple[str, str]) -> None:
+        policy = ("default-src 'none'; img-src 'self' data: blob:; connect-src 'self'; "
+                  "script-src 'unsafe-inline'; style-src 'unsafe-inline'; form-action 'none'; "
+                  "base-uri 'none'; frame-ancestors 'none'")
+        for name, value in (("Content-Type", kind), ("Content-Security-Policy", policy),
+                            ("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store"),
+                            ("Cross-Origin-Resource-Policy", "same-origin"), *headers):
+            self.send_header(name, value)
+        self.end_headers()
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """One plain line; what http.server calls its own fault (501, 505) is the client's."""
+        self.send_response_only(400 if code >= 500 else code)
+        self.finish_head("text/plain; charset=utf-8")
+        self.wfile.write(f"{message or 'refused'}\n".encode())
+        with contextlib.suppress(OSError):           # what it still sends is read, or it hears none
+            self.connection.shutdown(socket.SHUT_WR)
+            self.connection.settimeout(0.2)
+            while self.connection.recv(2**16) and self.patience:
+                self.patience -= 1
+
+    def log_message(self, *_) -> None:
+        """Say nothing of every tile."""
+
+
+class Server(ThreadingHTTPServer):
+    """A thread for each request, JOBS of them; at 127.0.0.1 alone."""
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, gallery: Gallery, port: int):
+        self.gallery = gallery
+        self.free = threading.BoundedSemaphore(JOBS)
+        super().__init__(("127.0.0.1", port), Page)
+
+    def process_request(self, request: socket.socket, client_address: tuple) -> None:
+        if self.free.acquire(blocking=False):
+            return super().process_request(request, client_address)
+        with contextlib.suppress(OSError):
+            request.sendall(b"HTTP/1.0 429 Too Many Requests\r\n\r\ntoo many at a time\n")
+        self.shutdown_request(request)
+
+    def process_request_thread(self, request: socket.socket, client_address: tuple) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.free.release()
+
+    def handle_error(self, request: socket.socket, client_address: tuple) -> None:
+        """Go on; that a client has gone away is no error."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            print(f"error in an answer: {type(error).__name__}: {first_line(error)}",
+                  file=sys.stderr)
+
+
+def serve(show: Show, about: dict, port: int) -> None:
+    """Serve the page until Ctrl-C.
+
+    show(asked, bar): the picture that a dict of FIELDS asks for, bar as tqdm: how it is made, and
+    what draws it. about: "shape" (height, width) of the plane, "fields" of the model, "classes",
+    and of the fields "start" (the values to begin with) and "usual" (shown where one is empty).
+    """
+    gallery = Gallery(show, about)
+    try:
+        server = Server(gallery, port)
+    except OSError as error:
+        raise ValueError(f"--port {port}: {error.strerror}; choose another") from error
+    print(f"http://127.0.0.1:{server.server_port}   (Ctrl-C ends it)", flush=True)
+    try:
+        server.serve_forever()
+    except Stopped:
+        print("closed")
+    finally:
+        gallery.closing.set()
+        server.server_close()
+        gallery.model.acquire(timeout=10)                            # nobody draws at the exit
