@@ -24,6 +24,7 @@ import os
 import pickle
 import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -9171,7 +9172,11 @@ def test_readme_map_names_what_there_is():
         assert symbol in defined, f"{module}.py does not define {symbol}"
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/results.md", "weights/README.md"])
+PAGES = ["README.md", *(f"docs/{p.name}" for p in sorted(ROOT.glob("docs/*.md"))),
+         "weights/README.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_readme_links_lead_somewhere(page):
     text = (ROOT / page).read_text()
     for target in re.findall(r"\]\((?!http)([^)#]+)", text):
@@ -9180,20 +9185,19 @@ def test_readme_links_lead_somewhere(page):
 
 def readme_command(line):
     """Parse one command of a page by the program's own parser; True where it is one of ours."""
-    script, *words = line.split()
+    script, *words = shlex.split(line)
     if script == "train.py":
         parsed = train.parser().parse_intermixed_args(words)
         here = [word for word in parsed.options if not word.endswith(".safetensors")]
         train.configure(parsed.stage, parsed.preset, parsed.data, here)
     elif script == "sample.py":
-        joined = " ".join(words).replace("--window ", "--window=").split()
-        sample.parser().parse_args(joined)
+        sample.parser().read(words)
     elif script == "experiments.py":
         experiments.parser().parse_intermixed_args(words)
     return script in ("train.py", "sample.py", "experiments.py")
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/results.md", "weights/README.md"])
+@pytest.mark.parametrize("page", PAGES)
 def test_readme_commands_parse(page):
     text = (ROOT / page).read_text()
     blocks = "\n".join(re.findall(r"^```\n(.*?)^```", text, re.M | re.S))
@@ -9201,7 +9205,7 @@ def test_readme_commands_parse(page):
     commands += re.findall(r"`python ((?:train|sample|experiments)\.py [^`]*)`", text)
     commands += re.findall(r"^torchrun --nproc-per-node \d (.*)$", blocks, re.M)
     known = [readme_command(line) for line in commands if "--help" not in line]
-    assert sum(known) >= (2 if page != "README.md" else 10)
+    assert sum(known) >= {"README.md": 10, "docs/training.md": 1}.get(page, 2)
 
 
 def test_torchrun_hands_on_what_the_readme_gives_it():
@@ -9215,13 +9219,47 @@ def test_torchrun_hands_on_what_the_readme_gives_it():
     assert sample.parser().parse_args(["-n", "3"]).n == sample.parser().parse_args(["--n", "3"]).n
 
 
-def test_readme_python_runs_as_it_stands(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    code, = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+def test_readme_python_runs_as_it_stands(monkeypatch, tmp_path, capsys):
+    """Five examples of at most 20 lines, each block a program of its own."""
+    monkeypatch.chdir(tmp_path)
+    Path("weights").symlink_to(ROOT / "weights")
+    shutil.copy(ROOT / "assets/top.jpg", "photo.jpg")
+    drawing, training = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+    examples = re.split(r"^# (?=\d\.)", f"{drawing}\n{training}", flags=re.M)[1:]
+    assert [text[0] for text in examples] == list("12345")
+    assert all(len(text.strip().splitlines()) <= 20 for text in examples)
+
     names = {}
-    exec(code, names)
-    assert names["z"].shape == (2, *names["infd"].latent_shape)
-    assert names["whole"].shape == (2, 3, 128, 128) and names["zoom"].shape == (2, 3, 96, 192)
-    assert names["small"].shape == (4, 3, 64, 64) and names["wide"].shape == (4, 3, 64, 128)
-    # The zoom is the same function as the whole: averaged over 2 x 2 cells they agree.
-    assert names["large"].shape == (4, 3, 256, 256) and names["whole"].std() > 0.1
+    exec(drawing, names)
+    assert names["small"].shape == (2, 3, 64, 64) and names["wide"].shape == (2, 3, 96, 192)
+    assert names["z"].shape == (1, *names["infd"].latent_shape)
+    with Image.open("zoom.gif") as film:
+        assert film.n_frames == 20 and film.size == (96, 96)
+    deep = names["field"].draw(48, (-0.125, -0.125, 0.125, 0.125))       # a slice of the whole
+    torch.testing.assert_close(deep, names["field"].draw(384)[..., 168:216, 168:216], atol=1e-4,
+                               rtol=0)
+    with Image.open("photo.jpg") as image:
+        square = models.photo(image).draw(512)
+    assert metrics.psnr(names["photo"].clamp(-1, 1), data.to_tensor(square)[None]).item() > 20
+
+    names = {}
+    exec(training, names)
+    assert [len(main_log(f"runs/mine/{name}")) for name in ("ae", "sharper", "cm")] == [1, 1, 1]
+    assert "own" in main_log("runs/mine/sharper")[0] and "l1" in main_log("runs/mine/ae")[0]
+    assert "100 pictures of Pictures" in capsys.readouterr().out
+
+
+def test_training_page_explains_every_column_of_a_log(main_runs, stage_runs):
+    page = (ROOT / "docs/training.md").read_text()
+    explained = set(re.findall(r"`(\w+)`", page.split("| column |")[1].split("## Names")[0]))
+    seen = {"own", "lpips", "gan", "gan_weight", "disc", "logits_real", "logits_fake", "skipped"}
+    for run in (main_runs / "ae", main_runs / "ldm", stage_runs / "pretrain", stage_runs / "cm"):
+        for line in (run / "log.jsonl").read_text().splitlines():
+            seen |= json.loads(line).keys()
+    for schedule in (Schedule(), ICT(), ECT()):
+        seen |= schedule.log(0, 10).keys()
+    assert seen - {"step"} <= explained
+
+
+def test_readme_is_a_landing_page():
+    assert len(README.splitlines()) <= 220
