@@ -32,8 +32,9 @@ from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
 from clif import coord_grid
+from commandline import Parser
 from landscapes import Box, Landscapes, Scene
-from runs import Parser, Stopped, cli, first_line, rng, torch_noise
+from runs import Stopped, cli, first_line, rng, torch_noise
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp")
 NOT_READ = (".avif", ".bmp", ".exr", ".gif", ".heic", ".jp2", ".jxl", ".ppm", ".tif", ".tiff")

@@ -26,11 +26,11 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
+from commandline import Parser
 from metrics import Protocol, frechet_distance, load_features, statistics
 from models import INFD, OneStep, load
 from pictures import contact_sheet
-from runs import (Meter, Parser, cli, convert, parse_options, pick_device, read_log, set_tf32,
-                  unflatten)
+from runs import (Meter, cli, convert, parse_options, pick_device, read_log, set_tf32, unflatten)
 from sample import bundled
 from train import STAGES, configure, train
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import runs
+from commandline import Parser
 from data import (PIXELS, Files, Photo, Photos, Prepared, fingerprint, import_torchvision, reading,
                   shown, to_uint8)
 
@@ -608,10 +609,10 @@ def no_reference(name: str, samples: ImageSet, protocol: Protocol = Protocol(), 
 # ---- command line ----
 
 
-def parser() -> runs.Parser:
+def parser() -> Parser:
     """Describe the command line."""
-    p = runs.Parser(description="Score SAMPLES against REFERENCE: folders, zips, prepared sets, "
-                                ".npz batches.")
+    p = Parser(description="Score SAMPLES against REFERENCE: folders, zips, prepared sets, .npz "
+                           "batches.")
     add = p.add_argument
     add("metric", help=f"fid, sfid, kid, is, pr in one pass (fid,kid), fd (= fid --features "
                        f"squeeze), pfid; psnr, lpips; {', '.join(IQA)}")

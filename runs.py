@@ -6,7 +6,6 @@ Read next: train.py, whose `fit` is the loop.
 """
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import difflib
@@ -159,7 +158,7 @@ def _stop(number: int, frame: object) -> None:
     raise Stopped(128 + number)
 
 
-def cli(run: Callable[[argparse.Namespace], int | None], args: argparse.Namespace,
+def cli(run: Callable[[list[str]], int | None], argv: list[str],
         stopped: str = "stopped", memory: str = "take a smaller batch or size") -> int:
     """Run a program; what ends it becomes one line and an exit code. Every `main` calls this.
 
@@ -171,7 +170,7 @@ def cli(run: Callable[[argparse.Namespace], int | None], args: argparse.Namespac
             stream.reconfigure(errors="backslashreplace")
     try:
         with on_signals(_stop):                              # `RunFolder` sets a flag instead
-            code = run(args) or 0
+            code = run(argv) or 0
             sys.stdout.flush()
             return code
     except Stopped as stop:
@@ -268,29 +267,6 @@ def convert(name: str, kind: type, text: str):
     except (KeyError, ValueError, OverflowError):
         expected = getattr(kind, "__name__", "integers like 1,2,4")
         raise ValueError(f"option {name}={text}: expected {expected}") from None
-
-
-class Parser(argparse.ArgumentParser):
-    """The command line of a program; a ValueError says what is wrong with it, and what is meant."""
-
-    def __init__(self, **own):
-        super().__init__(allow_abbrev=False, **own)
-
-    def error(self, message: str) -> None:
-        raise ValueError(message)
-
-    def read(self, argv: list[str], elsewhere: str = "") -> argparse.Namespace:
-        """Read options and words in any order. elsewhere: what to say of an option unlike all."""
-        args, unknown = self.parse_known_intermixed_args(argv)
-        if not unknown:
-            return args
-        flags = [flag[2:] for action in self._actions for flag in action.option_strings]
-        name, _, value = unknown[0].lstrip("-").partition("=")
-        if name in flags and value:
-            raise ValueError(f"{unknown[0]}: write --{name} {value}")
-        like = ", ".join(f"--{flag}" for flag in difflib.get_close_matches(name, flags))
-        raise ValueError(f"there is no option {unknown[0]}; "
-                         f"{f'did you mean {like}?' if like else elsewhere or '--help lists them'}")
 
 
 def parse_options(cls: type, texts: list[str], what: str) -> dict[str, object]:

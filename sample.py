@@ -17,10 +17,11 @@ import torch
 from tqdm import tqdm
 
 from clif import WHOLE_PLANE, Window, check_frame
+from commandline import Parser
 from models import INFD, SAMPLERS, OneStep, draw_labels, export, load, photo
 from pictures import (SHEET, Drawing, dive, png_head, whole, write_html, write_movie, write_png,
                       write_sheet)
-from runs import Parser, cli, pick_device
+from runs import cli, pick_device
 from viewer import about, serve
 
 
@@ -59,14 +60,15 @@ def parser() -> Parser:
     add("--seed", type=int, default=0, help="a picture depends on seed and number alone (0)")
     add("--image", metavar="FILE", help="draw this picture of yours, by an autoencoder, at any size")
     add("--label", help="class, by name or number (drawn per image)")
-    add("--res", type=sizes, help="512 or several, 256,512,1024; 256x512 (height x width)")
+    add("--res", type=sizes, metavar="SIZES",
+        help="512, or 256,512; 256x512 (height x width) stretches: see --latent-size, --window")
     add("--window", type=numbers, metavar="y0,x0,y1,x1", help="a part of -1,-1,1,1, at --res")
     add("--out", metavar="PATH", help="(a new folder under samples/); nothing is ever overwritten")
     add("--sheet", metavar="FILE", help="all pictures on one sheet, too: .png or .jpg")
     add("--batch", type=int, default=4, help="images made together (4)")
     add("--device", default="auto", help="auto, cpu, cuda, mps (auto)")
 
-    add = p.add_argument_group("more than still pictures").add_argument
+    add = p.later("view", "more than still pictures").add_argument
     add("--view", action="store_true", help="walk through pictures in a browser on this machine")
     add("--port", type=int, default=8000, help="of --view; 0: any that is free (8000)")
     add("--html", metavar="FILE", help="CM: a page that is the picture, drawn by WebGL at any size")
@@ -75,7 +77,7 @@ def parser() -> Parser:
     add("--morph", type=int, metavar="N", help="walk through N pictures and back, into --out FILE")
     add("--frames", type=int, default=90, help="of --zoom and --morph, 30 a second (90)")
 
-    add = p.add_argument_group("INFD only").add_argument
+    add = p.later("infd", "INFD").add_argument
     add("--sampler", choices=SAMPLERS, help="(ddim)")
     add("--steps", type=int, help="of the sampler (200 of ddim, 20 of dpm++; text: 50 of ddim)")
     add("--eta", type=float, help="noise that ddim adds: 0 none, 1 as published (1; text: 0)")
@@ -85,14 +87,14 @@ def parser() -> Parser:
     add("--tile", type=int, help="side of a tile in pixels (256, GPU 512; paper: patch)")
     add("--compile", metavar="WHEN", help="the drawing: on, off, or auto, on a CUDA GPU (auto)")
 
-    add = p.add_argument_group("text to image (Stable Diffusion v1)").add_argument
+    add = p.later("text", "text to image").add_argument
     add("--prompt", action="append", metavar="TEXT", help="what to draw; several: image by image")
     add("--prompts", metavar="FILE", help="prompts, one a line")
     add("--negative", metavar="TEXT", help="what to lead away from (the empty text)")
     add("--guidance", type=float, metavar="W", help="1: none; more follows the prompt closer (7.5)")
     add("--merges", metavar="FILE", help="CLIP's tokenizer, if not beside the checkpoint")
 
-    add = p.add_argument_group("CM only").add_argument
+    add = p.later("cm", "CM-Func").add_argument
     add("--func-dtype", choices=["float32", "bfloat16"], help="of the function's later layers")
     add("--sigmas", type=numbers, help="noise of further steps, as 0.821 (iCT, ECT), 4 (LSUN)")
     return p

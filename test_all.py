@@ -9095,6 +9095,27 @@ def test_plot_says_what_it_needs(tmp_path, capsys):
         assert said in main_error(capsys)
 
 
+@pytest.mark.parametrize("program", [train, sample, data, metrics, experiments])
+def test_help_of_every_program_fits_a_screen_and_names_every_option(capsys, program):
+    def shown(*args):
+        capsys.readouterr()
+        with contextlib.suppress(SystemExit):
+            assert program.main(["--help", *args]) == 0
+        return capsys.readouterr().out
+
+    brief = shown()
+    assert len(brief.splitlines()) <= 40 and max(map(len, brief.splitlines())) <= 100
+    if program is not sample:
+        return
+    parser = sample.parser()
+    flags = [action.option_strings[-1] for action in parser._actions]
+    assert set(flags) <= set(re.findall(r"--[a-z-]+", brief))
+    assert all(re.search(rf"^  .*{flag} ", shown("all"), re.MULTILINE) for flag in flags)
+    assert "--sigmas SIGMAS" in shown("cm") and "--res" not in shown("cm")
+    assert sample.main(["--help", "gan"]) == 2
+    assert main_error(capsys) == "error: --help gan: there are all, view, infd, text, cm"
+
+
 @pytest.mark.parametrize("program, args, said", [
     (sample, ["--n"], "argument -n/--n: expected one argument"),
     (metrics, ["fid", "a", "b", "--sise", "3"], "no option --sise; did you mean --size"),
@@ -9232,7 +9253,6 @@ def test_readme_python_runs_as_it_stands(monkeypatch, tmp_path, capsys):
     names = {}
     exec(drawing, names)
     assert names["small"].shape == (2, 3, 64, 64) and names["wide"].shape == (2, 3, 96, 192)
-    assert names["z"].shape == (1, *names["infd"].latent_shape)
     with Image.open("zoom.gif") as film:
         assert film.n_frames == 20 and film.size == (96, 96)
     deep = names["field"].draw(24, (-0.125, -0.125, 0.125, 0.125))       # a slice of the whole

@@ -25,8 +25,9 @@ from pathlib import Path
 import torch
 
 import data
+from commandline import Parser
 from data import Source
-from runs import (Parser, RunFolder, Stopped, barrier, cli, flatten, nearest, option_types, parse_options,
+from runs import (RunFolder, Stopped, barrier, cli, flatten, nearest, option_types, parse_options,
                   pick_device, print_once, process_group, ranks, rng, set_tf32, unflatten)
 from stages import Run, Stage, descend, ema_update
 from stages_func import CMRun, CMStage, PretrainRun, PretrainStage
@@ -349,9 +350,9 @@ def check_data(name: str) -> int:
     return 2 if bad else 0
 
 
-def run(argv: argparse.Namespace) -> int:
+def run(argv: list[str]) -> int:
     """Do what the command line says; returns the exit code."""
-    args, unknown = parser().parse_known_intermixed_args(argv.texts)
+    args, unknown = parser().parse_known_intermixed_args(argv)
     if args.help is not None:
         print(option_help(args.help) if args.help else parser().format_help())
         return 0
@@ -387,8 +388,7 @@ def next_command(args: argparse.Namespace, out: Path) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """The exit code: see `runs.cli`."""
-    texts = list(sys.argv[1:] if argv is None else argv)
-    return cli(run, argparse.Namespace(texts=texts), "stopped; the same command continues",
+    return cli(run, sys.argv[1:] if argv is None else argv, "stopped; the same command continues",
                "give accum=2 (or more), or a smaller batch, size or network")
 
 
