@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -469,14 +469,18 @@ class GaussianDiffusion:
     @torch.no_grad()
     def ddim_loop(self, model: Callable, x_T: Tensor, steps: int = 200, eta: float = 1.0,
                   noise: Callable[[int], Tensor] | None = None, y: Tensor | None = None,
-                  clip: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+                  clip: bool = False,
+                  first: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Sample by DDIM, yielding (x_t, predicted x_0) after each of `steps` steps.
 
         x_T (B, C, h, w) is standard normal; noise(i), of step i, is called where some is added.
+        first: the timestep to start from, for which x_T is then; those above it are left out.
         """
         if not 0 <= eta <= 1:
             raise ValueError(f"eta is {eta}; it must be in [0, 1]")
-        timesteps = self.ddim_timesteps(steps)[::-1]
+        visited = self.ddim_timesteps(steps)
+        first = visited[-1] if first is None else first
+        timesteps = [first, *(t for t in reversed(visited) if t < first)]
         x_t = x_T
         end = self.cfg.ddim_start - 1
         for i, (t, t_prev) in enumerate(zip(timesteps, timesteps[1:] + [end])):
@@ -491,24 +495,46 @@ class GaussianDiffusion:
             pass
         return x_t
 
+    def timestep_of(self, sigma: float) -> int:
+        """The last timestep with at most sigma times as much noise as signal."""
+        return int((self.log_rho >= -math.log(sigma)).sum()) - 1
+
+    @torch.no_grad()
+    def settle(self, model: Callable, noises: Sequence[Tensor], t: int,
+               y: Tensor | None = None) -> Tensor:
+        """Make what a walk without fresh noise can start from at timestep t: x_t, like the noises.
+
+        INFD's schedule ends at 197 times as much noise as signal. There, dividing by alpha makes
+        an error of eps an x_0 that is off by 4 standard deviations of the latents, and such a walk
+        keeps those colours whatever class it is told. At less noise x_0 is right, but noise alone
+        lacks what of x_0 shines through: so predict it from a first noise, put it into the next.
+        """
+        alpha, sigma = self._alpha_sigma(t)
+        x_0 = torch.zeros_like(noises[0])
+        for noise in noises[:-1]:
+            x_t = alpha * x_0 + sigma * noise
+            x_0 = (x_t - sigma * self._eps(model, x_t, t, y)) / alpha
+        return alpha * x_0 + sigma * noises[-1]
+
     # Without noise x_t follows the probability flow (Song et al. 2021) from x_T to the sample. With
     # alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar) and rho = alpha / sigma it reads
     #     d(x / sigma) / d rho = x_0(x, rho),
     # and Euler's method on it is DDIM with eta 0, `flow_step`. DPM-Solver++ puts a better estimate
     # of x_0 into the same `flow_step`, but for the last: rho is infinite at clean data.
 
-    def solver_timesteps(self, steps: int) -> list[int]:
-        """The `steps` timesteps DPM-Solver++ visits, ascending from 0 to the last.
+    def solver_timesteps(self, steps: int, first: int | None = None) -> list[int]:
+        """The `steps` timesteps DPM-Solver++ visits, ascending from 0 to `first`, or the last.
 
         Evenly spaced in log rho, rounded; where that repeats one, near 0, the later ones make way.
         """
-        if not 1 <= steps <= self.cfg.steps:
-            raise ValueError(f"{steps} sampling steps; choose 1 to {self.cfg.steps}")
-        ends = self.log_rho[[-1, 0]].tolist()
+        first = self.cfg.steps - 1 if first is None else first
+        if not 1 <= steps <= first + 1:
+            raise ValueError(f"{steps} sampling steps; choose 1 to {first + 1}")
+        ends = self.log_rho[[first, 0]].tolist()
         wanted = torch.linspace(*ends, steps, dtype=torch.float64)                   # (steps,)
         nearest = (self.log_rho[:, None] - wanted).abs().argmin(dim=0).flip(0)       # ascending
         i = torch.arange(steps)
-        distinct = (nearest - i).cummax(dim=0).values.clamp(max=self.cfg.steps - steps) + i
+        distinct = (nearest - i).cummax(dim=0).values.clamp(max=first + 1 - steps) + i
         return distinct.tolist()
 
     def flow_step(self, x_t: Tensor, x_0: Tensor, t: int, t_prev: int) -> Tensor:
@@ -518,14 +544,14 @@ class GaussianDiffusion:
         return sigma_prev / sigma * x_t + (alpha_prev - alpha * sigma_prev / sigma) * x_0
 
     @torch.no_grad()
-    def dpm_loop(self, model: Callable, x_T: Tensor, steps: int = 20,
-                 y: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Sample by DPM-Solver++(2M) of Lu et al. 2022; yields as `ddim_loop` with eta 0.
+    def dpm_loop(self, model: Callable, x_T: Tensor, steps: int = 20, y: Tensor | None = None,
+                 first: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Sample by DPM-Solver++(2M) of Lu et al. 2022; yields and starts as `ddim_loop`, eta 0.
 
         One model call per step: x_0 in the middle of the step, on the scale of log rho, is
         extrapolated from this prediction and the last.
         """
-        timesteps = self.solver_timesteps(steps)[::-1]
+        timesteps = self.solver_timesteps(steps, first)[::-1]
         x_t = x_T
         x_0_last = None
         h_last = None

@@ -122,6 +122,8 @@ AS_PUBLISHED = {"ddim_steps": 50, "eta": 0.0, "guidance": 7.5}       # of Stable
 GUIDANCE = 2.0                              # of text, for models trained here (docs/results.md)
 # Steps: of ddim as published; of dpm++ as many as come within 40 dB of ddim's (docs/results.md).
 SAMPLERS = {"ddim": 200, "dpm++": 20}
+START = 10.0                                # noise to signal where a walk with eta < 1 starts: if
+                                            # the schedule ends above twice that; see `settle`
 
 
 @dataclass
@@ -217,11 +219,18 @@ class INFD:
             made = [torch_noise(shape, seed, *key, i) for i in indices]
             return torch.stack(made).to(self.scale.mean.device)      # (B, C, h, w)
 
+        x_T = noise("x_T")
+        first = None
+        ends = math.exp(-self.diffusion.log_rho[-1])                 # noise to signal; INFD 197
+        if (sampler == "dpm++" or eta < 1) and ends > 2 * START:
+            first = self.diffusion.timestep_of(START)
+            noises = [noise("settle", 0), noise("settle", 1), x_T]
+            x_T = self.diffusion.settle(model, noises, first, y)
         if sampler == "ddim":
             each = functools.partial(noise, "ddim")
-            walk = self.diffusion.ddim_loop(model, noise("x_T"), steps, eta, each, y)
+            walk = self.diffusion.ddim_loop(model, x_T, steps, eta, each, y, first=first)
         else:
-            walk = self.diffusion.dpm_loop(model, noise("x_T"), steps, y)
+            walk = self.diffusion.dpm_loop(model, x_T, steps, y, first)
         for x_t, _ in bar(walk, "latents", steps, leave=False, disable=None):
             pass
         return self.scale.inverse(x_t)

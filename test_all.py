@@ -1069,6 +1069,36 @@ def test_ldm_solver_timesteps_are_distinct_and_even_in_the_log_of_the_noise():
             LDM_DIFFUSION.solver_timesteps(steps)
 
 
+def test_ldm_walks_start_where_they_are_told():
+    ratio = torch.exp(-LDM_DIFFUSION.log_rho)                    # 0.04 to 197
+    first = LDM_DIFFUSION.timestep_of(10.0)
+    assert ratio[first] <= 10 < ratio[first + 1] and LDM_DIFFUSION.timestep_of(198.0) == 999
+    for steps, visited in ((5, [800, 600, 400, 200, 0]), (200, list(range(0, 1000, 5))[::-1])):
+        calls = []
+        list(LDM_DIFFUSION.ddim_loop(ldm_recording(calls), torch.ones(1, 1, 2, 2), steps, eta=0.0,
+                                     first=first))
+        assert [t for (t,), _ in calls] == [first, *(t for t in visited if t < first)]
+    times = LDM_DIFFUSION.solver_timesteps(20, first)
+    assert len(set(times)) == 20 and (times[0], times[-1]) == (0, first)
+    with pytest.raises(ValueError, match=f"1 to {first + 1}"):
+        LDM_DIFFUSION.solver_timesteps(1000, first)
+
+
+def test_ldm_what_settles_has_the_moments_of_a_true_x_t():
+    """Of Gaussian data, whose x_0 is predicted exactly: noise alone lacks the mean and some of the
+    variance, a settled x_t has all but the square (here 1 %) of what x_0's prior keeps back."""
+    mean, std, t = 0.8, 0.35, 300
+    eps, _ = ldm_gaussian_flow(LDM_DIFFUSION, mean, std)
+    alpha, sigma = LDM_DIFFUSION._alpha_sigma(t)
+    noises = [ldm_randn(1, 1, 100, 100, dtype=torch.float64) for _ in range(1)] * 3
+    noises = [n.roll(i, 2) for i, n in enumerate(noises)]        # as good as independent
+    x_t = LDM_DIFFUSION.settle(eps, noises, t)
+    kept = 1 / (1 + (sigma / alpha / std) ** 2)                  # weight of x_t in the answer
+    lacks = alpha * mean * kept**2
+    assert (x_t - sigma * noises[2]).mean().item() == pytest.approx(alpha * mean - lacks, abs=0.01)
+    assert torch.equal(LDM_DIFFUSION.settle(eps, noises[:1], t), sigma * noises[0])
+
+
 def test_ldm_betas_grow_as_the_number_of_steps_shrinks():
     betas = GaussianDiffusion(DiffusionConfig(steps=250)).betas
     expected = 4 * torch.linspace(0.0015, 0.0195, 250, dtype=torch.float64)
@@ -6453,6 +6483,44 @@ def test_bundled_weights_make_pictures_of_the_data(name):
     config = runs.read_checkpoint(sample.bundled(name))["config"]
     texts = [value for value in config.values() if isinstance(value, str)]
     assert not [text for text in texts if text.startswith(("/", "~"))]
+
+
+def bundled_agreement(n, **options):
+    """How many of n pictures have a mean colour of the class asked for, as all of 128 true scenes:
+    of the nearest class, by the spread of colours within classes."""
+    held_out = data.open_data("synthetic", "val")
+    asked = torch.arange(128) % 4
+    assert [held_out.label(i) for i in range(128)] == asked.tolist()
+    truth = torch.stack([data.to_tensor(held_out[i].draw(32)) for i in range(128)])
+    truth = truth.mean(dim=(2, 3))                               # (128, 3)
+    centres = torch.stack([truth[asked == c].mean(dim=0) for c in range(4)])
+    spread = torch.linalg.cholesky(torch.cov((truth - centres[asked]).T))
+
+    def nearest(colour):
+        apart = torch.linalg.solve_triangular(spread, (colour[:, None] - centres).mT, upper=False)
+        return apart.norm(dim=1).argmin(dim=1)
+
+    assert (nearest(truth) == asked).all()
+    model = models.load(sample.bundled("infd"))
+    found = 0
+    for start in range(0, n, 16):
+        z = model.sample(range(start, start + 16), labels=[0, 1, 2, 3] * 4, **options)
+        drawn = model.decode(z, paper=True).draw(32).clamp(-1, 1).mean(dim=(2, 3))
+        found += (nearest(drawn) == asked[:16]).sum().item()
+    return found
+
+
+@pytest.mark.parametrize("options", [dict(sampler="dpm++", steps=8), dict(eta=0.0, steps=10)])
+def test_a_bundled_picture_is_of_the_class_asked_for(options):
+    """Of 32 all; of 5 in 6 where a walk without fresh noise starts at the end of the schedule."""
+    assert bundled_agreement(32, **options) == 32
+
+
+@slow
+@pytest.mark.parametrize("options", [dict(sampler="dpm++"), dict(eta=0.0), dict(eta=1.0),
+                                     dict(eta=0.0, steps=50)])
+def test_bundled_pictures_are_of_the_class_asked_for(options):
+    assert bundled_agreement(208, **options) >= 0.99 * 208
 
 
 def test_the_bundled_autoencoder_reconstructs_held_out_scenes():
