@@ -3,19 +3,24 @@
     python experiments.py demo                             both systems, 20 minutes on 2 cores
     python experiments.py compare NAME [steps=N seeds=N]   what the papers compare: COMPARISONS
     python experiments.py bench STAGE [key=value ...]      a training step; bench sample [RUN ...]
+    python experiments.py bench all [--quick]              every stage; bench curves: losses
     python experiments.py plot RUN [RUN ...]               the curves of a run's log: RUN/plot.png
 """
 from __future__ import annotations
 
+import argparse
 import functools
 import itertools
 import json
 import math
 import operator
+import os
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -26,12 +31,15 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
+from autoencoder import FieldAutoencoder
 from commandline import Parser
 from metrics import Protocol, frechet_distance, load_features, statistics
 from models import INFD, OneStep, load
 from pictures import contact_sheet
-from runs import (Meter, cli, convert, parse_options, pick_device, read_log, set_tf32, unflatten)
+from runs import (Meter, cli, convert, flatten, option_types, parse_options, pick_device,
+                  read_log, set_tf32, unflatten, write_checkpoint)
 from sample import bundled
+from stages import Stage, ema_update
 from train import STAGES, configure, train
 
 # The function generator learns as the bundled one did (weights/README.md): to reconstruct, to
@@ -213,30 +221,80 @@ def cost(call: Callable, images: int, n: int, device: torch.device) -> dict[str,
     a = torch.eye(1536) if device.type == "cpu" else torch.eye(8192).bfloat16().to(device)
     product = seconds(lambda: a @ a, 5)
     rate = counter.get_total_flops() / each
-    return {"ms": 1000 * each, "images_per_s": images / each, "gflop": rate * each / 1e9,
-            "tflop_per_s": rate / 1e12, "of_ceiling": rate * product / (2 * len(a)**3),
-            "peak_gb": peak / 1e9, "compile_s": max(0, first - each)}
+    row = {"ms": 1000 * each, "images_per_s": images / each, "gflop": rate * each / 1e9,
+           "tflop_per_s": rate / 1e12, "of_ceiling": rate * product / (2 * len(a)**3),
+           "peak_gb": peak / 1e9, "compile_s": max(0, first - each)}
+    return row | (gpu_use(call, each) if device.type == "cuda" else {})
 
 
-def bench_samples(files: Sequence[str], n: int, device: torch.device) -> dict[str, dict]:
-    """What a picture costs at 1, 4 and 16 times its model's size; default: the bundled models."""
-    rows = {}
+def gpu_use(call: Callable, each: float, n: int = 3) -> dict[str, float]:
+    """What the profiler sees of a call of so many seconds: the share the GPU idles, its kernels."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(n):
+            call()
+        torch.cuda.synchronize()
+    seen = [event for event in profile.events() if not event.is_user_annotation
+            and event.device_type == torch.autograd.DeviceType.CUDA]
+    busy = covered([(event.time_range.start, event.time_range.end) for event in seen]) / 1e6
+    kernels = [event for event in seen if not event.name.startswith(("Memcpy", "Memset"))]
+    return {"gpu_idle": max(0, 1 - busy / (n * each)), "kernels": len(kernels) / n}
+
+
+def covered(spans: Sequence[tuple[float, float]]) -> float:
+    """How much spans (start, end) cover together; they may overlap."""
+    total = 0
+    reached = -math.inf
+    for start, end in sorted(spans):
+        total += max(0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+Rows = Iterator[tuple[str, dict]]                    # name and numbers of what was measured
+WAYS = {"": [], "NCHW": ["channels_last=false"], "graphs": ["compile=graphs"],
+        "eager": ["compile=off"]}                    # how `bench all` measures each stage
+EXACT = ["compile=off", "channels_last=false", "dtype=fp32", "tf32=false"]
+
+
+def bench_samples(files: Sequence[str], n: int, device: torch.device) -> Rows:
+    """What a picture costs at 1, 4 and 16 times its model's size; default: the bundled models.
+
+    sample: its latent, in 20 steps; INFD's pictures are from the latent to 8 bits.
+    """
     for file in files or (bundled("infd"), bundled("cm")):
         model = load(file, device)
+        name = Path(file).stem
+        if isinstance(model, INFD):
+            model.compile()
+            z = torch.randn(1, *model.latent_shape).to(device)
+            if model.unet:
+                sample = functools.partial(model.sample, [0], sampler="dpm++")
+                yield f"{name} sample", cost(sample, 1, n, device)
         for size in (model.size, 4 * model.size, 16 * model.size):
-            call = functools.partial(draw_some, model, [size], 1)
-            rows[f"{Path(file).stem} {size}px"] = cost(call, 1, n, device)
-    return rows
+            if isinstance(model, INFD):
+                yield f"{name} {size}px", cost(
+                    lambda: data.to_uint8(model.decode(z).draw(size)), 1, n, device)
+            else:
+                call = functools.partial(draw_some, model, [size], 1)
+                yield f"{name} {size}px", cost(call, 1, n, device)
+
+
+def iterate(made: Stage, batch: dict, k: int) -> Tensor:
+    """One iteration of training as `train.fit` has it; returns the loss."""
+    logs = made.step(batch, k)
+    if made.ema is not None:
+        ema_update(made.ema, made.net, made.cfg.ema)
+    return logs["loss"]
 
 
 def bench(what: str, preset: str, data_name: str, texts: Sequence[str], n: int,
-          device: torch.device) -> dict[str, dict]:
+          device: torch.device) -> Rows:
     """What a step of a stage costs (ae: with its GAN); of stage cm by generator=func,dit.
 
+    data_wait: the share of waiting for data in n further steps; all others have one batch.
     multi_res_fps (CM-Func 4.3): pictures per second where each is wanted at 32, 64 and 128 px, by
     one function or by a network for each size.
     """
-    rows = {}
     sizes = (32, 64, 128)
     cfg = configure(what, preset, data_name, texts)
     set_tf32(cfg.tf32, device)
@@ -245,9 +303,12 @@ def bench(what: str, preset: str, data_name: str, texts: Sequence[str], n: int,
         made = STAGES[what](configure(what, preset, data_name, own), device)
         k = getattr(cfg, "gan_start", 0)
         stream = made.batches(k)
+        row = cost(functools.partial(iterate, made, next(stream), k), cfg.batch, n, device)
         meter = Meter()
-        row = cost(lambda: made.step(meter.wait_for(stream), k), cfg.batch, n, device)
-        row["data_wait"] = meter.waited / (n + 4) / row["ms"] * 1000
+        for _ in range(n):
+            loss = iterate(made, meter.wait_for(stream), k)
+        float(loss)                                          # waits for the device
+        row["data_wait"] = meter.waited / (time.perf_counter() - meter.since)
         row["parameters"] = sum(p.numel() for p in made.net.parameters())
         if what == "cm":
             models = []
@@ -256,8 +317,60 @@ def bench(what: str, preset: str, data_name: str, texts: Sequence[str], n: int,
                 models.append(OneStep(STAGES[what](other, device).f, size).to(device))
             several = cost(lambda: [draw_some(model, sizes, 1) for model in models], 3, n, device)
             row["multi_res_fps"] = several["images_per_s"]
-        rows[name] = row
-    return rows
+        yield name, row
+
+
+def stage_options(preset: str, data_name: str, texts: Sequence[str], folder: Path) -> dict:
+    """Stage -> those of the options that it has; stage ldm starts from an untrained autoencoder."""
+    options = {name: [text for text in texts if text.split("=")[0] in option_types(stage.options)]
+               for name, stage in STAGES.items()}
+    cfg = configure("ae", preset, data_name, options["ae"])
+    weights = FieldAutoencoder(cfg.ae).state_dict()
+    write_checkpoint(folder / "untrained.pt", {"stage": "ae", "step": 0, "config": flatten(cfg),
+                                               "state": {"model": weights}})
+    options["ldm"] += [f"init={folder / 'untrained.pt'}", "cache=false", "pictures=0"]
+    return options
+
+
+def bench_all(preset: str, data_name: str, texts: Sequence[str], n: int, quick: bool,
+              device: torch.device) -> Rows:
+    """Steps of all stages, in all WAYS unless quick, and what a picture of such a model costs."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = stage_options(preset, data_name, texts, Path(folder))
+        for what, way in itertools.product(STAGES, [""] if quick else WAYS):
+            for name, row in bench(what, preset, data_name, options[what] + WAYS[way], n, device):
+                yield f"{what if what == name else f'{what} {name}'} {way}".strip(), row
+        yield from bench_samples([Path(folder, "untrained.pt")], n, device)
+
+
+def bench_curves(preset: str, data_name: str, texts: Sequence[str], n: int, out: Path,
+                 device: torch.device) -> Rows:
+    """The losses of n steps of all stages as they run here, beside eager ones in fp32: OUT.png.
+
+    gap: the largest relative difference of their means over tenths of the steps.
+    """
+    panels = []
+    with tempfile.TemporaryDirectory() as folder:
+        options = stage_options(preset, data_name, texts, Path(folder))
+        for what in STAGES:
+            row = {}
+            for way, more in (("here", []), ("exact", EXACT)):
+                cfg = configure(what, preset, data_name, options[what] + more)
+                set_tf32(cfg.tf32, device)
+                made = STAGES[what](cfg, device)
+                batches = itertools.islice(made.batches(0), n)
+                losses = [iterate(made, batch, k) for k, batch in enumerate(batches)]
+                row[way] = [round(float(loss), 6) for loss in losses]
+            means = [[np.mean(part) for part in np.array_split(row[way], min(n, 10))] for way in row]
+            row["gap"] = max(abs(a / b - 1) for a, b in zip(*means))
+            panels.append(draw_panel(f"{what}: loss (red: as here, blue: eager fp32)",
+                                     list(enumerate(row["here"])), n, list(enumerate(row["exact"]))))
+            yield what, row
+    page = Image.new("RGB", (PANEL[0], PANEL[1] * len(panels)))
+    for i, panel in enumerate(panels):
+        page.paste(panel, (0, i * PANEL[1]))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    page.save(out)
 
 
 # ---- The curves of a run ----
@@ -294,9 +407,10 @@ def plot(run_folder: Path) -> Path:
     return run_folder / "plot.png"
 
 
-def draw_panel(name: str, points: Sequence[tuple[int, float]], steps: int) -> Image.Image:
-    """Draw one curve over 0..steps; its values on a logarithmic axis where they span a lot."""
-    values = [value for _, value in points]
+def draw_panel(name: str, points: Sequence[tuple[int, float]], steps: int,
+               beside: Sequence[tuple[int, float]] = ()) -> Image.Image:
+    """Draw one curve over 0..steps, and one beside it; on a logarithmic axis if they span a lot."""
+    values = [value for _, value in (*beside, *points)]
     lo = min(values)
     hi = max(values)
     log = lo > 0 and hi > 10 * lo
@@ -325,6 +439,7 @@ def draw_panel(name: str, points: Sequence[tuple[int, float]], steps: int) -> Im
         pen.text((x, bottom + 6), f"{step:,.0f}", "black", anchor="mt")
     pen.rectangle((LEFT, TOP, right, bottom), outline="black")
     pen.text((LEFT, 8), title, "black")
+    pen.line([at(*point) for point in beside], "#3060c0", 2)
     places = [at(*point) for point in points]
     pen.line(places, "#c03020", 2)
     if len(places) <= 40:
@@ -354,10 +469,12 @@ def parser() -> Parser:
     p.add_argument("words", nargs="*", help="NAME, STAGE or RUN, then key=value")
     p.add_argument("--data", default="synthetic", help="a name, or the path of a folder or .zip")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
-    p.add_argument("--out", help="folder of demo and compare (runs/demo, runs/compare/NAME)")
+    p.add_argument("--out", help="folder of demo and compare (runs/demo, runs/compare/NAME), or "
+                                 "picture of bench curves (runs/curves.png)")
     p.add_argument("--preset", default="tiny", help="bench: tiny, small, paper (tiny)")
-    p.add_argument("--repeat", type=int, default=20, metavar="N",
-                   help="bench: steps, or pictures, that are measured (20)")
+    p.add_argument("--repeat", type=int, metavar="N",
+                   help="bench: steps, or pictures, that are measured (20; curves: 200)")
+    p.add_argument("--quick", action="store_true", help="bench all: 5 steps, one way of compiling")
     return p
 
 
@@ -376,10 +493,28 @@ def run(argv: list[str]) -> None:
         texts = [text for text in texts if not text.startswith("seeds=")]
         compare(name, args.data, Path(args.out or out), device, max([1, *seeds]), texts)
         return
-    rows = (bench_samples(texts, args.repeat, device) if name == "sample" else
-            bench(name, args.preset, args.data, texts, args.repeat, device))
-    for row, values in rows.items():
-        print(json.dumps({"name": row, "device": str(device), **values}))
+    run_bench(name, texts, args, device)
+
+
+def run_bench(name: str, texts: list[str], args: argparse.Namespace, device: torch.device) -> None:
+    """Measure; every row is printed as it comes, as a line of JSON, and all as a table at last."""
+    n = args.repeat or (5 if args.quick else 200 if name == "curves" else 20)
+    common = args.preset, args.data, texts, n
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    rows = {}
+    with (tempfile.TemporaryDirectory() as empty,            # compile_s is without a cache
+          patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=empty)):
+        if name == "sample":
+            measured = bench_samples(texts, n, device)
+        elif name == "all":
+            measured = bench_all(*common, args.quick, device)
+        elif name == "curves":
+            measured = bench_curves(*common, Path(args.out or "runs/curves.png"), device)
+        else:
+            measured = bench(name, *common, device)
+        for row, values in measured:
+            print(json.dumps({"name": row, "device": card, **values}), flush=True)
+            rows[row] = {key: value for key, value in values.items() if np.isscalar(value)}
     print(as_table(rows))
 
 

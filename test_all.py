@@ -9117,10 +9117,52 @@ def test_stage_cm_bench_compares_generators_by_their_pictures_at_three_sizes(cap
 def test_sample_bench_times_pictures_of_any_model(main_runs, stage_runs, capsys):
     files = [stage_runs / "cm", stage_runs / "cm-unet", main_runs / "ldm"]
     rows = experiments_bench(capsys, "sample", "--repeat", 1, *files)
-    assert list(rows) == [f"{name} {size}px" for name in ("cm", "cm-unet", "ldm")
-                          for size in (16, 64, 256)]
+    sizes = [f"{name} {size}px" for name in ("cm", "cm-unet", "ldm") for size in (16, 64, 256)]
+    assert list(rows) == [*sizes[:6], "ldm sample", *sizes[6:]]
     assert rows["cm 256px"]["gflop"] > rows["cm 64px"]["gflop"] > 0
     assert all(row["images_per_s"] == pytest.approx(1000 / row["ms"]) for row in rows.values())
+
+
+TINY_ALL = [*dict.fromkeys([*TINY_AE, *TINY_GAN, *TINY_LDM, *TINY_CM, *TINY_NETS, "batch=2"])]
+
+
+def test_bench_all_needs_no_run_and_quick_measures_one_way(capsys, monkeypatch, tmp_path):
+    """Every stage gets those options that it has, and stage ldm an autoencoder to start from."""
+    def told(what, preset, data_name, texts, n, device):
+        made = train.STAGES[what](train.configure(what, preset, data_name, texts), device)
+        yield what, {"repeat": n, "graphs": made.cfg.compile == "graphs",
+                     "NCHW": made.cfg.channels_last == "false"}
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(experiments, "bench", told)
+    monkeypatch.setattr(experiments, "cost", lambda call, *rest: {"ms": call().ndim})
+    drawn = {f"untrained {size}px": {"device": "cpu", "ms": 4} for size in (16, 64, 256)}
+    for args, ways, n in ((["--quick"], [""], 5), ([], ["", " NCHW", " graphs", " eager"], 20)):
+        rows = experiments_bench(capsys, "all", *args, *TINY_ALL)
+        names = [f"{stage}{way}" for stage in ("ae", "ldm", "pretrain", "cm") for way in ways]
+        assert list(rows) == [*names, *drawn] and rows.items() >= drawn.items()
+        assert all(rows[name]["repeat"] == n for name in names)
+    assert rows["cm graphs"]["graphs"] and rows["ae NCHW"]["NCHW"] and not rows["cm"]["NCHW"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_bench_curves_lays_losses_beside_exact_ones(capsys, tmp_path):
+    """In fp32 on a CPU they are the same; in bf16 close."""
+    out = tmp_path / "new" / "curves.png"
+    for dtype, gap in (("fp32", 0), ("bf16", 0.2)):
+        args = [*TINY_ALL, f"dtype={dtype}"]
+        rows = experiments_bench(capsys, "curves", "--repeat", 4, "--out", out, *args)
+        assert list(rows) == ["ae", "ldm", "pretrain", "cm"]
+        for row in rows.values():
+            assert len(row["here"]) == len(row["exact"]) == 4
+            assert (0 < row["gap"] < gap) if gap else row["gap"] == 0
+    assert Image.open(out).height == 4 * experiments.PANEL[1]
+
+
+@pytest.mark.parametrize("spans, total", [([], 0), ([(5, 7), (0, 2)], 4),
+                                          ([(0, 4), (1, 2), (3, 6), (6, 7), (9, 10)], 8)])
+def test_a_gpu_is_busy_while_any_kernel_runs(spans, total):
+    assert experiments.covered(spans) == total
 
 
 # ---- plot ----
