@@ -7557,6 +7557,8 @@ def test_preset_sd_is_the_published_autoencoder_and_the_last_steps_are_at_the_or
     mountains = train.configure("ae", "paper", "mountains")
     assert (mountains.steps - mountains.original_from, mountains.p_original) == (400_000, 0.5)
     assert cfg.frozen_encoder and cfg.reg_weight == 1e-6
+    with torch.device("meta"):           # all but the last norm and convolution, and CLIF of J.1
+        assert field_params(FieldAutoencoder(cfg.ae)) == 83_653_863 - 3_715 + 2_674_179
 
 
 def test_latents_of_a_published_file_are_drawn_by_its_converted_autoencoder(tmp_path, capsys):
