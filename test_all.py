@@ -6832,6 +6832,14 @@ def test_after_20_steps_a_run_says_how_long_it_will_take(tmp_path, capsys):
     assert lines[0].endswith(" minutes to go, by the first 20 steps") and len(lines) == 2
 
 
+def test_a_run_that_waits_for_pictures_says_what_helps():
+    cfg = train.configure("ae", "tiny", texts=["steps=100"])
+    line = {"step": 40, "loss": 1.0, "images_per_s": 4.0, "data_wait": 0.1}
+    assert train.in_words(line, cfg) == ("step 40 of 100: loss 1, images_per_s 4, 1.0 minutes to go")
+    slow = train.in_words(line | {"data_wait": 0.6}, cfg)
+    assert slow.endswith("(60% of it waiting for pictures: data.py prepare, or workers)")
+
+
 def test_a_run_that_starts_over_says_so(tmp_path, capsys):
     assert main_stage("ae", tmp_path, *TINY_AE, "steps=2") == 0
     (tmp_path / "step-00000002.pt").unlink()

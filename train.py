@@ -100,6 +100,8 @@ def in_words(line: dict, cfg: Run) -> str:
     wanted = ("loss", "held_out_psnr", "held_out_loss", "denoising_distance", "images_per_s")
     values = ", ".join(f"{name} {line[name]:g}" for name in wanted if name in line)
     left = minutes(line["step"], line["images_per_s"], cfg)
+    if line["data_wait"] > 0.25:
+        left += f" ({line['data_wait']:.0%} of it waiting for pictures: data.py prepare, or workers)"
     return f"step {line['step']:,} of {cfg.steps:,}: {values}, {left}"
 
 
@@ -366,7 +368,7 @@ def run(argv: list[str]) -> int:
                          f", and there is none; take --preset tiny, or insist with --device cpu")
     generator = getattr(cfg, "generator", "func")
     folder = args.stage if generator == "func" else f"{args.stage}-{generator}"
-    out = Path(args.out or Path("runs", f"{Path(args.data).stem}-{args.preset}", folder))
+    out = Path(args.out or Path("runs", f"{Path(args.data).resolve().stem}-{args.preset}", folder))
     with process_group(device) as device:
         train(args.stage, cfg, out, device)
         print_once(f"done; next: {shlex.join(next_command(args, out))}")
