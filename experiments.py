@@ -5,6 +5,7 @@
     python experiments.py bench STAGE [key=value ...]      a training step; bench sample [RUN ...]
     python experiments.py bench all [--quick]              every stage; bench curves: losses
     python experiments.py plot RUN [RUN ...]               the curves of a run's log: RUN/plot.png
+    python experiments.py agreement RUN [--repeat N]       do its pictures show what prompts say?
 """
 from __future__ import annotations
 
@@ -25,6 +26,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
@@ -39,7 +41,7 @@ from pictures import contact_sheet
 from runs import (Meter, cli, convert, flatten, option_types, parse_options, pick_device,
                   read_log, set_tf32, unflatten, write_checkpoint)
 from sample import bundled
-from stages import Stage, ema_update
+from stages import Stage, drawn_at, ema_update
 from train import STAGES, configure, train
 
 # The function generator learns as the bundled one did (weights/README.md): to reconstruct, to
@@ -460,12 +462,114 @@ def ticks(lo: float, hi: float, log: bool = False) -> list[float]:
     return [n * width for n in range(math.ceil(lo / width), math.floor(hi / width) + 1)]
 
 
+# ---- Does a picture show what its prompt says? ----
+
+# Attribute -> what captions of the built-in scenes say of it; where there is one phrase: or not.
+ATTRIBUTES = {"time": ("dawn", "day", "dusk", "night"),
+              "season": ("spring", "summer", "autumn", "winter"),
+              "snow": ("snowy", "snow-capped", "wooded", "bare"), "lake": ("a lake",),
+              "clouds": ("a clear sky", "scattered clouds", "a cloudy sky")}
+
+
+def attributes(caption: str) -> list[int]:
+    """Of each attribute the number of the phrase that a caption has; of one phrase 1, or 0 without.
+
+    ValueError for a caption of other pictures.
+    """
+    found = []
+    for name, phrases in ATTRIBUTES.items():
+        said = [i for i, phrase in enumerate(phrases) if phrase in caption]
+        if len(phrases) > 1 and len(said) != 1:
+            raise ValueError(f"not a caption of the built-in scenes, it says no {name}: {caption}")
+        found.append(said[0] if len(phrases) > 1 else len(said))
+    return found
+
+
+class SceneReader(nn.Module):
+    """A small classifier of scenes at 64 px, with an answer for each attribute."""
+
+    def __init__(self, width: int = 32):
+        super().__init__()
+        sides = [3, width, 2 * width, 4 * width, 4 * width]
+        layers = []
+        for a, b in itertools.pairwise(sides):
+            layers += [nn.Conv2d(a, b, 3, 2, 1), nn.GroupNorm(8, b), nn.SiLU()]
+        self.trunk = nn.Sequential(*layers)                      # (B, 3, 64, 64) -> (B, 4 w, 4, 4)
+        answers = [max(2, len(phrases)) for phrases in ATTRIBUTES.values()]
+        self.heads = nn.ModuleList(nn.Linear(4 * width * 16, n) for n in answers)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """images (B, 3, 64, 64) in [-1, 1] -> scores (B, answers) of each attribute."""
+        h = self.trunk(images).flatten(1)                        # (B, 4 w * 16)
+        return [head(h) for head in self.heads]
+
+
+def read_scenes(n: int, epochs: int, device: torch.device) -> SceneReader:
+    """Train a classifier on the first n scenes."""
+    source = data.open_data("synthetic")
+    images = drawn_at([source[i] for i in range(n)], 64).to(device)              # (n, 3, 64, 64)
+    answers = torch.tensor([attributes(source.caption(i)) for i in range(n)], device=device)
+    torch.manual_seed(0)
+    net = SceneReader().to(device)
+    steps = epochs * n // 64
+    opt = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, steps)
+    for k in range(steps):
+        gen = torch.Generator().manual_seed(k)
+        some = torch.randint(n, (64,), generator=gen).to(device)
+        image = images[some]
+        image = torch.where(torch.rand(64, 1, 1, 1, generator=gen).to(device) < 0.5, image,
+                            image.flip(3))
+        losses = [F.cross_entropy(scores, answers[some, a])
+                  for a, scores in enumerate(net(image))]
+        opt.zero_grad()
+        sum(losses).backward()
+        opt.step()
+        schedule.step()
+    return net.eval()
+
+
+@torch.no_grad()
+def shares(net: SceneReader, images: Tensor, captions: Sequence[str]) -> dict[str, float]:
+    """Of each attribute the share of images (n, 3, 64, 64) in which it is what the caption says."""
+    answers = torch.tensor([attributes(caption) for caption in captions], device=images.device)
+    right = [scores.argmax(dim=1) == answers[:, a] for a, scores in enumerate(net(images))]
+    row = {name: one.float().mean().item() for name, one in zip(ATTRIBUTES, right)}
+    return row | {"mean": sum(row.values()) / len(row)}
+
+
+def agreement(run_folder: str, n: int, device: torch.device) -> dict[str, dict]:
+    """How often a text model of the built-in scenes draws what a prompt says, by attribute.
+
+    Prompts are the captions of the first n held-out scenes; the truth is those scenes themselves.
+    """
+    model = load(run_folder, device)
+    if not isinstance(model, INFD) or model.text is None:
+        raise ValueError(f"{run_folder} does not read text; give a run of stage ldm with text=true")
+    net = read_scenes(4000, 15, device)
+    held_out = data.open_data("synthetic", "val")
+    captions = [held_out.caption(i) for i in range(n)]
+    other = captions[1:] + captions[:1]
+    truth = drawn_at([held_out[i] for i in range(n)], 64).to(device)             # (n, 3, 64, 64)
+    rows = {"true scenes": shares(net, truth, captions),
+            "true scenes, another's caption": shares(net, truth, other)}
+    for scale in (1.0, 2.0, 4.0):
+        drawn = []
+        for some in torch.arange(n).split(16):
+            z = model.sample(some.tolist(), sampler="dpm++", prompts=captions, guidance=scale)
+            drawn.append(model.decode(z).draw(64))
+        drawn = torch.cat(drawn)                                                 # (n, 3, 64, 64)
+        rows[f"w = {scale:g}"] = shares(net, drawn, captions)
+        rows[f"w = {scale:g}, another's prompt"] = shares(net, drawn, other)
+    return rows
+
+
 # ---- Command line ----
 
 def parser() -> Parser:
     """Describe the command line."""
     p = Parser(usage=__doc__.split("\n\n")[1].strip())
-    p.add_argument("program", choices=("demo", "compare", "bench", "plot"))
+    p.add_argument("program", choices=("demo", "compare", "bench", "plot", "agreement"))
     p.add_argument("words", nargs="*", help="NAME, STAGE or RUN, then key=value")
     p.add_argument("--data", default="synthetic", help="a name, or the path of a folder or .zip")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
@@ -487,6 +591,9 @@ def run(argv: list[str]) -> None:
             print(plot(Path(run_folder)))
         return
     device = pick_device(args.device)
+    if args.program == "agreement":
+        print(as_table(agreement(name, args.repeat, device)))
+        return
     if args.program != "bench":
         out = Path("runs/demo" if name == "demo" else f"runs/compare/{name}")
         seeds = [convert("seeds", int, text[6:]) for text in texts if text.startswith("seeds=")]

@@ -9175,6 +9175,33 @@ def test_a_gpu_is_busy_while_any_kernel_runs(spans, total):
     assert experiments.covered(spans) == total
 
 
+def test_agreement_reads_captions_and_counts_what_pictures_show(monkeypatch):
+    """One that knows is right of all captions, and of another's as often as both say the same."""
+    captions = [Landscapes("val").caption(i) for i in range(40)]
+    answers = torch.tensor([experiments.attributes(caption) for caption in captions])
+    assert experiments.attributes("snow-capped mountains by day in autumn, a clear sky, a lake") \
+        == [1, 2, 1, 1, 0]
+    assert answers[:, 0].tolist() == [i % 4 for i in range(40)]
+    with pytest.raises(ValueError, match="it says no time: a cat"):
+        experiments.attributes("a cat")
+
+    def knows(images):
+        return [F.one_hot(column, 4).float() for column in answers.T]
+
+    images = torch.zeros(40, 3, 64, 64)
+    assert set(experiments.shares(knows, images, captions).values()) == {1.0}
+    other = captions[1:] + captions[:1]
+    want = (answers == answers.roll(-1, 0)).float().mean(dim=0)
+    field_equal(torch.tensor([*experiments.shares(knows, images, other).values()][:5]), want)
+    assert [h.shape for h in experiments.SceneReader()(images[:2])] == [
+        (2, n) for n in (4, 4, 4, 2, 3)]
+
+
+def test_agreement_is_for_models_that_read_text(tmp_path, capsys):
+    assert experiments.main(["agreement", str(ROOT / "weights/infd.pt"), "--device", "cpu"]) == 2
+    assert "infd.pt does not read text" in main_error(capsys)
+
+
 # ---- plot ----
 
 def test_plot_draws_a_panel_for_every_column_of_the_log(tmp_path, capsys):
