@@ -50,21 +50,6 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
     return -10 * mse.log10()
 
 
-def scale_consistency(draw: Callable[[int], Tensor], res: int,
-                      lpips: nn.Module | None = None) -> dict[str, float]:
-    """Measure whether a render keeps its content across scales (INFD, Section B and Figure 3).
-
-    draw(res) gives (B, 3, res, res) in [-1, 1]. The area average is our choice of downsampling.
-    """
-    with torch.no_grad():
-        once = draw(res)                                             # (B, 3, res, res)
-        twice = F.avg_pool2d(draw(2 * res), 2)                       # (B, 3, res, res)
-        scores = {"psnr": psnr(once, twice).mean().item()}
-        if lpips is not None:
-            scores["lpips"] = lpips(once.clamp(-1, 1), twice.clamp(-1, 1)).mean().item()
-    return scores
-
-
 # ---- networks ----
 
 
@@ -663,8 +648,8 @@ def run(argv: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Print scores, each as a line with its protocol and as JSON."""
-    return runs.cli(run, sys.argv[1:] if argv is None else argv, "stopped; finished scores stand above",
-                    "use --device cpu")
+    return runs.cli(run, sys.argv[1:] if argv is None else argv,
+                    "stopped; finished scores stand above", "use --device cpu")
 
 
 if __name__ == "__main__":
