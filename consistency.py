@@ -196,36 +196,75 @@ class ConsistencyModel(nn.Module):
         return self.net.function(per_image(c_in) * x, noise_condition(sigma), y).scaled(c_out)
 
 
-def heun_step(denoiser: nn.Module, x: Tensor, t: Tensor, r: Tensor,
-              y: Tensor | None = None) -> Tensor:
+class LatentConsistency(ConsistencyModel):
+    """f of latents of unit variance whose F is made of the UNet of a diffusion: one-step INFD.
+
+    With sigma_data 1 and EDM's scalings c_in x is x_t at the timestep of equal sigma, and F is
+    -v = (sigma_t x_t - eps) / alpha_t (Salimans & Ho 2022). INFD's alpha ends at 0.005, by which
+    an error of eps is divided; F as made here leaves a large sigma the mean of the latents, 0, to
+    learn from, and up to sigma 5 it is the UNet's own.
+    """
+
+    gain = math.sqrt(1 + 5.0**2)     # 1 / alpha at sigma 5
+
+    def __init__(self, net: nn.Module, cfg: ConsistencyConfig, log_sigma: Tensor):
+        """log_sigma (steps,), rising: ln(sigma_t / alpha_t) of the diffusion's timesteps."""
+        super().__init__(net, cfg)
+        if cfg.sigma_data != 1 or cfg.boundary:
+            raise ValueError("latents need cm.sigma_data=1 and cm.boundary=false")
+        self.register_buffer("log_sigma", log_sigma.float(), persistent=False)
+
+    def time(self, sigma: Tensor) -> Tensor:
+        """The diffusion's time, 0 to its last and also between two, of noise level sigma (B,)."""
+        table = self.log_sigma
+        level = sigma.float().log().clamp(table[0], table[-1])           # (B,)
+        k = torch.searchsorted(table, level).clamp(min=1)                # (B,)
+        return k - (table[k] - level) / (table[k] - table[k - 1])
+
+    def forward(self, x: Tensor, sigma: Tensor, y: Tensor | None = None,
+                context: Tensor | None = None) -> Tensor:
+        """Noisy x (B, C, h, w), sigma (B,), of a class or a text (B, N, D) -> latents like x."""
+        c_skip, c_out, c_in = (per_image(c) for c in self.cfg.scalings(sigma))   # (B, 1, 1, 1)
+        x_t = c_in * x                                                           # (B, C, h, w)
+        eps = self.net(x_t, self.time(sigma), y, context).float()                # (B, C, h, w)
+        out = (1 / c_in).clamp(max=self.gain) * (c_out * x_t - eps)              # -v
+        return c_skip * x + c_out * out                                          # Eq. (2)
+
+
+def heun_step(denoiser: nn.Module, x: Tensor, t: Tensor, r: Tensor, y: Tensor | None = None,
+              **told: Tensor) -> Tensor:
     """Follow dx/dsigma = (x - D) / sigma from t (B,) to r < t by one step of Heun; r = 0: to D."""
     gap = per_image(r - t)
-    slope = (x - denoiser(x, t, y)) / per_image(t)
+    slope = (x - denoiser(x, t, y, **told)) / per_image(t)
     ahead = x + gap * slope                                          # Euler
     level = r.clamp(min=1e-6)
-    there = (ahead - denoiser(ahead, level, y)) / per_image(level)
+    there = (ahead - denoiser(ahead, level, y, **told)) / per_image(level)
     return torch.where(per_image(r) == 0, ahead, x + gap * (slope + there) / 2)
 
 
 def consistency_loss(f: nn.Module, target: nn.Module | None, x: Tensor, noise: Tensor, t: Tensor,
                      r: Tensor, metric: Callable, y: Tensor | None = None,
-                     denoiser: nn.Module | None = None, **extra: Tensor) -> Tensor:
+                     denoiser: nn.Module | None = None, context: Tensor | None = None,
+                     **extra: Tensor) -> Tensor:
     """The loss of consistency training: d(f(x + t z, t), target(x + r z, r)) of each image, (B,).
 
     x (B, 3, H, W) clean images; noise z like x; t > r >= 0 (B,), where r = 0 is the clean image: if
     all are, f learns to denoise and target may be None.
     `extra`, shifted coordinates, goes to both: separate draws would leave a floor under the loss.
+    y, context: what f, target and denoiser are told, classes (B,) or a text (B, N, D).
     denoiser: distillation (Song et al. 2023, Algorithm 2); x + r z is on its path in the mean only.
     """
+    told = {} if context is None else {"context": context}
     noisy = x + per_image(t) * noise                                     # (B, 3, H, W)
-    student = f(noisy, t, y, **extra)                                    # (B, 3, H, W)
+    student = f(noisy, t, y, **told, **extra)                            # (B, 3, H, W)
     answer = x
     if target is not None:
         with torch.no_grad():
             start = x + per_image(r) * noise                             # (B, 3, H, W)
             if denoiser is not None:
-                start = heun_step(denoiser, noisy, t, r, y)
-            answer = torch.where(per_image(r > 0), target(start, r.clamp(min=1e-6), y, **extra), x)
+                start = heun_step(denoiser, noisy, t, r, y, **told)
+            there = target(start, r.clamp(min=1e-6), y, **told, **extra)
+            answer = torch.where(per_image(r > 0), there, x)
 
     with torch.autocast(x.device.type, enabled=False):                   # never in bf16
         return metric(student.float(), answer.float())                   # Eq. (5)
@@ -277,20 +316,23 @@ def sample_onestep(f: ConsistencyModel, noise: Tensor, y: Tensor | None = None) 
 
 @torch.no_grad()
 def sample_multistep(f: ConsistencyModel, noises: Sequence[Tensor], sigmas: Sequence[float],
-                     y: Tensor | None = None, clip: bool = True) -> Tensor:
+                     y: Tensor | None = None, clip: bool = True, limit: float = 1.0,
+                     cfg: ConsistencyConfig | None = None) -> Tensor:
     """Images (B, 3, S, S) in [-1, 1] by denoising, adding less noise, denoising again, and so on.
 
     Song et al. 2023. sigmas: falling, sigma_max first; noises: one (B, 3, S, S) each. clip: also
-    before the last step. ECT adds sigma z where this adds sqrt(sigma^2 - sigma_min^2) z.
+    before the last step. limit: of the values; math.inf for latents. cfg: by default f's. ECT adds
+    sigma z where this adds sqrt(sigma^2 - sigma_min^2) z.
     """
-    x = f.cfg.sigma_max * noises[0]
+    cfg = cfg or f.cfg
+    x = cfg.sigma_max * noises[0]
     image = f(x, x.new_full((len(x),), float(sigmas[0])), y)             # (B, 3, S, S)
     for noise, sigma in zip(noises[1:], sigmas[1:], strict=True):
-        image = image.clamp(-1, 1) if clip else image
-        sigma = max(float(sigma), f.cfg.sigma_min)
-        x = image + math.sqrt(sigma**2 - f.cfg.sigma_min**2) * noise
+        image = image.clamp(-limit, limit) if clip else image
+        sigma = max(float(sigma), cfg.sigma_min)
+        x = image + math.sqrt(sigma**2 - cfg.sigma_min**2) * noise
         image = f(x, x.new_full((len(x),), sigma), y)
-    return image.clamp(-1, 1)
+    return image.clamp(-limit, limit)
 
 
 @torch.no_grad()
@@ -301,7 +343,7 @@ def sample_function(f: ConsistencyModel, noise: Tensor, y: Tensor | None = None)
 
 @torch.no_grad()
 def denoising_distance(f: ConsistencyModel, x: Tensor, noise: Tensor, y: Tensor | None = None,
-                       n: int = 18) -> tuple[Tensor, Tensor]:
+                       n: int = 18, **extra: Tensor) -> tuple[Tensor, Tensor]:
     """Total denoising distance |f(x + sigma z, sigma) - x| along an n-point grid of noise levels.
 
     Section 4.1 and Appendix B. Returns (sigmas, distances), each (n,). Norm, average and grid are
@@ -310,6 +352,6 @@ def denoising_distance(f: ConsistencyModel, x: Tensor, noise: Tensor, y: Tensor 
     sigmas = f.cfg.karras_sigmas(n, x.device)
     distances = []
     for sigma in sigmas:
-        image = f(x + sigma * noise, sigma.expand(len(x)), y)            # (B, 3, H, W)
+        image = f(x + sigma * noise, sigma.expand(len(x)), y, **extra)   # (B, 3, H, W)
         distances.append((image - x).flatten(1).norm(dim=1).mean())
     return sigmas, torch.stack(distances)

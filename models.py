@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from autoencoder import AutoencoderConfig, FieldAutoencoder
 from clif import Field
-from consistency import (ConsistencyConfig, ConsistencyModel, sample_function, sample_multistep,
-                         sample_onestep)
+from consistency import (ConsistencyConfig, ConsistencyModel, LatentConsistency, sample_function,
+                         sample_multistep, sample_onestep)
 from data import MAX_BYTES, Photo, decode, shown, to_rgb, to_tensor
 from inr_generator import (DiT, FunctionGenerator, GeneratorConfig, ImageFunction,
                            TransformerConfig, UViT)
@@ -121,7 +121,9 @@ class LatentScale(nn.Module):
 AS_PUBLISHED = {"ddim_steps": 50, "eta": 0.0, "guidance": 7.5}       # of Stable Diffusion v1
 GUIDANCE = 2.0                              # of text, for models trained here (docs/results.md)
 # Steps: of ddim as published; of dpm++ as many as come within 40 dB of ddim's (docs/results.md).
-SAMPLERS = {"ddim": 200, "dpm++": 20}
+# cm: of the one-step model, the second from noise of the level SECOND.
+SAMPLERS = {"ddim": 200, "dpm++": 20, "cm": 2}
+SECOND = 2.0
 START = 10.0                                # noise to signal where a walk with eta < 1 starts: if
                                             # the schedule ends above twice that; see `settle`
 
@@ -146,6 +148,7 @@ class INFD:
     ddim_steps: int = SAMPLERS["ddim"]      # what `sample` does where nothing else is said
     eta: float = 1.0
     guidance: float = 7.5                   # of text; 1: it never learned to draw without
+    f: LatentConsistency | None = None      # one-step INFD: draws the latents, and unet is its net
     to = frozen
 
     @property
@@ -166,7 +169,7 @@ class INFD:
         if self.text is not None and not (given and all(prompt.strip() for prompt in given)):
             raise ValueError("this model draws what a --prompt says: give one that is not empty")
         learned = self.unet.cfg.null_class if self.text is None else self.guidance != 1
-        if guidance is not None and not learned:
+        if guidance not in (None, 1) and (self.f is not None or not learned):
             raise ValueError("guidance: this model never learned to draw without its condition")
 
     def prompt_of(self, i: int, seed: int, prompts: Prompts) -> str:
@@ -177,15 +180,25 @@ class INFD:
 
     def guide(self, indices: Sequence[int], seed: int, prompts: Prompts, negative: str,
               guidance: float | None) -> Callable:
-        """The network that a sampler calls: (x_t, t, y) -> eps, after its condition."""
+        """What a sampler calls, after its condition: (x_t, t, y) -> eps; f: (x, sigma, y) -> x."""
+        net = self.unet if self.f is None else self.f
         if self.text is None and guidance is None:
-            return self.unet
+            return net
         if self.text is None:
-            return guided(self.unet, guidance, null_class=self.unet.cfg.num_classes)
+            return guided(net, guidance, null_class=self.unet.cfg.num_classes)
         texts = [self.prompt_of(i, seed, prompts) for i in indices]
         ids = self.tokenizer([negative, *texts]).to(self.scale.mean.device)      # (1 + B, N)
         null, context = self.text(ids).split([1, len(texts)])                    # (1 + B, N, D)
-        return guided(self.unet, self.guidance if guidance is None else guidance, context, null)
+        return guided(net, self.guidance if guidance is None else guidance, context, null)
+
+    def sampler_of(self, sampler: str | None) -> str:
+        """The sampler asked for, by default the model's own; ValueError where it has no such."""
+        sampler = sampler or ("ddim" if self.f is None else "cm")
+        if (sampler == "cm") != (self.f is not None):
+            raise ValueError(f"sampler {sampler}: this model " + (
+                "takes many steps; its samplers are ddim and dpm++" if self.f is None else
+                "draws in one step or two; its sampler is cm"))
+        return sampler
 
     def steps_of(self, sampler: str) -> int:
         """How many steps a sampler takes where nothing is said; ValueError if there is none."""
@@ -196,7 +209,7 @@ class INFD:
     @torch.no_grad()
     def sample(self, indices: Sequence[int], seed: int = 0, steps: int | None = None,
                eta: float | None = None, latent_size: tuple[int, int] | None = None,
-               labels: Labels = None, sampler: str = "ddim", prompts: Prompts = None,
+               labels: Labels = None, sampler: str | None = None, prompts: Prompts = None,
                negative: str = "", guidance: float | None = None, bar: Callable = tqdm) -> Tensor:
         """Draw the latents z (B, C, h, w) of the images numbered `indices`, for `decode`.
 
@@ -208,6 +221,7 @@ class INFD:
         """
         self.check_condition(labels, prompts, guidance)
         indices = numbered(indices)
+        sampler = self.sampler_of(sampler)
         own = self.steps_of(sampler)
         steps = own if steps is None else steps
         eta = self.eta if eta is None else eta
@@ -219,6 +233,13 @@ class INFD:
             made = [torch_noise(shape, seed, *key, i) for i in indices]
             return torch.stack(made).to(self.scale.mean.device)      # (B, C, h, w)
 
+        if sampler == "cm":
+            if steps not in (1, 2):
+                raise ValueError(f"{steps} steps: this model draws in 1 or 2")
+            noises = [noise("x_T"), noise("cm")][:steps]
+            levels = [self.f.cfg.sigma_max, SECOND][:steps]
+            return self.scale.inverse(sample_multistep(model, noises, levels, y, limit=math.inf,
+                                                       cfg=self.f.cfg))
         x_T = noise("x_T")
         first = None
         ends = math.exp(-self.diffusion.log_rho[-1])                 # noise to signal; INFD 197
@@ -439,7 +460,7 @@ def trained(ckpt: dict, raw: bool) -> INFD | OneStep:
     state = ckpt["state"]
     average = "ema" in state and not raw
     weights = state["ema" if average else "model"]
-    if ckpt["stage"] == "cm":
+    if ckpt["stage"] == "cm" and "autoencoder" not in ckpt:
         network, config, option = GENERATORS[options["generator"]]
         net = filled(network, section(option, config, options), weights, "the generator")
         kept = {k: v for k, v in options.items() if k.removeprefix("cm.") not in OLD_SCHEDULE}
@@ -453,18 +474,23 @@ def trained(ckpt: dict, raw: bool) -> INFD | OneStep:
                     GaussianDiffusion(DiffusionConfig()), LatentScale(cfg.z_channels),
                     base["config"]["size"], base["config"]["patch"])
         if not alone:
-            if options.get("text"):
+            if "tokenizer" in ckpt:                              # it learned from captions
+                told = ckpt.get("text", {"config": options, "weights": below(weights, "text.")})
                 made.tokenizer = tokenizer_from(ckpt["tokenizer"])
                 made.captions = ckpt["captions"]
-                made.guidance = GUIDANCE if options["p_uncond"] else 1.0
+                made.guidance = GUIDANCE if options.get("p_uncond") else 1.0     # stage cm: none
                 if isinstance(made.tokenizer, CLIPTokenizer):        # began as Stable Diffusion
                     made = replace(made, **AS_PUBLISHED)
-                made.text = filled(TextTransformer, section("context", TextConfig, options),
-                                   below(weights, "text."), "the text encoder")
-                weights = below(weights, "unet.")
+                made.text = filled(TextTransformer, section("context", TextConfig, told["config"]),
+                                   told["weights"], "the text encoder")
+                weights = weights if "text" in ckpt else below(weights, "unet.")
             made.unet = filled(UNet, section("unet", UNetConfig, options), weights, "the UNet")
+            options |= flatten({"diffusion": ckpt.get("diffusion", {})})     # of stage cm
             made.diffusion = GaussianDiffusion(section("diffusion", DiffusionConfig, options))
             load_weights(made.scale, state["scale"], "the latent scale")
+        if ckpt["stage"] == "cm":
+            made.f = LatentConsistency(made.unet, section("cm", ConsistencyConfig, options),
+                                       -made.diffusion.log_rho)
     return replace(made, classes=tuple(ckpt.get("classes", ())), step=ckpt["step"],
                    weights="EMA" if average else "trained weights")
 

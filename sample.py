@@ -78,8 +78,9 @@ def parser() -> Parser:
     add("--frames", type=int, default=90, help="of --zoom and --morph, 30 a second (90)")
 
     add = p.later("infd", "INFD").add_argument
-    add("--sampler", choices=SAMPLERS, help="(ddim)")
-    add("--steps", type=int, help="of the sampler (200 of ddim, 20 of dpm++; text: 50 of ddim)")
+    add("--sampler", choices=SAMPLERS, help="(ddim; cm, of a one-step model)")
+    add("--steps", type=int, help="of the sampler (200 of ddim, 20 of dpm++, 2 of cm; text: 50 of "
+                                  "ddim)")
     add("--eta", type=float, help="noise that ddim adds: 0 none, 1 as published (1; text: 0)")
     add("--latent-size", type=size, help="a larger noise map, as 32x64 (Section D)")
     add("--decoder", metavar="RUN", help="draw by this run of stage ae init=CKPT")
@@ -145,13 +146,13 @@ def infd_pictures(model: INFD, args: argparse.Namespace,
         other = load(args.decoder, model.scale.mean.device)
         model = model.drawn_by(other)
         decoder = {"decoder": other.file.name, "decoder_sha256": digest(other.file)}
-    sampler = args.sampler or "ddim"
+    sampler = model.sampler_of(args.sampler)
     how = {"sampler": sampler,
            "steps": model.steps_of(sampler) if args.steps is None else args.steps}
     if sampler == "ddim":
         how["eta"] = model.eta if args.eta is None else args.eta
     elif args.eta is not None:
-        raise ValueError("--eta is the noise that ddim adds, and dpm++ adds none: leave it out")
+        raise ValueError(f"--eta is the noise that ddim adds, and {sampler} does not: leave it out")
     if model.text is not None:
         how["negative"] = args.negative or ""
         how["guidance"] = model.guidance if args.guidance is None else args.guidance

@@ -109,6 +109,8 @@ class CMRun(Run):
     lpips_size: int = 224             # A.1
     init: str = ""                    # run of stage pretrain (func: the one beside --out) or cm
     distil: str = ""                  # run of a denoiser: follow its trajectories, not x + r z
+    latents: str = ""                 # run of stage ldm: one step in its latents, from its UNet
+    pictures: int = 0                 # with latents: learn from the first so many only; 0: all
     labels: str = "auto"              # auto: tell f the classes, if there are; true | false
     cm: ConsistencyConfig = ConsistencyConfig()
     ct: Schedule = Schedule()
@@ -128,6 +130,13 @@ class CMStage(Stage):
 
     def build(self) -> None:
         self.cfg = cfg = cm_config(self.cfg, self.tell_classes())
+        torch.manual_seed(cfg.seed)
+        net = build_generator(cfg.generator, functools.partial(getattr, cfg))
+        self.assemble(ConsistencyModel(net, cfg.cm))
+
+    def assemble(self, f: ConsistencyModel, **parts) -> None:
+        """Put together what training f takes; parts: of a checkpoint, see `hold`."""
+        cfg = self.cfg
         self.schedule = getattr(cfg, cfg.schedule)
         self.metric = self.loss or {"l2": l2, "huber": pseudo_huber}.get(cfg.metric)
         judges = []
@@ -135,26 +144,25 @@ class CMStage(Stage):
             net = lpips_network(cfg.lpips, "train without it: metric=huber schedule=ect")
             self.metric = ResizedLPIPS(net.to(self.device), cfg.lpips == "vgg", cfg.lpips_size)
             judges = [self.metric]
+        self.f = f.to(self.device)
         self.denoiser = None
         if cfg.distil:
             made = load(cfg.distil, self.device)
-            like = (cfg.size, len(self.extra["classes"]))
-            if not isinstance(made, OneStep) or (made.size, made.f.net.cfg.num_classes) != like:
+            like = (type(f), cfg.size, len(self.extra["classes"]))
+            if (type(made.f), made.size, made.f and made.f.net.cfg.num_classes) != like:
                 raise ValueError(f"distil={cfg.distil} must be a run of stage cm at {cfg.size} px, "
-                                 f"with {like[1]} classes")
+                                 f"with {like[2]} classes"
+                                 f"{' and latents=' if cfg.latents else ''}{cfg.latents}")
             self.denoiser = made.f
-        torch.manual_seed(cfg.seed)
-        net = build_generator(cfg.generator, functools.partial(getattr, cfg))
-        self.f = ConsistencyModel(net, cfg.cm).to(self.device)
-        self.makes_functions = hasattr(net, "function")
+        self.makes_functions = hasattr(f.net, "function")
         self.target = self.f                         # without a teacher, its own
         teacher = {}
         if self.schedule.mu(0, cfg.K):
             self.target = copy.deepcopy(self.f).requires_grad_(False)
             teacher = {"target": self.target.net}
-        self.opts = optimisers(net, cfg, torch.optim.RAdam, cfg.muon)
+        self.opts = optimisers(f.net, cfg, torch.optim.RAdam, cfg.muon)
         self.distance = consistency_loss             # networks and metric in one graph, compiled
-        self.hold(net, [(self, "distance")], *judges, **teacher)
+        self.hold(f.net, [(self, "distance")], *judges, **teacher, **parts)
 
     def begin(self) -> None:
         """Take over what stage pretrain has learned (3.4), or all of a run of stage cm to tune."""
@@ -196,7 +204,7 @@ class CMStage(Stage):
             coord["coord"] = moved_grid(part["coord_noise"], self.cfg.func.corners)
         with self.autocast():
             d = self.distance(self.f, target, part["image"], part["noise"], t, r, self.metric, y,
-                              self.denoiser, **coord)            # (B,)
+                              self.denoiser, part.get("context"), **coord)       # (B,)
         loss = (self.schedule.weight(t, r) * d).mean()           # Eq. (5)
         return loss, {"loss": loss, "difference": d.mean()}
 

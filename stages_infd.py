@@ -202,6 +202,32 @@ MOST_CAPTIONS = 10_000                      # that words are learnt from, evenly
 EXAMPLES = 256                              # captions kept, to be drawn where no prompt is given
 
 
+class Latents(list):
+    """Latents (C, h, w) for `data.loader`."""
+
+
+@torch.no_grad()
+def encoded(stage: Stage, base: INFD) -> Latents:
+    """The latents of the first cfg.pictures, or all, pictures; of the KL variant the means."""
+    cfg = stage.cfg
+    source = stage.source
+    n = min(cfg.pictures or len(source), len(source))
+    print_once(f"encoding {n:,} pictures")
+    pictures = DataLoader(Subset(source, range(n)), 32, num_workers=cfg.workers,
+                          collate_fn=functools.partial(drawn_at, size=cfg.size))
+    encode = base.autoencoder.encode
+    made = Latents(torch.cat([encode(x.to(stage.device)).cpu() for x in pictures]))
+    made.label = source.label
+    made.caption = source.caption
+    return made
+
+
+def as_autoencoder(base: INFD) -> dict:
+    """What a checkpoint of the stages after ae keeps of it."""
+    config = flatten({"ae": base.autoencoder.cfg, "size": base.size, "patch": base.patch})
+    return {"config": config, "weights": base.autoencoder.state_dict()}
+
+
 class LDMStage(Stage):
     """The UNet learns the latents of a frozen autoencoder (INFD J.2)."""
 
@@ -224,10 +250,8 @@ class LDMStage(Stage):
             raise ValueError(f"{cfg.init} was trained at size={base.size}; give size={base.size}")
         self.base = base = replace(base, unet=None, text=None)       # of a file that has them
         self.source = getattr(self.source, "photos", self.source)    # of the 6K-mix: all at once
-        frozen = base.autoencoder.state_dict()
-        config = flatten({"ae": base.autoencoder.cfg, "size": base.size, "patch": base.patch})
-        self.extra["autoencoder"] = {"config": config, "weights": frozen}
-        encoder = (v for name, v in frozen.items() if name.startswith("encoder."))
+        self.extra["autoencoder"] = frozen = as_autoencoder(base)
+        encoder = (v for name, v in frozen["weights"].items() if name.startswith("encoder."))
         digest = hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in encoder)).hexdigest()
         n = base.latent_shape[0]
         self.started = Path(cfg.start).suffix in WEIGHT_FILES        # from a published file
@@ -340,18 +364,8 @@ class LDMStage(Stage):
         return batch | {"label": torch.where(left, none, batch["label"])}
 
     @functools.cached_property
-    @torch.no_grad()
     def latents(self) -> Latents:
-        """The latents of the first cfg.pictures, or all, pictures; of the KL variant the means."""
-        n = min(self.cfg.pictures or len(self.source), len(self.source))
-        print_once(f"encoding {n:,} pictures")
-        pictures = DataLoader(Subset(self.source, range(n)), 32, num_workers=self.cfg.workers,
-                              collate_fn=functools.partial(drawn_at, size=self.cfg.size))
-        encode = self.base.autoencoder.encode
-        made = Latents(torch.cat([encode(x.to(self.device)).cpu() for x in pictures]))
-        made.label = self.source.label
-        made.caption = self.source.caption
-        return made
+        return encoded(self, self.base)
 
     @torch.no_grad()
     def encode(self, part: dict) -> Tensor:
@@ -405,7 +419,3 @@ class LDMStage(Stage):
         sides = [s * model.size for s in (1, 2, 4) if s == 1 or s * model.size <= 512]
         rows = [to_uint8(drawn.draw(side)) for side in sides]
         self.sheet(rows, sides[-1], folder, k, f"the same samples at {sides} px")
-
-
-class Latents(list):
-    """Latents (C, h, w) for `data.loader`."""

@@ -75,9 +75,10 @@ from autoencoder import (AutoencoderConfig, Decoder, DiscriminatorConfig, Encode
                          first_order, hinge_loss, kl_loss, split_moments)
 from clif import (CLIF, CLIFConfig, Field, FrameNorm, LIIF, LIIFConfig, check_frame, coord_grid,
                   query)
-from consistency import (ConsistencyConfig, ConsistencyModel, ECT, ICT, ResizedLPIPS, Schedule,
-                         consistency_loss, denoising_distance, heun_step, l2, noise_condition,
-                         per_image, pseudo_huber, sample_function, sample_multistep, sample_onestep)
+from consistency import (ConsistencyConfig, ConsistencyModel, ECT, ICT, LatentConsistency,
+                         ResizedLPIPS, Schedule, consistency_loss, denoising_distance, heun_step,
+                         l2, noise_condition, per_image, pseudo_huber, sample_function,
+                         sample_multistep, sample_onestep)
 from data import to_uint8
 from inr_generator import (AdaLNBlock, Attention, Block, DiT, FunctionGenerator, FunctionPrediction,
                            GeneratorConfig, ImageFunction, TransformerConfig, UViT, pixel_coord,
@@ -1628,6 +1629,31 @@ def test_cm_r_zero_stands_for_the_clean_image():
     cm_close(consistency_loss(f, None, x, noise, t, torch.zeros(3), l2), clean)
     loss.sum().backward()
     assert f.net.W.grad.isfinite().all()
+
+
+def test_cm_latent_f_is_the_diffusions_own_x_0():
+    """Up to sigma 5 the answer of f is (x_t - sigma_t eps) / alpha_t; above, where alpha goes to
+    0.005, it stays near the mean. Timesteps are met exactly, and between two the time is between."""
+    net = cm_randomised(UNet(UNetConfig(3, 3, 32, (1,), 1, (), groups=8, num_classes=2)))
+    diffusion = GaussianDiffusion(DiffusionConfig())
+    cfg = ConsistencyConfig(sigma_data=1.0, boundary=False)
+    f = LatentConsistency(net, cfg, -diffusion.log_rho)
+    z, noise, y = cm_randn(2, 3, 8, 8), cm_randn(2, 3, 8, 8, seed=1), torch.tensor([0, 1])
+    for t in (0, 1, 77, 300, 520):
+        alpha, sigma_t = diffusion._alpha_sigma(t)
+        sigma = torch.full((2,), sigma_t / alpha)
+        cm_close(f.time(sigma), torch.full((2,), float(t)), dict(rtol=0, atol=2e-3))
+        x_t = alpha * z + sigma_t * noise
+        x_0 = (x_t - sigma_t * net(x_t, torch.full((2,), t), y)) / alpha
+        cm_close(f(x_t / alpha, sigma, y), x_0, dict(rtol=0, atol=2e-3 * (1 + sigma[0].item())))
+    times = f.time(torch.linspace(0.03, 300, 5000))
+    assert times[0] == 0 and times[-1] == 999 and (times.diff() >= 0).all()
+    sigma = torch.full((2,), 80.0)
+    eps = net(noise, f.time(sigma), y)
+    cm_close(f(80 * noise, sigma, y), 26**0.5 * (noise - eps), dict(rtol=0, atol=0.1))   # not 80
+    for wrong in (ConsistencyConfig(), ConsistencyConfig(sigma_data=1.0)):
+        with pytest.raises(ValueError, match="cm.sigma_data=1 and cm.boundary=false"):
+            LatentConsistency(net, wrong, -diffusion.log_rho)
 
 
 def cm_gaussian_answers(s):
@@ -5649,7 +5675,7 @@ def test_damaged_checkpoints_are_named_and_never_run_nor_grow(tmp_path, capsys):
 @pytest.mark.parametrize("norm, sampler", [("frame", "ddim"), ("paper", "dpm++")])
 def test_a_picture_depends_on_seed_and_index_alone_and_says_how(sample_runs, tmp_path, norm,
                                                                 sampler):
-    assert models.SAMPLERS == {"ddim": 200, "dpm++": 20}
+    assert models.SAMPLERS == {"ddim": 200, "dpm++": 20, "cm": 2}
     common = ["--ckpt", sample_runs / "ldm", "--res", "16,24x40", "--norm", norm]
     common += ["--sampler", sampler] + (["--steps", 4] if sampler == "ddim" else [])
     assert main_sample(*common, "--n", 4, "--batch", 4, "--out", tmp_path / "four") == 0
@@ -7843,6 +7869,112 @@ def test_stage_cm_distils_a_denoiser_that_stays_as_it_is(stage_runs, tmp_path, c
     for wrong in (["size=32"], ["labels=false"]):
         assert main_stage("cm", tmp_path / "no", *args, *wrong, "init=none") == 2
         assert "must be a run of stage cm at" in main_error(capsys)
+
+
+# ---- stage cm in the latents of INFD ----
+
+TINY_LATENT = ["batch=2", "pictures=8", "steps=4", "workers=0", "log_every=2", "save_every=2",
+               "eval_n=2", "ema=0.9"]
+
+
+@pytest.fixture(scope="module")
+def onestep_run(main_runs, tmp_path_factory):
+    """A one-step INFD, as small as can be: a denoiser first, then distilled from that."""
+    root = tmp_path_factory.mktemp("onestep")
+    args = [*TINY_LATENT, f"latents={main_runs / 'ldm'}"]
+    assert main_stage("cm", root / "denoiser", *args, "ect.k=1e9", "ect.b=0", "metric=l2") == 0
+    ones = [f"init={root / 'denoiser'}", f"distil={root / 'denoiser'}", "ect.mu0=0.9"]
+    assert main_stage("cm", root / "cm", *args, *ones) == 0
+    return root / "cm"
+
+
+def test_one_step_infd_starts_as_its_ldm_and_learns_its_latents(main_runs):
+    stage = train.LatentCMStage(train.configure("cm", "tiny", "synthetic", [
+        *TINY_LATENT, f"latents={main_runs / 'ldm'}"]), CPU)
+    stage.begin()
+    base = models.load(main_runs / "ldm")
+    assert main_same(stage.net.state_dict(), base.unet.state_dict())
+    assert (stage.cfg.size, stage.cfg.generator, stage.cfg.cm.sigma_data) == (16, "unet", 1.0)
+    batch = next(stage.batches(0))
+    n = data._order(0, 0, 8)[batch["index"]]
+    truth = base.autoencoder.encode(stages.drawn_at([stage.source[int(i)] for i in n], 16))
+    main_close(batch["image"], base.scale(truth))
+    assert batch["label"].tolist() == [stage.source.label(int(i)) for i in n]
+    assert torch.equal(batch["noise"][1], torch_noise(base.latent_shape, 0, "noise", 1))
+
+
+def test_one_step_infd_resumes_bit_for_bit(main_runs, onestep_run, tmp_path):
+    root = onestep_run.parent
+    shutil.copytree(onestep_run, tmp_path / "cm")
+    (tmp_path / "cm" / "step-00000004.pt").unlink()
+    args = [*TINY_LATENT, f"latents={main_runs / 'ldm'}", f"init={root / 'denoiser'}",
+            f"distil={root / 'denoiser'}", "ect.mu0=0.9"]
+    assert main_stage("cm", tmp_path / "cm", *args) == 0
+    assert main_same(main_state(tmp_path / "cm"), main_state(onestep_run))
+    assert main_log(onestep_run)[-1]["distance_at_max"] > 0
+    assert (onestep_run / "grid-00000004.png").exists()
+
+
+def test_one_step_infd_draws_as_infd_does(onestep_run, tmp_path, capsys):
+    """At any size and window, in one call or two, by a label; exported too; what it is not asked."""
+    model = models.load(onestep_run)
+    calls = []
+    model.f.net.register_forward_hook(lambda *call: calls.append(call[1][1]))
+    one = model.sample([5, 6], steps=1, labels=["dusk", "day"])
+    assert len(calls) == 1 and one.shape == (2, *model.latent_shape)
+    main_close(one[1:], model.sample([6], steps=1, labels=1))
+    two = model.sample([5, 6], labels=["dusk", "day"])
+    assert len(calls) == 4 and torch.equal(calls[2], calls[0][:2])
+    main_close(calls[3], model.f.time(torch.full((2,), models.SECOND)))
+    assert not torch.equal(one, two)
+    large = model.sample([0], latent_size=(8, 16))
+    field = model.decode(large)
+    main_close(field.draw((32, 64))[:, :, :16, :32], field.draw((16, 32), (-1, -1, 0, 0)))
+
+    assert main_sample("--ckpt", onestep_run, "--export", tmp_path / "half.pt") == 0
+    half = models.load(tmp_path / "half.pt").sample([5, 6], steps=1, labels=["dusk", "day"])
+    main_close(half, one, 0.02)
+    for steps in ((), ("--steps", 1)):
+        out = tmp_path / f"out{len(steps)}"
+        assert main_sample("--ckpt", tmp_path / "half.pt", *steps, "--res", "24,20x40",
+                           "--window=-0.5,-0.5,0.5,0.5", "--label", "night", "--out", out) == 0
+        infos = [main_png(file)[1] for file in out.glob("*.png")]
+        assert len(infos) == 2
+        assert {(i["sampler"], i["steps"]) for i in infos} == {("cm", 1 if steps else 2)}
+    capsys.readouterr()
+    for wrong, said in ((["--steps", 3], "draws in 1 or 2"), (["--sampler", "ddim"], "is cm"),
+                        (["--eta", 1], "cm does not"), (["--guidance", 2], "never learned")):
+        assert main_sample("--ckpt", onestep_run, *wrong, "--out", tmp_path / "no") == 2
+        assert said in main_error(capsys), wrong
+
+
+def test_one_step_infd_reads_captions(text_run, tmp_path):
+    """The words and the text encoder are those of the LDM, and stay."""
+    args = [*TINY_LATENT, f"latents={text_run}"]
+    assert main_stage("cm", tmp_path / "cm", *args) == 0
+    base, model = models.load(text_run), models.load(tmp_path / "cm")
+    assert main_same(model.text.state_dict(), base.text.state_dict())
+    assert model.captions == base.captions and model.guidance == 1
+    a, b = (model.sample([0], prompts=[text]) for text in ("a lake", "dusk"))
+    assert not torch.equal(a, b) and torch.equal(a, model.sample([0], prompts=["a lake"]))
+    assert main_sample("--ckpt", tmp_path / "cm", "--prompt", "a lake", "--res", 16, "--out",
+                       tmp_path / "out") == 0
+
+
+def test_one_step_infd_refuses_what_does_not_fit(main_runs, stage_runs, onestep_run, tmp_path,
+                                                 capsys):
+    ldm = f"latents={main_runs / 'ldm'}"
+    for wrong, said in (([f"latents={main_runs / 'ae'}"], "must be a run of stage ldm"),
+                        ([f"latents={stage_runs / 'cm'}"], "must be a run of stage ldm"),
+                        ([f"latents={onestep_run}"], "must be a run of stage ldm"),
+                        ([f"latents={tmp_path / 'none'}"], "none"),
+                        ([ldm, "metric=lpips"], "metric=huber or metric=l2"),
+                        ([ldm, "labels=false"], "knows the classes dawn, day, dusk, night"),
+                        ([ldm, f"distil={main_runs / 'ldm'}"], "must be a run of stage cm"),
+                        ([ldm, f"distil={stage_runs / 'cm'}"], "must be a run of stage cm"),
+                        ([ldm, f"init={stage_runs / 'pretrain'}"], "only generator=func")):
+        assert main_stage("cm", tmp_path / "no", *TINY_LATENT, *wrong) == 2, wrong
+        assert said in main_error(capsys), wrong
 
 
 def test_stage_cm_draws_and_scores_what_it_promises(stage_runs):

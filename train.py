@@ -32,6 +32,7 @@ from runs import (RunFolder, Stopped, barrier, cli, flatten, nearest, option_typ
 from stages import Run, Stage, descend, ema_update
 from stages_func import CMRun, CMStage, PretrainRun, PretrainStage
 from stages_infd import AERun, AEStage, LDMRun, LDMStage
+from stages_onestep import LatentCMStage
 
 __all__ = ["AERun", "AEStage", "CMRun", "CMStage", "LDMRun", "LDMStage", "PretrainRun",
            "PretrainStage", "configure", "descend", "fit", "main", "train"]
@@ -126,6 +127,9 @@ TINY_FUNC = {"func.patch": 8, "func.dim": 192, "func.heads": 6, "func.encoder_de
              "func.decoder_depth": 2, "func.groups": 48, "func.layers": 3, "func.hidden": 48,
              "func.pe_dim": 48, "func.pe_sigma": 64.0}
 
+# One-step INFD, with latents=RUN: a few minutes from the UNet of a small stage ldm.
+LATENT = ECT_CM | FAST | {"batch": 16, "beta2": 0.99, "ect.stages": 1, "ect.gap_weight": False}
+
 # What a preset changes from the defaults above, which are the paper's (FFHQ, CelebA).
 PRESETS = {
     "ae": {"paper": {},
@@ -152,6 +156,11 @@ PRESETS = {
                  "tiny": TINY | TINY_FUNC | {"steps": 4000, "batch": 8, "lr": 1e-3,
                                              "lr_drop": True}},
     "cm": {"paper": {}, "ict": ICT_CM, "ect": ECT_CM,
+           # r = 0 at large noise, where the UNet of a diffusion is no denoiser; then distil=THAT.
+           "denoiser": LATENT | {"steps": 160, "lr": 5e-4, "metric": "l2", "ect.k": 1e9,
+                                 "ect.b": 0.0, "ect.P_mean": 2.5, "ect.P_std": 1.2},
+           "onestep": LATENT | {"steps": 300, "lr": 3e-4, "ect.k": 9.0, "ect.b": 10.0,
+                                "ect.mu0": 0.95, "ect.P_mean": 0.7, "ect.P_std": 1.3},
            "small": ECT_CM | SMALL | {
                "steps": 60_000, "batch": 64, "ema": 0.999, "ema_warmup": True, "vit.dim": 384,
                "vit.heads": 6, "vit.depth": 11, "unet.model_channels": 96,
@@ -260,10 +269,12 @@ def train(stage: str, cfg: Run, out: str | Path, device: str | torch.device,
         raise ValueError(f"steps, batch, accum and *_every must be at least 1, and batch="
                          f"{cfg.batch} a multiple of accum={cfg.accum} times {world} processes")
     before = {"ldm": "ae", "cm": "pretrain"}.get(stage)
-    if before and not cfg.init and getattr(cfg, "generator", "func") == "func":
+    latents = getattr(cfg, "latents", "")            # of stage cm: one-step INFD
+    if before and not cfg.init and not latents and getattr(cfg, "generator", "func") == "func":
         cfg = replace(cfg, init=str(out.parent / before))
     set_tf32(cfg.tf32, device)
-    made = STAGES[stage](cfg, device, source, held_out, loss)
+    kind = LatentCMStage if latents else STAGES[stage]
+    made = kind(cfg, device, source, held_out, loss)
     introduce(made, out)
     fit(made, out)
     scores = made.scores() if ranks()[0] == 0 else {}
@@ -311,7 +322,7 @@ def parser() -> Parser:
     p.add_argument("--preset", default="paper",
                    help="paper (default), small or tiny; of stages ae and ldm also sd: from Stable "
                         "Diffusion v1; of stage cm also ict and ect: improved consistency training, "
-                        "easy consistency tuning")
+                        "easy consistency tuning; with latents=RUN, denoiser, then onestep")
     p.add_argument("--data", default="synthetic",
                    help="a name, or the path of a folder or .zip of images (default: synthetic)")
     p.add_argument("--out", help="run folder (default: runs/DATA-PRESET/STAGE)")
@@ -363,7 +374,7 @@ def run(argv: list[str]) -> int:
         return check_data(args.data)
     cfg = configure(args.stage, args.preset, args.data, args.options)
     device = pick_device(args.device)
-    if args.preset not in ("small", "tiny") and device.type == "cpu" and args.device != "cpu":
+    if args.preset in ("paper", "ict", "ect") and device.type == "cpu" and args.device != "cpu":
         raise ValueError(f"preset {args.preset} takes days on GPUs (INFD: 4 A100, CM-Func: 1 A6000)"
                          f", and there is none; take --preset tiny, or insist with --device cpu")
     generator = getattr(cfg, "generator", "func")

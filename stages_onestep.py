@@ -1,0 +1,93 @@
+"""One-step INFD, which joins the papers: stage cm (CM-Func 3.1) in the latents of INFD.
+
+`python train.py --stage cm latents=RUN`: RUN, of stage ldm, gives autoencoder, scale and UNet.
+"""
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from consistency import LatentConsistency, denoising_distance
+from data import to_uint8
+from models import INFD, load
+from runs import flatten
+from stages_func import CMStage, cm_config
+from stages_infd import Latents, as_autoencoder, encoded
+from text import CLIPTokenizer
+
+
+class LatentCMStage(CMStage):
+    """f goes from noise to a latent in one step. First as a denoiser (r = 0), for which the UNet of
+    a diffusion is a start, then along that denoiser's trajectories (distil), or by tuning."""
+
+    def build(self) -> None:
+        cfg = self.cfg
+        self.base = base = load(cfg.latents, self.device)
+        if (not isinstance(base, INFD) or base.unet is None or base.f is not None
+                or isinstance(base.tokenizer, CLIPTokenizer)):
+            raise ValueError(f"latents={cfg.latents} must be a run of stage ldm")
+        if cfg.metric == "lpips" and self.loss is None:
+            raise ValueError("latents are no pictures for LPIPS: give metric=huber or metric=l2")
+        self.source = getattr(self.source, "photos", self.source)    # of the 6K-mix: all at once
+        scalings = replace(cfg.cm, sigma_data=1.0, boundary=False)
+        cfg = replace(cfg, generator="unet", size=base.size, flip=False, cm=scalings,
+                      labels=cfg.labels if base.classes else "false")
+        self.cfg = replace(cm_config(cfg, 0), unet=base.unet.cfg)
+        if self.tell_classes() != len(base.classes) or self.extra["classes"] != list(base.classes):
+            raise ValueError(f"latents={cfg.latents} knows the classes {', '.join(base.classes)}; "
+                             f"{cfg.data} has {', '.join(self.source.classes) or 'none'}")
+        self.extra |= {"autoencoder": as_autoencoder(base),
+                       "diffusion": flatten(base.diffusion.cfg)}
+        if base.text is not None:
+            self.extra |= {"tokenizer": base.tokenizer.state(), "captions": list(base.captions),
+                           "text": {"config": flatten({"context": base.text.cfg}),
+                                    "weights": base.text.state_dict()}}
+        torch.manual_seed(cfg.seed)
+        net = copy.deepcopy(base.unet).requires_grad_(True).train()
+        f = LatentConsistency(net, self.cfg.cm, -base.diffusion.log_rho)
+        self.assemble(f, scale=base.scale)
+
+    @functools.cached_property
+    def latents(self) -> Latents:
+        return encoded(self, self.base)
+
+    def batches(self, start: int) -> Iterator[dict]:
+        """Latents of mean 0 and variance 1 in the place of images, with what their captions say."""
+        base = self.base
+        for batch in self.loaded(start, source=self.latents, captions=base.text is not None,
+                                 noise=base.latent_shape):
+            batch["image"] = base.scale(batch.pop("latent"))                     # (B, C, h, w)
+            yield batch | self.told(batch.pop("caption", None))
+
+    @torch.no_grad()
+    def told(self, captions: list[str] | None) -> dict[str, Tensor]:
+        """The context (B, N, D) of captions, for f; none without a text encoder."""
+        if self.base.text is None:
+            return {}
+        return {"context": self.base.text(self.base.tokenizer(captions).to(self.device))}
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, Tensor]:
+        """Denoising distance of held-out latents, and at sigma_max alone."""
+        x, y = self.judged
+        encode = self.base.autoencoder.encode
+        z = self.base.scale(torch.cat([encode(one) for one in x.split(1)]))      # (n, C, h, w)
+        told = self.told([self.held_out.caption(i) for i in range(len(z))])
+        distances = denoising_distance(self.f, z, self.noise_like(z), y, **told)[1]
+        return {"denoising_distance": distances.mean(), "distance_at_max": distances[0]}
+
+    def preview(self, folder: Path, k: int) -> None:
+        f = LatentConsistency(self.shown, self.cfg.cm, self.f.log_sigma)
+        model = replace(self.base, unet=self.shown, f=f, guidance=1.0)
+        side = 2 * model.size
+        rows = []
+        for steps in (1, 2):
+            z = model.sample(range(8), self.cfg.seed, steps)
+            rows.append(to_uint8(model.decode(z).draw(side)))
+        self.sheet(rows, side, folder, k, f"one step, two steps, at {side} px")
