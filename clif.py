@@ -291,9 +291,12 @@ class Field:
             norm = FrameNorm({layer: both[i:i + 1] for layer, both in norm.moments.items()})
         return replace(self, phi=self.phi[i:i + 1], norm=norm)
 
-    @torch.no_grad()
     def tiles(self, res: int | tuple[int, int], window: Window | None = None) -> Tiles:
-        """Draw tile by tile, row by row; res and window as in `check_frame`. No gradients."""
+        """Draw tile by tile, row by row; res and window as in `check_frame`.
+
+        Where phi has a gradient they have: statistics count as constant, and no weight has one.
+        """
+        wanted = torch.is_grad_enabled() and self.phi.requires_grad
         (height, width), (y0, x0, y1, x1) = check_frame(res, window)
         cell = torch.tensor([[(y1 - y0) / height, (x1 - x0) / width]] * len(self))    # (B, 2)
         cell = cell.to(self.phi.device)
@@ -302,13 +305,15 @@ class Field:
         for (top, y, kept_y), (left, x, kept_x) in product(rows, cols):
             coord = torch.cartesian_prod(y.to(cell.device), x.to(cell.device))        # (h w, 2)
             coord = coord.view(len(y), len(x), 2).expand(len(self), -1, -1, -1)       # (B, h, w, 2)
-            rgb = self.renderer(self.phi, coord, cell, self.norm)             # (B, 3, h, w)
+            with torch.set_grad_enabled(wanted):
+                rgb = self.renderer(self.phi, coord, cell, self.norm)         # (B, 3, h, w)
             yield top, left, rgb[..., kept_y, kept_x]
 
     def draw(self, res: int | tuple[int, int], window: Window | None = None) -> Tensor:
         """Whole pictures (B, 3, H, W), about [-1, 1] but not clamped; arguments as in `tiles`."""
         size, _ = check_frame(res, window)
-        pictures = torch.empty(len(self), 3, *size, device=self.phi.device)
+        dtype = torch.promote_types(self.phi.dtype, torch.float32)
+        pictures = torch.empty(len(self), 3, *size, dtype=dtype, device=self.phi.device)
         for y, x, rgb in self.tiles(size, window):
             pictures[..., y:y + rgb.shape[2], x:x + rgb.shape[3]] = rgb
         return pictures

@@ -75,13 +75,14 @@ def reading(what: str, kind: type[DataError] = DataError, remedy: str = "") -> I
         raise kind(f"{what}: {cause}{remedy}") from error
 
 
-def decode(content: bytes, name: str = "picture") -> Image.Image:
-    """Decode a PNG, JPEG or WEBP to RGB, upright, with transparency on white, or raise BadImage."""
+def decode(content: bytes, name: str = "picture",
+           convert: Callable[[Image.Image], Image.Image] | None = None) -> Image.Image:
+    """Decode a PNG, JPEG or WEBP, by default `to_rgb`, or raise BadImage."""
     with reading(name, BadImage):
         image = Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP"))
         if image.width * image.height > MAX_PIXELS:  # known before any decoding
             raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS:,}")
-        return to_rgb(image)
+        return (convert or to_rgb)(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -79,6 +79,8 @@ COMPARISONS = {
                     "without": {"cm": TUNED | HALF | {"init": "none"}}},
     "resolution": {"64px": {"pretrain": {"steps": 1500}, "cm": TUNED},
                    "32px": LEARNED | {"cm": TUNED | HALF}},          # Table 7: as many tokens
+    "convolutional": {"model": {"ae": AE | {"steps": 400},           # INFD D: see `draw_sides`
+                                "ldm": LDM["ldm"] | {"steps": 800}}},
 }
 
 SCORES = {"psnr_render": "PSNR", "psnr_bicubic": "bicubic", "lpips_render": "LPIPS"}
@@ -118,6 +120,22 @@ def draw_some(model: INFD | OneStep, sizes: Sequence[int], n: int) -> list[Tenso
     else:
         return [model.sample(range(n))]
     return [drawn.draw(size) for size in sizes]
+
+
+def draw_sides(name: str, side: str, model: INFD | OneStep, n: int) -> dict[str, Tensor]:
+    """What a trained side is measured by: n samples (n, 3, S, S) for each row of the table.
+
+    convolutional: one model at twice its size, of its own latents by CLIF, and of latents of twice
+    the height and width by a larger noise map.
+    """
+    if name != "convolutional":
+        return {side: draw_some(model, [model.size], n)[0]}
+    h, w = model.latent_shape[1:]
+    drawn = {}
+    for title, latent_size in (("CLIF", (h, w)), ("larger noise map", (2 * h, 2 * w))):
+        z = model.sample(range(n), sampler="dpm++", latent_size=latent_size)
+        drawn[title] = model.decode(z).draw(2 * model.size)
+    return drawn
 
 
 def colour_moments(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,8 +181,13 @@ def compare(name: str, data_name: str, out: Path, device: torch.device, seeds: i
         for column, value in row.items():
             rows.setdefault(side, {}).setdefault(column, []).append(value)
         if isinstance(model, OneStep) or model.unet:
-            samples.setdefault(side, []).extend(draw_some(model, [model.size], n))
+            for title, drawn in draw_sides(name, side, model, n).items():
+                samples.setdefault(title, []).append(drawn)
         sheets.append(np.asarray(Image.open(max(model.file.parent.glob("grid-*.png")))))
+
+    shown = [sheets]
+    if name == "convolutional":
+        shown = [data.to_uint8(drawn[0][:8]) for drawn in samples.values()]
 
     ours = measures(device) if samples else {}
     for side, drawn in samples.items():
@@ -175,8 +198,8 @@ def compare(name: str, data_name: str, out: Path, device: torch.device, seeds: i
             others = frechet_distance(*moments(truth[n:]), *goal)
             rows.setdefault(f"other pictures {size}px", {})[column] = [others]
             found = [frechet_distance(*moments(images.cpu()), *goal) for images in drawn]
-            rows[side][column] = found
-    sheet = contact_sheet([sheets], max(max(pixels.shape) for pixels in sheets))
+            rows.setdefault(side, {})[column] = found
+    sheet = contact_sheet(shown, max(max(pixels.shape) for pixels in itertools.chain(*shown)))
     Image.fromarray(sheet).save(out / f"{name}.png")
     (out / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
     print(f"{as_table(rows)}\n{out / name}.png: the last sheet of each side")
@@ -571,7 +594,7 @@ def parser() -> Parser:
     p = Parser(usage=__doc__.split("\n\n")[1].strip())
     p.add_argument("program", choices=("demo", "compare", "bench", "plot", "agreement"))
     p.add_argument("words", nargs="*", help="NAME, STAGE or RUN, then key=value")
-    p.add_argument("--data", default="synthetic", help="a name, or the path of a folder or .zip")
+    p.add_argument("--data", help="a name, or the path of a folder or .zip (synthetic)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     p.add_argument("--out", help="folder of demo and compare (runs/demo, runs/compare/NAME), or "
                                  "picture of bench curves (runs/curves.png)")
@@ -591,6 +614,10 @@ def run(argv: list[str]) -> None:
             print(plot(Path(run_folder)))
         return
     device = pick_device(args.device)
+    if name == "convolutional" and args.data is None:
+        raise ValueError("compare convolutional asks what becomes of faces: name some by --data, a "
+                         "folder or .zip, or ffhq or celeba")
+    args.data = args.data or "synthetic"
     if args.program == "agreement":
         print(as_table(agreement(name, args.repeat, device)))
         return

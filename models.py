@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from autoencoder import AutoencoderConfig, FieldAutoencoder
-from clif import Field
+from clif import Field, Window
+from conditions import (LED, SHIFTED, Condition, check_conditions, conditioned, fitted_noise,
+                        laid_out, misfit)
 from consistency import (ConsistencyConfig, ConsistencyModel, LatentConsistency, sample_function,
                          sample_multistep, sample_onestep)
 from data import MAX_BYTES, Photo, decode, shown, to_rgb, to_tensor
@@ -200,32 +202,55 @@ class INFD:
                 "draws in one step or two; its sampler is cm"))
         return sampler
 
-    def steps_of(self, sampler: str) -> int:
-        """How many steps a sampler takes where nothing is said; ValueError if there is none."""
+    @property
+    def step_size(self) -> float:
+        """How firmly conditions lead where nothing is said."""
+        return LED if self.f is None else SHIFTED
+
+    def steps_of(self, sampler: str, led: bool = False) -> int:
+        """How many steps a sampler takes where nothing is said; ValueError if there is none.
+
+        led: by conditions.
+        """
         if sampler not in SAMPLERS:
             raise ValueError(f"there is no sampler {sampler}; there are: {', '.join(SAMPLERS)}")
+        if led and sampler != "dpm++":
+            return {"ddim": 50, "cm": 1}[sampler]
         return self.ddim_steps if sampler == "ddim" else SAMPLERS[sampler]
 
     @torch.no_grad()
     def sample(self, indices: Sequence[int], seed: int = 0, steps: int | None = None,
                eta: float | None = None, latent_size: tuple[int, int] | None = None,
                labels: Labels = None, sampler: str | None = None, prompts: Prompts = None,
-               negative: str = "", guidance: float | None = None, bar: Callable = tqdm) -> Tensor:
+               negative: str = "", guidance: float | None = None,
+               conditions: Sequence[Condition] = (), step_size: float | None = None,
+               regions: Sequence[tuple[str, Window]] = (), bar: Callable = tqdm) -> Tensor:
         """Draw the latents z (B, C, h, w) of the images numbered `indices`, for `decode`.
 
         An index as 2.25 lies a quarter of the way from picture 2 to 3, by the condition of 2.
         latent_size: (h, w) of a larger noise map, convolutional sampling (Section D). eta: of ddim.
         prompts: what to draw; tokenizer.remark says what of one the model does not read. negative:
         what to lead away from. guidance: 1 is the model itself, more follows the prompt closer.
+        conditions: see `conditions.conditioned`, as step_size. regions: prompts of their own, each
+        in a window.
         bar: shows progress, called as tqdm.
         """
         self.check_condition(labels, prompts, guidance)
+        step_size = self.step_size if step_size is None else step_size
+        check_conditions(conditions, step_size)
         indices = numbered(indices)
         sampler = self.sampler_of(sampler)
-        own = self.steps_of(sampler)
+        own = self.steps_of(sampler, bool(conditions))
         steps = own if steps is None else steps
         eta = self.eta if eta is None else eta
         model = self.guide(indices, seed, prompts, negative, guidance)
+        if regions:
+            areas = [(self.guide(indices, seed, [text], negative, guidance), window)
+                     for text, window in regions]
+            model = laid_out(model, areas)
+        missed = functools.partial(self.misfit, conditions)
+        if conditions and sampler != "cm":
+            model = conditioned(model, self.diffusion.alpha_bar, missed, step_size)
         y = draw_labels(self.unet, self.classes, indices, seed, labels)
         shape = (self.latent_shape[0], *(latent_size or self.latent_shape[1:]))
 
@@ -237,6 +262,12 @@ class INFD:
             if steps not in (1, 2):
                 raise ValueError(f"{steps} steps: this model draws in 1 or 2")
             noises = [noise("x_T"), noise("cm")][:steps]
+            if conditions and steps == 2:
+                raise ValueError("conditions: this model meets them in 1 step, not in 2")
+            if conditions:
+                sigma = noises[0].new_full((len(indices),), self.f.cfg.sigma_max)
+                noises[0] = fitted_noise(noises[0], lambda x: missed(
+                    model(self.f.cfg.sigma_max * x, sigma, y)), 150, step_size)
             levels = [self.f.cfg.sigma_max, SECOND][:steps]
             return self.scale.inverse(sample_multistep(model, noises, levels, y, limit=math.inf,
                                                        cfg=self.f.cfg))
@@ -275,6 +306,11 @@ class INFD:
             plain = functools.partial(part.to, memory_format=torch.contiguous_format)
             quick = compiled(part.forward, option, shapes=8, otherwise=plain)
             part.forward = functools.partial(called_within, autocast, quick)
+
+    def misfit(self, conditions: Sequence[Condition], x_0: Tensor) -> Tensor:
+        """How far the pictures of what diffusion draws, x_0, are from conditions: (B,)."""
+        phi = self.autoencoder.decode(self.scale.inverse(x_0))                   # (B, C, h, w)
+        return misfit(Field(self.autoencoder.renderer, phi), phi.shape[-2:], conditions)
 
     @torch.no_grad()
     def decode(self, z: Tensor, paper: bool = False, tile: int | None = None) -> Field:
@@ -374,12 +410,27 @@ class OneStep:
             return sample_onestep(self.f, noises[0], y)
         return sample_multistep(self.f, noises, levels, y)
 
-    def functions(self, indices: Sequence[int], seed: int = 0,
-                  labels: Labels = None) -> ImageFunction:
-        """Make B image functions in one step; ValueError where the network makes pixels."""
+    @torch.no_grad()
+    def functions(self, indices: Sequence[int], seed: int = 0, labels: Labels = None,
+                  conditions: Sequence[Condition] = (), step_size: float = SHIFTED,
+                  steps: int = 150) -> ImageFunction:
+        """Make B image functions in one step; ValueError where the network makes pixels.
+
+        conditions: their noise is fitted to them; see `conditions.fitted_noise`.
+        """
         indices = numbered(indices)
+        check_conditions(conditions, step_size)
         y = draw_labels(self.f.net, self.classes, indices, seed, labels)
-        return sample_function(self.f, self.noise(indices, seed), y)
+        noise = self.noise(indices, seed)
+        sigma = noise.new_full((len(noise),), self.f.cfg.sigma_max)
+
+        def missed(noise: Tensor) -> Tensor:
+            drawn = self.f.function(self.f.cfg.sigma_max * noise, sigma, y)
+            return misfit(drawn, (self.size, self.size), conditions)
+
+        if conditions:
+            noise = fitted_noise(noise, missed, steps, step_size)
+        return sample_function(self.f, noise, y)
 
 
 # ---- From files to models and back ----

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from clif import WHOLE_PLANE, Window, check_frame
 from commandline import Parser
+from conditions import LED, SHIFTED, paired, read_given, window_of
 from models import INFD, SAMPLERS, OneStep, draw_labels, export, load, photo
 from pictures import (SHEET, Drawing, dive, png_head, whole, write_html, write_movie, write_png,
                       write_sheet)
@@ -41,6 +42,17 @@ def sizes(text: str) -> list[tuple[int, int]]:
 def numbers(text: str) -> tuple[float, ...]:
     """'4.0,0.8' -> (4.0, 0.8)."""
     return tuple(float(part) for part in text.split(","))
+
+
+def add_conditions(p: Parser) -> None:
+    """Describe the options of conditions.py."""
+    add = p.later("given", "conditions").add_argument
+    add("--given", action="append", metavar="FILE",
+        help="a picture to look like, where the --at behind it says; its alpha is a mask")
+    add("--step-size", type=float, metavar="W",
+        help=f"how firmly; too firm looks overdone (INFD {LED:g}, CM {SHIFTED:g})")
+    add("--prompt-at", nargs=2, action="append", metavar=("TEXT", "y0,x0,y1,x1"),
+        help="what to draw in a part of the plane; several, of which the later hold")
 
 
 def parser() -> Parser:
@@ -73,10 +85,12 @@ def parser() -> Parser:
     add("--port", type=int, default=8000, help="of --view; 0: any that is free (8000)")
     add("--html", metavar="FILE", help="CM: a page that is the picture, drawn by WebGL at any size")
     add("--zoom", type=float, metavar="Z", help="dive Z times closer, into --out FILE.webp or .png")
-    add("--at", type=numbers, default=(0.0, 0.0), metavar="y,x", help="where to dive (0,0)")
+    add("--at", type=numbers, dest="given", action="append", metavar="y,x",
+        help="where to dive (0,0); y0,x0,y1,x1: where the --given before it lies (the whole)")
     add("--morph", type=int, metavar="N", help="walk through N pictures and back, into --out FILE")
     add("--frames", type=int, default=90, help="of --zoom and --morph, 30 a second (90)")
 
+    add_conditions(p)
     add = p.later("infd", "INFD").add_argument
     add("--sampler", choices=SAMPLERS, help="(ddim; cm, of a one-step model)")
     add("--steps", type=int, help="of the sampler (200 of ddim, 20 of dpm++, 2 of cm; text: 50 of "
@@ -103,9 +117,11 @@ def parser() -> Parser:
 
 # The options of other kinds of models.
 FOREIGN = {"INFD with text": ("sigmas", "func-dtype", "html"),
-           "INFD without text": ("sigmas", "func-dtype", "html", "negative", "merges"),
+           "INFD without text": ("sigmas", "func-dtype", "html", "negative", "merges",
+                                 "prompt-at"),
            "OneStep": ("sampler", "steps", "eta", "latent-size", "decoder", "norm", "tile",
-                       "compile", "prompt", "negative", "guidance", "merges")}
+                       "compile", "prompt", "negative", "guidance", "merges",
+                       "prompt-at")}
 
 
 def check_kind(model: INFD | OneStep, args: argparse.Namespace) -> None:
@@ -138,6 +154,32 @@ def read_prompts(args: argparse.Namespace) -> list[str] | None:
     return [*(args.prompt or []), *found]
 
 
+def centre_of_dive(args: argparse.Namespace) -> tuple[float, ...]:
+    """Take the --at of --zoom from among those of --given."""
+    if args.zoom and args.given and isinstance(args.given[-1], tuple):
+        return args.given.pop()
+    return (0.0, 0.0)
+
+
+def conditions_of(args: argparse.Namespace, step_size: float) -> tuple[dict, dict]:
+    """What --given and --prompt-at ask of a model of this step size, and what PNGs say of that."""
+    how = {}
+    made = {}
+    if args.step_size is not None and not args.given:
+        raise ValueError("--step-size is that of --given: give a picture")
+    if args.given:
+        given = paired(args.given)
+        how["conditions"] = [read_given(file, window) for file, window in given]
+        how["step_size"] = step_size if args.step_size is None else args.step_size
+        made["given"] = [(Path(file).name, digest(Path(file)), at) for file, at in given]
+        made["step_size"] = how["step_size"]
+        args.batch = 1                       # no rounding of a batch grows from step to step
+    if args.prompt_at:
+        how["regions"] = [(text, window_of(numbers(at))) for text, at in args.prompt_at]
+        made["prompt_at"] = args.prompt_at
+    return how, made
+
+
 def infd_pictures(model: INFD, args: argparse.Namespace,
                   bar: Callable = tqdm) -> tuple[dict, list, Callable]:
     """How pictures are made, their sizes, and what makes those of some indices: (index, Drawing)."""
@@ -148,7 +190,7 @@ def infd_pictures(model: INFD, args: argparse.Namespace,
         decoder = {"decoder": other.file.name, "decoder_sha256": digest(other.file)}
     sampler = model.sampler_of(args.sampler)
     how = {"sampler": sampler,
-           "steps": model.steps_of(sampler) if args.steps is None else args.steps}
+           "steps": model.steps_of(sampler, bool(args.given)) if args.steps is None else args.steps}
     if sampler == "ddim":
         how["eta"] = model.eta if args.eta is None else args.eta
     elif args.eta is not None:
@@ -158,20 +200,21 @@ def infd_pictures(model: INFD, args: argparse.Namespace,
         how["guidance"] = model.guidance if args.guidance is None else args.guidance
     elif args.guidance is not None:
         how["guidance"] = args.guidance
+    lead, led = conditions_of(args, model.step_size)
     latent = args.latent_size or model.latent_shape[1:]
     paper = args.norm == "paper"
-    model.compile(args.compile or "auto")
+    model.compile(args.compile or ("off" if args.given else "auto"))
     sizes = args.res or [tuple(model.autoencoder.cfg.f * n for n in latent)]
 
     def draw(indices: list[int]) -> Iterator[tuple[int, Drawing]]:
         z = model.sample(indices, args.seed, latent_size=latent, labels=args.label,
-                         prompts=args.prompt, bar=bar, **how)
+                         prompts=args.prompt, bar=bar, **how, **lead)
         for i, one in zip(indices, z.split(1)):
             yield i, model.decode(one, paper, args.tile).tiles
 
     tile = {"tile": args.tile or model.patch} if paper else {}       # else it changes no picture
     made = {**how, "norm": args.norm or "frame", **tile, "latent_size": args.latent_size, **decoder}
-    return made, sizes, draw
+    return made | led, sizes, draw
 
 
 def onestep_pictures(model: OneStep, args: argparse.Namespace) -> tuple[dict, list, Callable]:
@@ -181,9 +224,10 @@ def onestep_pictures(model: OneStep, args: argparse.Namespace) -> tuple[dict, li
     sigmas = args.sigmas or ()
     dtype = args.func_dtype or "float32"
     free = hasattr(model.f.net, "function") and not sigmas
-    if not free and (args.window or args.func_dtype or sizes != own):
-        raise ValueError(f"only one step of generator=func can be drawn at any size and window, "
-                         f"and by --func-dtype; this draws --res {model.size} and the whole image")
+    lead, led = conditions_of(args, SHIFTED)
+    if not free and (args.window or args.func_dtype or lead or sizes != own):
+        raise ValueError(f"only one step of generator=func can be drawn at any size and window, by "
+                         f"--func-dtype and --given; this draws --res {model.size} and the whole")
 
     def draw(indices: list[int]) -> Iterator[tuple[int, Drawing]]:
         if not free:
@@ -191,11 +235,11 @@ def onestep_pictures(model: OneStep, args: argparse.Namespace) -> tuple[dict, li
             for i, image in zip(indices, images.split(1)):
                 yield i, lambda *_, image=image: [(0, 0, image)]
             return
-        functions = model.functions(indices, args.seed, args.label)
+        functions = model.functions(indices, args.seed, args.label, **lead)
         for b, i in enumerate(indices):
             yield i, functools.partial(functions[b].tiles, dtype=getattr(torch, dtype))
 
-    made = {"steps": 1 + len(sigmas), "sigmas": sigmas}
+    made = {"steps": 1 + len(sigmas), "sigmas": sigmas, **led}
     return made | ({} if dtype == "float32" else {"func_dtype": dtype}), sizes, draw
 
 
@@ -357,6 +401,7 @@ def run(argv: list[str]) -> None:
         raise ValueError("under torchrun give --out, which all processes share, and no --sheet")
     if args.window and len(args.window) != 4:
         raise ValueError("--window takes four numbers, y0,x0,y1,x1; the whole is -1,-1,1,1")
+    args.at = centre_of_dive(args)
     args.prompt = read_prompts(args)
     if args.n is None:
         args.n = len(args.prompt or [""])

@@ -75,6 +75,8 @@ from autoencoder import (AutoencoderConfig, Decoder, DiscriminatorConfig, Encode
                          first_order, hinge_loss, kl_loss, split_moments)
 from clif import (CLIF, CLIFConfig, Field, FrameNorm, LIIF, LIIFConfig, check_frame, coord_grid,
                   query)
+from conditions import (LED, SHIFTED, Condition, conditioned, fitted_noise, inside, laid_out, like,
+                        misfit)
 from consistency import (ConsistencyConfig, ConsistencyModel, ECT, ICT, LatentConsistency,
                          ResizedLPIPS, Schedule, consistency_loss, denoising_distance, heun_step,
                          l2, noise_condition, per_image, pseudo_huber, sample_function,
@@ -5286,6 +5288,264 @@ def test_metrics_names_missing_weights_and_packages(tmp_path, monkeypatch):
 
 
 # ==================================================================================================
+# Conditions: conditions.py, and the models that take them
+# ==================================================================================================
+
+CORNER = (-1.0, -0.5, 0.0, 0.5)                      # a window of the plane
+
+
+def conditions_model(stage):
+    """A small random model of conditions' tests, from a checkpoint's content."""
+    return models.trained(sample_content(stage), raw=False).to("cpu")
+
+
+def conditions_of_picture(drawn, cells):
+    """The conditions to look like a picture that is drawn: a thumbnail of the whole, a window."""
+    whole = F.avg_pool2d(drawn.draw(cells), 4)
+    return [like(whole[0]), like(drawn.draw((8, 8), CORNER)[0], CORNER)]
+
+
+def test_conditions_gradient_of_a_residual_is_that_of_finite_differences(monkeypatch):
+    """In double precision, through decoder, CLIF, its tiles, averaging, masks and windows."""
+    monkeypatch.setattr(clif, "coord_grid", lambda *args, **options: (
+        coord_grid(*args, **options).double()))
+    ae = sample_random(FieldAutoencoder(SAMPLE_AE)).double().eval()
+
+    def renderer(phi, coord, cell, norm):
+        return ae.renderer(phi, coord.double(), cell.double(), norm)
+
+    generator = torch.Generator().manual_seed(1)
+    goals = [torch.randn(3, n, n, generator=generator) for n in (3, 9)]
+    mask = torch.rand(9, 9, generator=generator)
+    asked = [like(goals[0]), like(goals[1], CORNER, mask),
+             Condition(lambda x: x.mean(dim=(1, 2, 3)).square(), (4, 6), (0.5, 0.5, 1, 1))]
+
+    def score(z):
+        field = clif.Field(renderer, ae.decode(z), tile=7, norm=clif.own_statistics, halo=2)
+        return misfit(field, (16, 16), asked).sum()
+
+    z = torch.randn(2, 4, 8, 8, dtype=torch.float64, generator=generator).requires_grad_()
+    gradient, = torch.autograd.grad(score(z), z)
+    for seed in range(3):
+        way = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)).double()
+        with torch.no_grad():
+            slope = (score(z + 1e-5 * way) - score(z - 1e-5 * way)) / 2e-5
+        assert slope.item() == pytest.approx((gradient * way).sum().item(), rel=1e-6)
+
+
+def test_conditions_are_compared_at_their_own_scale_and_by_their_mask():
+    z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    field = conditions_model("ldm").decode(z)
+    near = field.draw(16)[0]
+    error = torch.tensor([0.2, -0.4, 0.6]).view(3, 1, 1)
+    wanted = (error / 2).square().mean().item()              # of colours in [0, 1]
+    mean = F.avg_pool2d(near, 8)                             # 2 x 2 pixels: coarser than the cells
+    assert misfit(field, (16, 16), [like(mean)]).item() < 1e-12
+    assert misfit(field, (16, 16), [like(mean + error)]).item() == pytest.approx(wanted, rel=1e-4)
+    finer = field.draw((32, 24), CORNER)[0]                  # and as it is, where it is finer
+    assert misfit(field, (16, 16), [like(finer, CORNER)]).item() < 1e-12
+    off = misfit(field, (16, 16), [like(finer + error, CORNER)]).item()
+    assert off == pytest.approx(wanted / 2, rel=1e-4)        # half as wide as the plane
+    mask = torch.zeros(16, 16)
+    mask[3:5, 7] = 0.5
+    spoilt = near + 5 * (mask == 0)
+    assert misfit(field, (16, 16), [like(spoilt, mask=mask)]).item() < 1e-12
+    off = misfit(field, (16, 16), [like(spoilt + error, mask=mask)]).item()
+    assert off == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
+def test_conditions_of_step_size_0_and_masked_out_ones_change_no_bit(sampler):
+    model = conditions_model("ldm")
+    how = {"sampler": sampler, "steps": 5, "labels": [1, 2]}
+    plain = model.sample([3, 8], **how)
+    asked = [like(torch.zeros(3, 4, 4)), like(torch.ones(3, 9, 9), CORNER)]
+    hidden = like(torch.randn(3, 5, 7), mask=torch.zeros(5, 7))
+    assert torch.equal(model.sample([3, 8], **how, conditions=asked, step_size=0), plain)
+    assert torch.equal(model.sample([3, 8], **how, conditions=[hidden]), plain)
+    led = model.sample([3, 8], **how, conditions=asked)
+    assert torch.equal(model.sample([3, 8], **how, conditions=[hidden, *asked]), led)
+    assert (led - plain).abs().max() > 0.1
+
+
+def test_conditions_on_a_function_of_step_size_0_its_own_and_masked_out():
+    model = conditions_model("cm")
+    plain = model.functions([3, 8], labels=1)
+    asked = [like(torch.zeros(3, 4, 4)), like(torch.ones(3, 9, 9), CORNER)]
+    own = conditions_of_picture(model.functions([3], labels=1), (16, 16))
+    assert misfit(model.functions([3], labels=1), (16, 16), own).item() == 0
+    hidden = like(torch.randn(3, 5, 7), mask=torch.zeros(5, 7))
+    for how in ({"conditions": asked, "step_size": 0.0}, {"conditions": [hidden]}):
+        same = model.functions([3, 8], labels=1, **how, steps=3)
+        assert all(map(torch.equal, same.weights, plain.weights))
+    same = model.functions([3], labels=1, conditions=own, steps=3)
+    assert torch.equal(same.draw(16), model.functions([3], labels=1).draw(16))
+    noise = torch.randn(2, 3, 4, 4)                          # fitted, and as long as before
+    fitted = fitted_noise(noise, lambda x: x.flatten(1).mean(dim=1), 20, 0.1)
+    assert (fitted.mean(dim=(1, 2, 3)) < noise.mean(dim=(1, 2, 3)) - 0.5).all()
+    assert fitted.flatten(1).norm(dim=1).allclose(noise.flatten(1).norm(dim=1))
+
+
+def test_conditions_that_are_the_models_own_sample_leave_it():
+    """Of data that is one latent x_0 = z, which the network therefore always predicts."""
+    model = conditions_model("ldm")
+    z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    own = conditions_of_picture(model.decode(model.scale.inverse(z)), (16, 16))
+    table = model.diffusion.alpha_bar
+
+    def network(x_t, t, y=None):
+        a = table[t[0]].item()
+        return (x_t - math.sqrt(a) * z) / math.sqrt(1 - a)
+
+    assert model.misfit(own, z).item() < 1e-12
+    led = conditioned(network, table, functools.partial(model.misfit, own), 2.0)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(model.diffusion.ddim_sample(led, noise, 5, 0.0), z, atol=1e-4)
+
+
+def test_conditions_fit_the_noise_of_one_step_infd():
+    model = conditions_model("ldm")
+    cfg = ConsistencyConfig(sigma_data=1.0, boundary=False)
+    model.f = LatentConsistency(model.unet, cfg, -model.diffusion.log_rho)
+    plain = model.sample([3, 8], steps=1, labels=1)
+    asked = [like(torch.zeros(3, 4, 4)), like(torch.ones(3, 9, 9), CORNER)]
+    assert torch.equal(model.sample([3, 8], labels=1, conditions=asked, step_size=0.0), plain)
+    led = model.sample([3, 8], labels=1, conditions=asked)
+    before, after = (model.misfit(asked, model.scale(z)) for z in (plain, led))
+    assert (after < before).all()
+    with pytest.raises(ValueError, match="meets them in 1 step"):
+        model.sample([3], labels=1, conditions=asked, steps=2)
+
+
+def test_conditions_lead_the_small_models_to_a_score_of_any_kind():
+    """As a user's CLIP would: here how bright the window is, from Python."""
+    def darkness(rendering):
+        assert rendering.shape[1:] == (3, 6, 5)
+        return 1 - rendering.mean(dim=(1, 2, 3))
+
+    bright = Condition(darkness, (6, 5), CORNER)
+    cm = conditions_model("cm")
+    infd = conditions_model("ldm")
+    for picture, led in (
+            (cm.functions([0]), cm.functions([0], conditions=[bright], steps=10)),
+            (infd.decode(infd.sample([0], steps=10)),
+             infd.decode(infd.sample([0], steps=10, conditions=[bright])))):
+        before, after = (drawn.draw((6, 5), CORNER).mean() for drawn in (picture, led))
+        assert after > before + 0.05
+
+
+def test_conditions_page_runs_as_it_stands(monkeypatch):
+    """Its picture comes nearer to both conditions."""
+    monkeypatch.chdir(ROOT)
+    code, = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/conditions.md").read_text(), re.M | re.S)
+    names = {}
+    exec(code, names)
+    plain = names["cm"].functions([0], labels="dusk")
+    for condition in (names["there"], names["sky"]):
+        missed = [misfit(drawn, (64, 64), [condition]).item() for drawn in (plain, names["led"])]
+        assert missed[1] < missed[0] / 2
+
+
+def test_layouts_follow_each_prompt_where_it_is():
+    words = WordTokenizer(["a", "lake", "wood"], 3)
+    cfg = replace(SAMPLE_UNET, num_classes=0, context_dim=16)
+    model = replace(conditions_model("ldm"), unet=sample_random(UNet(cfg)), tokenizer=words,
+                    text=sample_random(TextTransformer(TextConfig(16, 1, 2, 32, len(words), 3))),
+                    captions=()).to("cpu")
+    how = {"steps": 5, "guidance": 2.0}
+    lake = model.sample([0, 1], prompts=["a lake"], **how)
+    wood = model.sample([0, 1], prompts=["a wood"], **how)
+    whole = [("a wood", clif.WHOLE_PLANE)]
+    assert torch.equal(model.sample([0, 1], prompts=["a lake"], **how, regions=whole), wood)
+    both = [("a lake", clif.WHOLE_PLANE), *whole]                # of two the later one holds
+    assert torch.equal(model.sample([0, 1], prompts=["a wood"], **how, regions=both), wood)
+
+    eps = {name: model.guide([0], 0, [name], "", 2.0) for name in ("a lake", "a wood")}
+    x = torch.randn(1, 4, 8, 8)
+    t = torch.tensor([999])
+    lower = laid_out(eps["a lake"], [(eps["a wood"], (0, -1, 1, 0.25))])(x, t)
+    assert torch.equal(lower[..., :4, :], eps["a lake"](x, t)[..., :4, :])
+    assert torch.equal(lower[..., 4:, :5], eps["a wood"](x, t)[..., 4:, :5])
+    assert torch.equal(lower[..., 4:, 5:], eps["a lake"](x, t)[..., 4:, 5:])
+    part = model.sample([0, 1], prompts=["a lake"], **how, regions=[("a wood", (0, -1, 1, 0.25))])
+    assert min((part - lake).abs().max(), (part - wood).abs().max()) > 1e-3
+    shares = inside((2, 4), (-1, -0.75, 0.5, 1))                 # a cell may be half inside
+    assert torch.equal(shares, torch.tensor([[0.5, 1, 1, 1], [0.25, 0.5, 0.5, 0.5]]).double())
+
+
+# ---- the command line ----
+
+def conditions_file(path, side=4, alpha=None):
+    """Write a small picture."""
+    pixels = np.random.default_rng(side).integers(0, 256, (side, side, 3), np.uint8)
+    if alpha is not None:
+        pixels = np.concatenate([pixels, np.full((side, side, 1), alpha, np.uint8)], axis=2)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.mark.parametrize("stage", ["ldm", "cm"])
+def test_conditions_of_the_command_line_and_what_the_picture_says(sample_runs, tmp_path, stage):
+    """Two pictures, one of which has a place; alone or beside others the same; alpha is a mask."""
+    steps = ["--steps", 5] if stage == "ldm" else []
+    common = ["--ckpt", sample_runs / stage, "--res", 16, "--seed", 3, *steps]
+    a, b = (conditions_file(tmp_path / f"{side}.png", side) for side in (4, 8))
+    given = ["--given", a, "--given", b, "--at=-0.25,-0.25,0.25,0.25"]
+    name = "seed3-000001-16x16.png"
+    assert main_sample(*common, *given, "--n", 2, "--out", tmp_path / "two") == 0
+    assert main_sample(*common, *given[:-1], "--at", "-0.25,-0.25,0.25,0.25", "--start", 1, "-n", 1,
+                       "--batch", 1, "--out", tmp_path / "one") == 0
+    one = (tmp_path / "one" / name).read_bytes()
+    assert one == (tmp_path / "two" / name).read_bytes()
+    pixels, info = text_png(tmp_path / "one" / name)
+    assert [(file, window) for file, _, window in info["given"]] == [
+        ("4.png", [-1, -1, 1, 1]), ("8.png", [-0.25, -0.25, 0.25, 0.25])]
+    assert info["given"][0][1] == hashlib.sha256(a.read_bytes()).hexdigest()[:16]
+    assert info["step_size"] == (LED if stage == "ldm" else SHIFTED)
+
+    hidden = conditions_file(tmp_path / "hidden.png", 4, alpha=0)
+    assert main_sample(*common, "--start", 1, "--out", tmp_path / "plain") == 0
+    assert main_sample(*common, "--start", 1, "--given", hidden, "--out", tmp_path / "hidden") == 0
+    assert main_sample(*common, "--start", 1, *given, "--step-size", 0, "--out",
+                       tmp_path / "zero") == 0
+    plain, _ = text_png(tmp_path / "plain" / name)
+    assert (plain != pixels).any()
+    for folder in ("hidden", "zero"):
+        assert (text_png(tmp_path / folder / name)[0] == plain).all()
+
+
+def test_conditions_that_cannot_be_are_refused_in_one_line(sample_runs, tmp_path, capsys):
+    infd = ["--ckpt", sample_runs / "ldm", "--out", tmp_path / "out", "--steps", 2]
+    picture = conditions_file(tmp_path / "a.png")
+    large = conditions_file(tmp_path / "large.png", 1025)
+    (tmp_path / "broken.png").write_bytes(picture.read_bytes()[:60])
+    (tmp_path / "text.png").write_text("no picture")
+    given = [*infd, "--given", picture]
+    for args, said in (
+            ([*given, "--at", "0,0,2,1"], "window 0,0,2,1: need"),
+            ([*given, "--at", "0,0,nan,1"], "window 0,0,nan,1: need"),
+            ([*given, "--at", "0,0,1"], "window 0,0,1: give y0,x0,y1,x1"),
+            ([*given, "--at", "a,b,c,d"], "argument --at: invalid numbers value: 'a,b,c,d'"),
+            ([*given, "--at=0,0,1,1", "--at=0,0,1,1"], "more windows than pictures"),
+            ([*infd, "--at=0,0,1,1"], "more windows than pictures"),
+            ([*infd, "--at=0,0,1,1", "--given", picture], "more windows than pictures"),
+            ([*infd, "--given", tmp_path / "none.png"], "none.png: No such file"),
+            ([*infd, "--given", tmp_path], "Is a directory"),
+            ([*infd, "--given", tmp_path / "broken.png"], "broken.png: "),
+            ([*infd, "--given", tmp_path / "text.png"], "text.png: not a PNG, JPEG or WEBP"),
+            ([*infd, "--given", large], "are more than 1,048,576: make the pictures smaller"),
+            ([*infd, "--step-size", 1], "--step-size is that of --given"),
+            ([*given, "--step-size", "nan"], "step size is nan"),
+            ([*infd, "--prompt-at", "a lake", "0,0,1,1"], "--prompt-at means nothing"),
+            (["--ckpt", sample_runs / "cm", "--prompt-at", "a", "0,0,1,1"], "means nothing"),
+            (["--ckpt", sample_runs / "ae", "--given", picture], "this is an autoencoder"),
+            (["--ckpt", sample_runs / "cm-unet", "--given", picture], "generator=func"),
+            (["--ckpt", sample_runs / "cm", "--sigmas", 1, "--given", picture], "only one step")):
+        assert said in sample_error(capsys, *args), args
+    assert not list(tmp_path.glob("out/*"))
+
+
+# ==================================================================================================
 # Sampling: sample.py
 # ==================================================================================================
 
@@ -9097,7 +9357,7 @@ def test_every_comparison_is_of_equal_steps_and_pictures(tmp_path, monkeypatch):
                     assert sum(p.numel() for p in made_cm.net.parameters()) > 1e5
                     assert made_cm.cfg.K == cfg.steps
                     assert ("pretrain" in parts) == (cfg.init != "none")
-            assert len(sides) > 1
+            assert len(sides) > 1 or name == "convolutional"         # one model, drawn in two ways
             if name != "demo":
                 assert len({(stage, cfg.steps, cfg.batch, cfg.lr) for stage, cfg in last}) == 1
                 assert len({repr(cfg) for _, cfg in last}) == len(sides) - (name == "latent")
@@ -9155,6 +9415,19 @@ def test_comparison_of_latents(tmp_path, monkeypatch):
     assert rows["learned"]["parameters"] == rows["lowres"]["parameters"]         # the same UNet
     infd = models.load(tmp_path / "lowres-seed0/ldm")
     assert infd.autoencoder.quantizer is None and not list(infd.autoencoder.encoder.parameters())
+
+
+def test_comparison_of_convolutional_sampling_draws_one_model_twice_its_size(
+        tmp_path, monkeypatch, capsys):
+    tiny = experiments_tiny()
+    sides = {"model": {"ae": tiny["ae"] | {"disc.ndf": 8}, "ldm": tiny["ldm"]}}
+    rows = experiments_twice("convolutional", sides, tmp_path, monkeypatch)
+    assert rows["CLIF"].keys() == rows["larger noise map"].keys() >= {"colour distance"}
+    assert "colour distance" not in rows["model"] and "other pictures 32px" in rows
+    with Image.open(tmp_path / "convolutional.png") as sheet:
+        assert sheet.height == 2 * 32 + 4                    # a row each, at twice 16 px
+    assert experiments_main("compare", "convolutional") == 2
+    assert "name some by --data" in capsys.readouterr().err
 
 
 def test_colour_moments_have_a_closed_form():
@@ -9379,7 +9652,7 @@ def test_help_of_every_program_fits_a_screen_and_names_every_option(capsys, prog
     assert all(re.search(rf"^  .*{flag} ", shown("all"), re.MULTILINE) for flag in flags)
     assert "--sigmas SIGMAS" in shown("cm") and "--res" not in shown("cm")
     assert sample.main(["--help", "gan"]) == 2
-    assert main_error(capsys) == "error: --help gan: there are all, view, infd, text, cm"
+    assert main_error(capsys) == "error: --help gan: there are all, view, given, infd, text, cm"
 
 
 @pytest.mark.parametrize("program, args, said", [
