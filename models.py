@@ -181,8 +181,12 @@ class INFD:
         return self.captions[rng(seed, "caption", math.floor(i)).integers(len(self.captions))]
 
     def guide(self, indices: Sequence[int], seed: int, prompts: Prompts, negative: str,
-              guidance: float | None) -> Callable:
+              guidance: float | None, regions: Sequence[tuple[str, Window]] = ()) -> Callable:
         """What a sampler calls, after its condition: (x_t, t, y) -> eps; f: (x, sigma, y) -> x."""
+        if regions:
+            areas = [(self.guide(indices, seed, [text], negative, guidance), window)
+                     for text, window in regions]
+            return laid_out(self.guide(indices, seed, prompts, negative, guidance), areas)
         net = self.unet if self.f is None else self.f
         if self.text is None and guidance is None:
             return net
@@ -243,13 +247,9 @@ class INFD:
         own = self.steps_of(sampler, bool(conditions))
         steps = own if steps is None else steps
         eta = self.eta if eta is None else eta
-        model = self.guide(indices, seed, prompts, negative, guidance)
-        if regions:
-            areas = [(self.guide(indices, seed, [text], negative, guidance), window)
-                     for text, window in regions]
-            model = laid_out(model, areas)
-        missed = functools.partial(self.misfit, conditions)
+        model = self.guide(indices, seed, prompts, negative, guidance, regions)
         if conditions and sampler != "cm":
+            missed = functools.partial(self.misfit, conditions)
             model = conditioned(model, self.diffusion.alpha_bar, missed, step_size)
         y = draw_labels(self.unet, self.classes, indices, seed, labels)
         shape = (self.latent_shape[0], *(latent_size or self.latent_shape[1:]))
@@ -262,12 +262,8 @@ class INFD:
             if steps not in (1, 2):
                 raise ValueError(f"{steps} steps: this model draws in 1 or 2")
             noises = [noise("x_T"), noise("cm")][:steps]
-            if conditions and steps == 2:
-                raise ValueError("conditions: this model meets them in 1 step, not in 2")
             if conditions:
-                sigma = noises[0].new_full((len(indices),), self.f.cfg.sigma_max)
-                noises[0] = fitted_noise(noises[0], lambda x: missed(
-                    model(self.f.cfg.sigma_max * x, sigma, y)), 150, step_size)
+                noises = [self.fitted(model, noises, y, conditions, step_size)]
             levels = [self.f.cfg.sigma_max, SECOND][:steps]
             return self.scale.inverse(sample_multistep(model, noises, levels, y, limit=math.inf,
                                                        cfg=self.f.cfg))
@@ -306,6 +302,17 @@ class INFD:
             plain = functools.partial(part.to, memory_format=torch.contiguous_format)
             quick = compiled(part.forward, option, shapes=8, otherwise=plain)
             part.forward = functools.partial(called_within, autocast, quick)
+
+    def fitted(self, f: Callable, noises: Sequence[Tensor], y: Tensor | None,
+               conditions: Sequence[Condition], step_size: float) -> Tensor:
+        """The noise of one-step INFD with which its one call meets conditions."""
+        noise, *more = noises
+        if more:
+            raise ValueError("conditions: this model meets them in 1 step, not in 2")
+        sigma_max = self.f.cfg.sigma_max
+        sigma = noise.new_full((len(noise),), sigma_max)
+        return fitted_noise(noise, lambda x: self.misfit(conditions, f(sigma_max * x, sigma, y)),
+                            150, step_size)
 
     def misfit(self, conditions: Sequence[Condition], x_0: Tensor) -> Tensor:
         """How far the pictures of what diffusion draws, x_0, are from conditions: (B,)."""
