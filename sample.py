@@ -94,7 +94,7 @@ def parser() -> Parser:
     add = p.later("infd", "INFD").add_argument
     add("--sampler", choices=SAMPLERS, help="(ddim; cm, of a one-step model)")
     add("--steps", type=int, help="of the sampler (200 of ddim, 20 of dpm++, 2 of cm; text: 50 of "
-                                  "ddim)")
+                                  "ddim); 1 or 2 without --ckpt and --sampler: the one-step INFD")
     add("--eta", type=float, help="noise that ddim adds: 0 none, 1 as published (1; text: 0)")
     add("--latent-size", type=size, help="a larger noise map, as 32x64 (Section D)")
     add("--decoder", metavar="RUN", help="draw by this run of stage ae init=CKPT")
@@ -387,12 +387,21 @@ def exhibit(model: INFD | OneStep, args: argparse.Namespace, common: dict, size:
         write_moving(model, args, common, size, draw)
 
 
+def chosen(args: argparse.Namespace) -> Path:
+    """The checkpoint asked for; of the bundled ones 1 or 2 steps are those of the one-step INFD."""
+    own = args.model
+    if own == "infd" and args.image:
+        own = "autoencoder"
+    elif own == "infd" and (args.sampler == "cm" or args.sampler is None and args.steps in (1, 2)):
+        own = "infd_onestep"
+    return Path(args.ckpt) if args.ckpt else bundled(own)
+
+
 def run(argv: list[str]) -> None:
     """Draw what the command line asks for."""
     args = parser().read(argv, "sizes are given by --res, scores made by metrics.py, "
                                "measurements by experiments.py")
-    own = "autoencoder" if args.image and args.model == "infd" else args.model
-    path = Path(args.ckpt) if args.ckpt else bundled(own)
+    path = chosen(args)
     if args.export:
         return export(path, Path(args.export))
     rank = int(os.environ.get("RANK", 0))                            # torchrun: each has its share
@@ -410,7 +419,7 @@ def run(argv: list[str]) -> None:
 
     model = load(path, pick_device(args.device), args.raw, args.merges)
     more = args.view or args.html or args.zoom or args.morph
-    if more and isinstance(model, INFD) and args.eta is None and not args.image:
+    if more and isinstance(model, INFD) and args.eta is None and not (args.image or model.f):
         args.sampler = args.sampler or "dpm++"                       # someone waits
     if args.view or args.zoom:
         args.window = args.window or WHOLE_PLANE                     # or this model has no windows

@@ -6736,14 +6736,15 @@ def test_export_names_no_folder_of_this_machine(tmp_path):
 
 # ---- the weights that come with the project ----
 
-@pytest.mark.parametrize("name", ["infd", "cm"])
+@pytest.mark.parametrize("name", ["infd", "infd_onestep", "cm"])
 def test_bundled_weights_make_pictures_of_the_data(name):
     """Nearer to held-out scenes than to noise by far; as small as promised; and free of the paths
     of one machine."""
     assert sample.bundled(name).stat().st_size <= 12e6
     model = models.load(sample.bundled(name))
-    if name == "infd":
-        pictures = model.decode(model.sample(range(16), sampler="dpm++")).draw(64)
+    if name != "cm":
+        sampler = "dpm++" if name == "infd" else "cm"
+        pictures = model.decode(model.sample(range(16), sampler=sampler)).draw(64)
     else:
         pictures = model.functions(range(16)).draw(64)
     held_out = data.open_data("synthetic", "val")
@@ -6758,7 +6759,7 @@ def test_bundled_weights_make_pictures_of_the_data(name):
     assert not [text for text in texts if text.startswith(("/", "~"))]
 
 
-def bundled_agreement(n, **options):
+def bundled_agreement(n, name="infd", **options):
     """How many of n pictures have a mean colour of the class asked for, as all of 128 true scenes:
     of the nearest class, by the spread of colours within classes."""
     held_out = data.open_data("synthetic", "val")
@@ -6774,7 +6775,7 @@ def bundled_agreement(n, **options):
         return apart.norm(dim=1).argmin(dim=1)
 
     assert (nearest(truth) == asked).all()
-    model = models.load(sample.bundled("infd"))
+    model = models.load(sample.bundled(name))
     found = 0
     for start in range(0, n, 16):
         z = model.sample(range(start, start + 16), labels=[0, 1, 2, 3] * 4, **options)
@@ -6783,7 +6784,9 @@ def bundled_agreement(n, **options):
     return found
 
 
-@pytest.mark.parametrize("options", [dict(sampler="dpm++", steps=8), dict(eta=0.0, steps=10)])
+@pytest.mark.parametrize("options", [dict(sampler="dpm++", steps=8), dict(eta=0.0, steps=10),
+                                     dict(name="infd_onestep", steps=1),
+                                     dict(name="infd_onestep", steps=2)])
 def test_a_bundled_picture_is_of_the_class_asked_for(options):
     """Of 32 all; of 5 in 6 where a walk without fresh noise starts at the end of the schedule."""
     assert bundled_agreement(32, **options) == 32
@@ -6791,7 +6794,8 @@ def test_a_bundled_picture_is_of_the_class_asked_for(options):
 
 @slow
 @pytest.mark.parametrize("options", [dict(sampler="dpm++"), dict(eta=0.0), dict(eta=1.0),
-                                     dict(eta=0.0, steps=50)])
+                                     dict(eta=0.0, steps=50), dict(name="infd_onestep", steps=1),
+                                     dict(name="infd_onestep", steps=2)])
 def test_bundled_pictures_are_of_the_class_asked_for(options):
     assert bundled_agreement(208, **options) >= 0.99 * 208
 
@@ -6816,6 +6820,11 @@ def test_sample_without_a_checkpoint_draws_with_the_bundled_weights(tmp_path, mo
     assert "2 pictures (EMA" in capsys.readouterr().out
     shapes = [Image.open(file).size for file in sorted((tmp_path / "samples").rglob("*.png"))]
     assert shapes == [(96, 96)] * 2 + [(128, 128)] * 2
+    for few in (["--steps", 1], ["--steps", 2], ["--sampler", "cm"]):    # the one-step INFD
+        assert main_sample(*few, "--res", 32, "--label", "night", "--out", few[1]) == 0
+        info = main_png(next(Path(str(few[1])).glob("*.png")))[1]
+        steps = few[1] if few[0] == "--steps" else 2
+        assert (info["ckpt"], info["sampler"], info["steps"]) == ("infd_onestep.pt", "cm", steps)
 
 
 # ==================================================================================================

@@ -55,7 +55,7 @@ def about(model: INFD | OneStep, args: argparse.Namespace, shape: tuple[int, int
         fields += ["label"]
     if isinstance(model, INFD):
         fields += ["steps"]
-        usual["steps"] = model.steps_of(args.sampler or "ddim")
+        usual["steps"] = model.steps_of(model.sampler_of(args.sampler))
         if model.text is not None:
             fields += ["prompt", "negative", "guidance"]
             usual["guidance"] = model.guidance
