@@ -403,6 +403,13 @@ class Meter:
         self.rows.append(({name: value.detach() for name, value in logs.items()}, k, index))
         self.images += images
 
+    def first(self) -> float:
+        """Say how many seconds the first step took, and leave them out of the rate."""
+        float(self.rows[-1][0]["taken"])             # waits for the device
+        took = time.perf_counter() - self.since
+        self.restart()
+        return took
+
     def means(self) -> dict[str, float]:
         """Give the means over steps and ranks, images/s, and the share of time waiting for data.
 

@@ -7355,7 +7355,7 @@ def test_a_failing_compiler_is_a_warning_and_eager_steps(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("stage, dtype", [("pretrain", "fp32"), ("pretrain", "bf16"),
                                           ("cm", "fp32")])
-def test_function_generator_compiles_as_one_graph(stage, dtype, tmp_path, monkeypatch):
+def test_function_generator_compiles_as_one_graph(stage, dtype, tmp_path, monkeypatch, capsys):
     """Rendering included, without graph breaks, in bf16 too; and the run is the eager run."""
     compiler, graphs = torch.compile, []
 
@@ -7367,7 +7367,9 @@ def test_function_generator_compiles_as_one_graph(stage, dtype, tmp_path, monkey
     options = TINY_PRETRAIN if stage == "pretrain" else [*TINY_CM, "init=none"]
     for name in ("on", "off"):
         args = [*options, "steps=2", f"dtype={dtype}", f"compile={name}"]
+        capsys.readouterr()
         assert main_stage(stage, tmp_path / name, *args) == 0
+        assert ("s, most of it compiling" in capsys.readouterr().out) == (name == "on")
     assert len(graphs) == 1                          # of cm student, teacher and metric
     ours, theirs = (main_log(tmp_path / name)[-1] for name in ("on", "off"))
     assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)

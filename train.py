@@ -28,7 +28,8 @@ import data
 from commandline import Parser
 from data import Source
 from runs import (RunFolder, Stopped, barrier, cli, flatten, nearest, option_types, parse_options,
-                  pick_device, print_once, process_group, ranks, rng, set_tf32, unflatten)
+                  pick_device, print_once, process_group, ranks, rng, set_tf32, unflatten,
+                  wants_compile)
 from stages import Run, Stage, descend, ema_update
 from stages_func import CMRun, CMStage, PretrainRun, PretrainStage
 from stages_infd import AERun, AEStage, LDMRun, LDMStage
@@ -78,6 +79,9 @@ def fit(stage: Stage, out: Path) -> None:
                 with meter.paused():
                     logs |= stage.validate()
             meter.add(logs, cfg.batch, k, batch["index"])
+            if k == start and wants_compile(cfg.compile, stage.device):
+                print_once(f"the first step took {meter.first():.0f} s, most of it compiling; what "
+                           f"was compiled stays in $TORCHINDUCTOR_CACHE_DIR (below $TMPDIR)")
             if last or done % cfg.log_every == 0:
                 line = {"step": done, **meter.means()}
                 folder.log(line)
