@@ -236,7 +236,7 @@ class FrameNorm:
             mean = groups.mean(dim=-1, keepdim=True)                          # (1, G, 1)
             var = (groups - mean).square().mean(dim=-1, keepdim=True)         # var_mean: 8x slower
             taken[layer].append(torch.stack([mean, (var + layer.eps).rsqrt()], dim=1))
-            return cls({layer: taken[layer][-1]})(layer, x)
+            return normalised(layer, x, taken[layer][-1])
 
         for one in phi.split(1):                                              # bounds the memory
             renderer(one, coord, cell, record)
@@ -244,10 +244,15 @@ class FrameNorm:
 
     def __call__(self, layer: nn.GroupNorm, x: Tensor) -> Tensor:
         """Apply `layer` to x (B, C, H, W): a `Norm`."""
-        mean, rstd = self.moments[layer].unbind(dim=1)                        # (B, G, 1) each
-        scale = rstd * layer.weight.view(layer.num_groups, -1)                # (B, G, C/G)
-        shift = layer.bias.view_as(scale[0]) - mean * scale                   # (B, G, C/G)
-        return (x * scale.view(-1, x.shape[1], 1, 1)).add_(shift.view(-1, x.shape[1], 1, 1))
+        return normalised(layer, x, self.moments[layer])
+
+
+def normalised(layer: nn.GroupNorm, x: Tensor, moments: Tensor) -> Tensor:
+    """What `layer` makes of x (B, C, H, W) by given mean and 1 / std of each group, (B, 2, G, 1)."""
+    mean, rstd = moments.unbind(dim=1)                                        # (B, G, 1) each
+    scale = rstd * layer.weight.view(layer.num_groups, -1)                    # (B, G, C/G)
+    shift = layer.bias.view_as(scale[0]) - mean * scale                       # (B, G, C/G)
+    return (x * scale.view(-1, x.shape[1], 1, 1)).add_(shift.view(-1, x.shape[1], 1, 1))
 
 
 def _snap(pixels: float) -> float:
