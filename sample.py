@@ -336,6 +336,8 @@ def shown(model: INFD | OneStep, args: argparse.Namespace, asked: dict,
     args = argparse.Namespace(**{**vars(args), **asked})
     if "prompt" in asked:
         args.prompt = [asked["prompt"]] if asked["prompt"] else None
+    if isinstance(model, INFD):
+        args.compile = "off"                                         # it is, if it was asked for
     made, _, draw = pictures_of(model, args, bar)
     i, drawing = next(draw([args.start]))
     return described(model, args, origin(model) | made, i), drawing
@@ -381,7 +383,8 @@ def exhibit(model: INFD | OneStep, args: argparse.Namespace, common: dict, size:
     if args.view:
         serve(functools.partial(shown, model, args), about(model, args, size), args.port)
     elif args.html:
-        function = model.functions([args.start], args.seed, args.label)
+        lead, _ = conditions_of(args, SHIFTED)
+        function = model.functions([args.start], args.seed, args.label, **lead)
         write_html(Path(args.html), function, size, described(model, args, common, args.start))
     else:
         write_moving(model, args, common, size, draw)

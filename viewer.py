@@ -57,10 +57,11 @@ def about(model: INFD | OneStep, args: argparse.Namespace, shape: tuple[int, int
         fields += ["steps"]
         usual["steps"] = model.steps_of(model.sampler_of(args.sampler))
         if model.text is not None:
-            fields += ["prompt", "negative", "guidance"]
-            usual["guidance"] = model.guidance
-        elif net.cfg.null_class:
-            fields += ["guidance"]
+            fields += ["prompt"]
+            usual["prompt"] = "what to draw"
+        if model.f is None and (model.guidance != 1 if model.text else net.cfg.null_class):
+            fields += ["negative", "guidance"] if model.text else ["guidance"]
+            usual["guidance"] = model.guidance if model.text else 1
     start = {name: getattr(args, name) for name in fields}
     return {"shape": shape, "fields": fields, "classes": classes, "usual": usual,
             "start": {**start, "prompt": (args.prompt or [None])[0]}}
