@@ -120,7 +120,7 @@ class LatentScale(nn.Module):
         return z * self.std[:, None, None] + self.mean[:, None, None]
 
 
-AS_PUBLISHED = {"ddim_steps": 50, "eta": 0.0, "guidance": 7.5}       # of Stable Diffusion v1
+AS_PUBLISHED = {"ddim_steps": 50, "eta": 0.0, "guidance": 7.5, "sampler": "ddim"}   # of SD v1
 GUIDANCE = 2.0                              # of text, for models trained here (docs/results.md)
 # Steps: of ddim as published; of dpm++ as many as come within 40 dB of ddim's (docs/results.md).
 # cm: of the one-step model, the second from noise of the level SECOND.
@@ -147,7 +147,8 @@ class INFD:
     text: TextTransformer | None = None     # makes the context that the UNet attends to
     tokenizer: CLIPTokenizer | WordTokenizer | None = None
     captions: Sequence[str] = ()            # of its training; drawn where no prompt is given
-    ddim_steps: int = SAMPLERS["ddim"]      # what `sample` does where nothing else is said
+    sampler: str = "dpm++"                  # what `sample` does where nothing else is said: ddim
+    ddim_steps: int = SAMPLERS["ddim"]      # with eta 1, as published, asks for a long training
     eta: float = 1.0
     guidance: float = 7.5                   # of text; 1: it never learned to draw without
     f: LatentConsistency | None = None      # one-step INFD: draws the latents, and unet is its net
@@ -197,9 +198,12 @@ class INFD:
         null, context = self.text(ids).split([1, len(texts)])                    # (1 + B, N, D)
         return guided(net, self.guidance if guidance is None else guidance, context, null)
 
-    def sampler_of(self, sampler: str | None) -> str:
-        """The sampler asked for, by default the model's own; ValueError where it has no such."""
-        sampler = sampler or ("ddim" if self.f is None else "cm")
+    def sampler_of(self, sampler: str | None, ddim: bool = False) -> str:
+        """The sampler asked for, by default the model's own; ValueError where it has no such.
+
+        ddim: whether something else that is asked for needs ddim: eta, conditions.
+        """
+        sampler = sampler or ("cm" if self.f else "ddim" if ddim else self.sampler)
         if (sampler == "cm") != (self.f is not None):
             raise ValueError(f"sampler {sampler}: this model " + (
                 "takes many steps; its samplers are ddim and dpm++" if self.f is None else
@@ -243,7 +247,7 @@ class INFD:
         step_size = self.step_size if step_size is None else step_size
         check_conditions(conditions, step_size)
         indices = numbered(indices)
-        sampler = self.sampler_of(sampler)
+        sampler = self.sampler_of(sampler, eta is not None or bool(conditions))
         own = self.steps_of(sampler, bool(conditions))
         steps = own if steps is None else steps
         eta = self.eta if eta is None else eta
@@ -566,7 +570,7 @@ def assembled(parts: Model, path: Path, merges: str | None = None) -> INFD:
     scale = LatentScale(cfg.z_channels)
     scale.std.fill_(1 / parts.scale)
     made = INFD(autoencoder, unet, GaussianDiffusion(parts.diffusion), scale, parts.size, patch=256,
-                weights=parts.weights, text=text, tokenizer=tokenizer)
+                weights=parts.weights, text=text, tokenizer=tokenizer, sampler="ddim")
     return made if text is None else replace(made, **AS_PUBLISHED)
 
 

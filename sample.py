@@ -92,9 +92,9 @@ def parser() -> Parser:
 
     add_conditions(p)
     add = p.later("infd", "INFD").add_argument
-    add("--sampler", choices=SAMPLERS, help="(ddim; cm, of a one-step model)")
-    add("--steps", type=int, help="of the sampler (200 of ddim, 20 of dpm++, 2 of cm; text: 50 of "
-                                  "ddim); 1 or 2 without --ckpt and --sampler: the one-step INFD")
+    add("--sampler", choices=SAMPLERS, help="(dpm++; published files: ddim; one-step models: cm)")
+    add("--steps", type=int, help="of the sampler (dpm++ 20, ddim 200, Stable Diffusion 50, cm 2); "
+                                  "1 or 2 without --ckpt and --sampler: the one-step INFD")
     add("--eta", type=float, help="noise that ddim adds: 0 none, 1 as published (1; text: 0)")
     add("--latent-size", type=size, help="a larger noise map, as 32x64 (Section D)")
     add("--decoder", metavar="RUN", help="draw by this run of stage ae init=CKPT")
@@ -188,7 +188,7 @@ def infd_pictures(model: INFD, args: argparse.Namespace,
         other = load(args.decoder, model.scale.mean.device)
         model = model.drawn_by(other)
         decoder = {"decoder": other.file.name, "decoder_sha256": digest(other.file)}
-    sampler = model.sampler_of(args.sampler)
+    sampler = model.sampler_of(args.sampler, args.eta is not None or bool(args.given))
     how = {"sampler": sampler,
            "steps": model.steps_of(sampler, bool(args.given)) if args.steps is None else args.steps}
     if sampler == "ddim":
@@ -422,8 +422,6 @@ def run(argv: list[str]) -> None:
 
     model = load(path, pick_device(args.device), args.raw, args.merges)
     more = args.view or args.html or args.zoom or args.morph
-    if more and isinstance(model, INFD) and args.eta is None and not (args.image or model.f):
-        args.sampler = args.sampler or "dpm++"                       # someone waits
     if args.view or args.zoom:
         args.window = args.window or WHOLE_PLANE                     # or this model has no windows
     made, sizes, draw = pictures_of(model, args)

@@ -192,7 +192,7 @@ class LDMRun(Run):
     p_uncond: float = 0.1             # leave class or caption out this often, for guidance (SD)
     pictures: int = 0                 # with cache: learn from the first so many only; 0: all
     cache: bool = False               # encode every picture once, unmirrored; keep z in memory
-    preview_steps: int = 50           # DDIM steps of the sample sheets
+    preview_steps: int = 20           # of the sample sheets, by DPM-Solver++
     unet: UNetConfig = UNetConfig()
     context: TextConfig = TextConfig(width=256, layers=4, heads=4, hidden=1024)  # with text=true
     diffusion: DiffusionConfig = DiffusionConfig()
