@@ -248,7 +248,7 @@ class FrameNorm:
 
 
 def normalised(layer: nn.GroupNorm, x: Tensor, moments: Tensor) -> Tensor:
-    """What `layer` makes of x (B, C, H, W) by given mean and 1 / std of each group, (B, 2, G, 1)."""
+    """What `layer` makes of x (B, C, H, W) by given mean and 1 / std of groups, (B, 2, G, 1)."""
     mean, rstd = moments.unbind(dim=1)                                        # (B, G, 1) each
     scale = rstd * layer.weight.view(layer.num_groups, -1)                    # (B, G, C/G)
     shift = layer.bias.view_as(scale[0]) - mean * scale                       # (B, G, C/G)

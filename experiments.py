@@ -386,10 +386,12 @@ def bench_curves(preset: str, data_name: str, texts: Sequence[str], n: int, out:
                 batches = itertools.islice(made.batches(0), n)
                 losses = [iterate(made, batch, k) for k, batch in enumerate(batches)]
                 row[way] = [round(float(loss), 6) for loss in losses]
-            means = [[np.mean(part) for part in np.array_split(row[way], min(n, 10))] for way in row]
+            parts = [np.array_split(losses, min(n, 10)) for losses in row.values()]
+            means = [[part.mean() for part in one] for one in parts]
             row["gap"] = max(abs(a / b - 1) for a, b in zip(*means))
-            panels.append(draw_panel(f"{what}: loss (red: as here, blue: eager fp32)",
-                                     list(enumerate(row["here"])), n, list(enumerate(row["exact"]))))
+            here, exact = (list(enumerate(row[way])) for way in ("here", "exact"))
+            panels.append(draw_panel(f"{what}: loss (red: as here, blue: eager fp32)", here, n,
+                                     exact))
             yield what, row
     page = Image.new("RGB", (PANEL[0], PANEL[1] * len(panels)))
     for i, panel in enumerate(panels):

@@ -372,9 +372,10 @@ def same_encoder(a: INFD, b: INFD) -> bool:
     """Say whether two models have the same latents: one encoder, up to half precision."""
     ours = a.autoencoder.encoder.state_dict()
     theirs = b.autoencoder.encoder.state_dict()
-    return ours.keys() == theirs.keys() and all(
-        v.shape == theirs[k].shape and (v.cpu() - theirs[k].cpu()).abs().max() <= 0.01 * v.abs().max()
-        for k, v in ours.items())
+    if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in theirs.items()}:
+        return False
+    return all((v.cpu() - theirs[k].cpu()).abs().max() <= 0.01 * v.abs().max()
+               for k, v in ours.items())
 
 
 # The networks F: name -> (network, its configuration, the option of a run that holds that).

@@ -70,7 +70,7 @@ def parser() -> Parser:
     add("-n", "--n", type=int, help="how many (1, or one a prompt); -n after torchrun")
     add("--start", type=int, default=0, metavar="I", help="number of the first image (0)")
     add("--seed", type=int, default=0, help="a picture depends on seed and number alone (0)")
-    add("--image", metavar="FILE", help="draw this picture of yours, by an autoencoder, at any size")
+    add("--image", metavar="FILE", help="draw a picture of yours, by an autoencoder, at any size")
     add("--label", help="class, by name or number (drawn per image)")
     add("--res", type=sizes, metavar="SIZES",
         help="512, or 256,512; 256x512 (height x width) stretches: see --latent-size, --window")
@@ -182,7 +182,7 @@ def conditions_of(args: argparse.Namespace, step_size: float) -> tuple[dict, dic
 
 def infd_pictures(model: INFD, args: argparse.Namespace,
                   bar: Callable = tqdm) -> tuple[dict, list, Callable]:
-    """How pictures are made, their sizes, and what makes those of some indices: (index, Drawing)."""
+    """How pictures are made, their sizes, and what makes those of indices: (index, Drawing)."""
     decoder = {}
     if args.decoder:
         other = load(args.decoder, model.scale.mean.device)
@@ -391,10 +391,12 @@ def exhibit(model: INFD | OneStep, args: argparse.Namespace, common: dict, size:
 
 
 def chosen(args: argparse.Namespace) -> Path:
-    """The checkpoint asked for; of the bundled ones 1 or 2 steps are those of the one-step INFD."""
+    """The checkpoint asked for, or the bundled one for what is asked: a picture, words, 1 step."""
     own = args.model
     if own == "infd" and args.image:
         own = "autoencoder"
+    elif own == "infd" and (args.prompt or args.prompts or args.prompt_at):
+        own = "infd_text"
     elif own == "infd" and (args.sampler == "cm" or args.sampler is None and args.steps in (1, 2)):
         own = "infd_onestep"
     return Path(args.ckpt) if args.ckpt else bundled(own)

@@ -326,8 +326,8 @@ class LDMStage(Stage):
             print_once(f"starting from the UNet in {cfg.start}")
             theirs = load(cfg.start)
             if not same_encoder(theirs, self.base):
-                print_once(f"warning: {cfg.init} has not the encoder of {cfg.start}, so the UNet has "
-                           f"to learn other latents")
+                print_once(f"warning: {cfg.init} has not the encoder of {cfg.start}, so the UNet "
+                           f"has to learn other latents")
             unet = nn.ModuleDict({"unet": theirs.unet, "text": theirs.text}) if cfg.text \
                 else theirs.unet
             load_weights(self.net, unet.state_dict(), f"the UNet in {cfg.start}")

@@ -7119,7 +7119,7 @@ def test_a_run_that_waits_for_pictures_says_what_helps():
     line = {"step": 40, "loss": 1.0, "images_per_s": 4.0, "data_wait": 0.1}
     assert train.in_words(line, cfg) == ("step 40 of 100: loss 1, images_per_s 4, 1.0 minutes to go")
     slow = train.in_words(line | {"data_wait": 0.6}, cfg)
-    assert slow.endswith("(60% of it waiting for pictures: data.py prepare, or workers)")
+    assert slow.endswith("(60% waiting for pictures: data.py prepare, or workers)")
 
 
 def test_a_run_that_starts_over_says_so(tmp_path, capsys):

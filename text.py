@@ -92,7 +92,7 @@ def find_merges(checkpoint: Path, named: str | None = None) -> Path:
             return path
     raise FileNotFoundError(f"CLIP's tokenizer is not at {named or folder}: put {MERGES_FILE} "
                             f"({MERGES_BYTES:,} bytes, sha256 {MERGES_SHA256}), which CLIP's "
-                            f"packages contain, beside the checkpoint (sample.py: or --merges FILE)")
+                            f"packages hold, beside the checkpoint (sample.py: or --merges FILE)")
 
 
 def read_merges(path: Path) -> list[tuple[str, str]]:

@@ -106,7 +106,7 @@ def in_words(line: dict, cfg: Run) -> str:
     values = ", ".join(f"{name} {line[name]:g}" for name in wanted if name in line)
     left = minutes(line["step"], line["images_per_s"], cfg)
     if line["data_wait"] > 0.25:
-        left += f" ({line['data_wait']:.0%} of it waiting for pictures: data.py prepare, or workers)"
+        left += f" ({line['data_wait']:.0%} waiting for pictures: data.py prepare, or workers)"
     return f"step {line['step']:,} of {cfg.steps:,}: {values}, {left}"
 
 
@@ -320,13 +320,13 @@ MOVED = ("demo", "compare", "bench")
 
 def parser() -> Parser:
     """Describe the command line."""
-    p = Parser(
-        description="Train. The same command again continues the run.", add_help=False, epilog="key=value sets an option of the stage; --help STAGE lists them")
+    p = Parser(description="Train. The same command again continues the run.", add_help=False,
+               epilog="key=value sets an option of the stage; --help STAGE lists them")
     p.add_argument("--stage", default="ae", help=f"{', '.join(STAGES)} (default: ae)")
     p.add_argument("--preset", default="paper",
-                   help="paper (default), small or tiny; of stages ae and ldm also sd: from Stable "
-                        "Diffusion v1; of stage cm also ict and ect: improved consistency training, "
-                        "easy consistency tuning; with latents=RUN, denoiser, then onestep")
+                   help="paper (default), small or tiny; of ae and ldm also sd: from Stable "
+                        "Diffusion v1; of cm also ict and ect: improved consistency training, easy "
+                        "consistency tuning; with latents=RUN denoiser, then onestep")
     p.add_argument("--data", default="synthetic",
                    help="a name, or the path of a folder or .zip of images (default: synthetic)")
     p.add_argument("--out", help="run folder (default: runs/DATA-PRESET/STAGE)")

@@ -105,7 +105,8 @@ class Gallery:
 
     def read(self, query: str) -> dict:
         """What a query asks for, each field of this model; empty: None. ValueError if it is bad."""
-        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query), max_num_fields=9)
+        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query),
+                          max_num_fields=9)
         if len(dict(pairs)) < len(pairs) or not dict(pairs).keys() <= set(self.about["fields"]):
             raise ValueError(f"ask by {', '.join(self.about['fields'])}, each once")
         for name, value in pairs:
