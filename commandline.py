@@ -70,5 +70,6 @@ class Parser(argparse.ArgumentParser):
         if name in flags and value:
             raise ValueError(f"{unknown[0]}: write --{name} {value}")
         like = ", ".join(f"--{flag}" for flag in difflib.get_close_matches(name, flags))
+        hints = [f"did you mean {like}?" if like else "", elsewhere]
         raise ValueError(f"there is no option {unknown[0]}; "
-                         f"{f'did you mean {like}?' if like else elsewhere or '--help lists them'}")
+                         f"{' '.join(filter(None, hints)) or '--help lists them'}")

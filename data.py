@@ -164,8 +164,9 @@ class Source:
         first = items[0] if len(items) else None
         image = first[0] if isinstance(first, tuple) else first
         if len(items) and not isinstance(image, Image.Image) and not hasattr(first, "draw"):
-            raise DataError(f"{type(items).__name__}[0] is a {type(first).__name__} with a "
-                            f"{type(image).__name__}: return a PIL image (no ToTensor), alone or "
+            pair = f"pair with a {type(image).__name__}"
+            raise DataError(f"{type(items).__name__}[0] is a "
+                            f"{pair if isinstance(first, tuple) else type(first).__name__}: return a PIL image (no ToTensor), alone or "
                             f"in a pair, and its class from label(i)")
         if len(self.classes) and not len(self.labels) and not hasattr(items, "label"):
             raise DataError(f"{type(items).__name__} has classes, but no label(i) or targets")

@@ -430,8 +430,7 @@ def run(argv: list[str]) -> None:
     net = model.unet if isinstance(model, INFD) else model.f.net
     if net is not None:
         draw_labels(net, model.classes, [0], args.seed, args.label)  # names a wrong one at once
-    for size in sizes:
-        say_stretched(size, check_frame(size, args.window)[1], made.get("latent_size") or (1, 1))
+    windows = [check_frame(size, args.window)[1] for size in sizes]
     common = origin(model) | made
     if more:
         return exhibit(model, args, common, sizes[0], draw)
@@ -441,6 +440,8 @@ def run(argv: list[str]) -> None:
         raise ValueError(f"--sheet {sheet}: name a new .png or .jpg file, for pictures of up to "
                          f"{SHEET} pixels a side")
 
+    for size, window in zip(sizes, windows):
+        say_stretched(size, window, made.get("latent_size") or (1, 1))
     taken = [int(p.name) for p in Path("samples").glob("*") if p.name.isdecimal()]
     out = Path(args.out or f"samples/{max(taken, default=0) + 1:04d}")
     for folder in (out, sheet.parent if sheet else out):

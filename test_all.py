@@ -5487,7 +5487,7 @@ def conditions_file(path, side=4, alpha=None):
 @pytest.mark.parametrize("stage", ["ldm", "cm"])
 def test_conditions_of_the_command_line_and_what_the_picture_says(sample_runs, tmp_path, stage):
     """Two pictures, one of which has a place; alone or beside others the same; alpha is a mask."""
-    steps = ["--steps", 5] if stage == "ldm" else []
+    steps = ["--sampler", "ddim", "--steps", 5] if stage == "ldm" else []
     common = ["--ckpt", sample_runs / stage, "--res", 16, "--seed", 3, *steps]
     a, b = (conditions_file(tmp_path / f"{side}.png", side) for side in (4, 8))
     given = ["--given", a, "--given", b, "--at=-0.25,-0.25,0.25,0.25"]
@@ -6587,7 +6587,7 @@ def test_stage_cm_a_generator_of_pixels_draws_its_own_size(sample_runs, tmp_path
     image = sample_onestep(model.f, runs.torch_noise((3, 16, 16), 0, "x_T", 0, 0)[None])
     assert np.abs(pixels.astype(int) - data.to_uint8(image[0])).max() <= 1
     for args, said in ((["--res", "16,32"], "only one step of generator=func"),
-                       (["--label", 0], "this model has 0 classes")):
+                       (["--label", 0], "this model has no classes")):
         assert said in sample_error(capsys, *ckpt, *args, "--out", tmp_path / "b")
     with pytest.raises(ValueError, match="makes pixels, not functions"):
         model.functions([0])
@@ -6602,11 +6602,12 @@ def test_stage_cm_a_generator_of_pixels_draws_its_own_size(sample_runs, tmp_path
     (["--window", "0,0,0,1"], "need -1 <= y0 < y1 <= 1"),
     (["--window", "-1,-1,-0.5"], "takes four numbers"), (["--window", "a"], "--window: invalid"),
     (["--norm", "local"], "choose from"), (["--tile", "0"], "at least 1"),
-    (["--steps", "300"], "use 250 or"), (["--sampler", "dpm++", "--steps", "1001"], "1 to 1000"),
+    (["--sampler", "ddim", "--steps", "300"], "use 250 or"),
+    (["--sampler", "dpm++", "--steps", "1001"], "1001 sampling steps; choose 1 to "),
     (["--label", "noon"], "this model has dawn, day, dusk, night"), (["--steps", "0"], "steps"),
     (["--n", "0"], "at least 1"), (["--device", "abacus"], "abacus"), (["--eta", "2"], "eta is 2"),
     (["--sampler", "heun"], "choose from"), (["--n", "many"], "invalid int value"),
-    (["--sampler", "dpm++", "--eta", "0"], "dpm++ adds none: leave it out"),
+    (["--sampler", "dpm++", "--eta", "0"], "dpm++ does not: leave it out"),
     (["--sigmas", "4,1"], "--sigmas means nothing to a model of the kind INFD"),
     (["--compile", "yes"], "choose auto, on, off or graphs"), (["--n"], "expected one argument"),
     (["--samplr", "ddim"], "no option --samplr; did you mean --sampler"),
@@ -7433,7 +7434,7 @@ def test_checkpointed_blocks_have_the_same_gradients(net):
     (["--stage", "demo"], "--stage demo has moved: python experiments.py demo"),
     (["--stage", "compare"], "--stage compare has moved: python experiments.py compare"),
     (["--bench", "50"], "--bench has moved: python experiments.py bench"),
-    (["--preset", "huge"], "stage ae has no preset huge; there are: paper, small, tiny"),
+    (["--preset", "huge"], "stage ae has no preset huge; there are: paper, small, sd, tiny"),
     (["--help", "gan"], "there is no stage gan"),
 ])
 def test_bad_training_options(tmp_path, capsys, args, said):
@@ -8394,8 +8395,8 @@ def test_pairs_with_targets_are_pictures_with_classes(targets):
 
 
 @pytest.mark.parametrize("items, said", [
-    (MainTensors(), r"MainTensors\[0\] is a tuple with a Tensor: return a PIL image \(no ToTensor"),
-    ([torch.zeros(3, 16, 16)], r"list\[0\] is a Tensor"), ([np.zeros((4, 4, 3))], "with a ndarray"),
+    (MainTensors(), r"MainTensors\[0\] is a pair with a Tensor: return a PIL image \(no ToTensor"),
+    ([torch.zeros(3, 16, 16)], r"list\[0\] is a Tensor"), ([np.zeros((4, 4, 3))], "is a ndarray"),
 ])
 def test_a_data_set_of_tensors_is_refused_by_a_clear_line(items, said):
     with pytest.raises(data.DataError, match=said):
