@@ -121,7 +121,7 @@ class LatentScale(nn.Module):
 
 
 AS_PUBLISHED = {"ddim_steps": 50, "eta": 0.0, "guidance": 7.5, "sampler": "ddim"}   # of SD v1
-GUIDANCE = 2.0                              # of text, for models trained here (docs/results.md)
+GUIDANCE = 4.0                              # of text, for models trained here (docs/results.md)
 # Steps: of ddim as published; of dpm++ as many as come within 40 dB of ddim's (docs/results.md).
 # cm: of the one-step model, the second from noise of the level SECOND.
 SAMPLERS = {"ddim": 200, "dpm++": 20, "cm": 2}
