@@ -165,9 +165,9 @@ class Source:
         image = first[0] if isinstance(first, tuple) else first
         if len(items) and not isinstance(image, Image.Image) and not hasattr(first, "draw"):
             pair = f"pair with a {type(image).__name__}"
-            raise DataError(f"{type(items).__name__}[0] is a "
-                            f"{pair if isinstance(first, tuple) else type(first).__name__}: return a PIL image (no ToTensor), alone or "
-                            f"in a pair, and its class from label(i)")
+            what = pair if isinstance(first, tuple) else type(first).__name__
+            raise DataError(f"{type(items).__name__}[0] is a {what}: return a PIL image (no "
+                            f"ToTensor), alone or in a pair, and its class from label(i)")
         if len(self.classes) and not len(self.labels) and not hasattr(items, "label"):
             raise DataError(f"{type(items).__name__} has classes, but no label(i) or targets")
 
@@ -380,7 +380,7 @@ def held_out(store: Files, name: str) -> tuple[set[str], str]:
         (hashlib.blake2b(os.fsencode(os.path.splitext(name)[0]), digest_size=8).hexdigest(), name)
         for name in store.pictures)
     held = {name for rank, name in ranks if int(rank, 16) < 0.05 * 2**64}
-    return held or {name for _, name in ranks[:len(ranks) >= 4]}, "1 in 20, by name"
+    return held or {name for _, name in ranks[:len(ranks) >= 4]}, "about 1 in 20, by path"
 
 
 def listed_labels(store: Files) -> list[int]:

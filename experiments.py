@@ -1,7 +1,7 @@
 """Programs that use training and sampling; demo and compare train by changes to preset tiny.
 
     python experiments.py demo                             both systems, 20 minutes on 2 cores
-    python experiments.py compare NAME [steps=N seeds=N]   what the papers compare: COMPARISONS
+    python experiments.py compare NAME [steps=N seeds=N]   what papers compare; compare ? lists it
     python experiments.py bench STAGE [key=value ...]      a training step; bench sample [RUN ...]
     python experiments.py bench all [--quick]              every stage; bench curves: losses
     python experiments.py plot RUN [RUN ...]               the curves of a run's log: RUN/plot.png
@@ -442,7 +442,7 @@ def draw_panel(name: str, points: Sequence[tuple[int, float]], steps: int,
     hi = max(values)
     log = lo > 0 and hi > 10 * lo
     title = f"{name} by step" + " (logarithmic)" * log + f"; last {values[-1]:.4g}"
-    if name in BETTER:
+    if name in BETTER and len(points) > 1:
         best = BETTER[name](points, key=operator.itemgetter(1))
         title += f"; best {best[1]:.4g} at step {best[0]:,}"
     if hi == lo:

@@ -119,17 +119,16 @@ def parser() -> Parser:
 FOREIGN = {"INFD with text": ("sigmas", "func-dtype", "html"),
            "INFD without text": ("sigmas", "func-dtype", "html", "negative", "merges",
                                  "prompt-at"),
-           "OneStep": ("sampler", "steps", "eta", "latent-size", "decoder", "norm", "tile",
-                       "compile", "prompt", "negative", "guidance", "merges",
-                       "prompt-at")}
+           "CM": ("sampler", "steps", "eta", "latent-size", "decoder", "norm", "tile",
+                  "compile", "prompt", "negative", "guidance", "merges", "prompt-at")}
 
 
 def check_kind(model: INFD | OneStep, args: argparse.Namespace) -> None:
     """Raise ValueError where options belong to another kind of model, and say what is not read."""
-    kind = type(model).__name__
+    kind = "CM"
     if isinstance(model, INFD):
         model.check_condition(args.label, args.prompt, args.guidance)
-        kind += " without text" if model.text is None else " with text"
+        kind = "INFD without text" if model.text is None else "INFD with text"
     given = [f"--{name}" for name in FOREIGN[kind]
              if getattr(args, name.replace("-", "_")) is not None]
     if given:
@@ -375,6 +374,7 @@ def write_moving(model: INFD | OneStep, args: argparse.Namespace, common: dict, 
         info["label"] = args.label = None if y is None else str(int(y))
         args.prompt = [info["prompt"]] if "prompt" in info else None
     write_movie(Path(args.out), moving(args, size, draw), args.frames, info)
+    print(f"{args.frames} frames in {args.out}")
 
 
 def exhibit(model: INFD | OneStep, args: argparse.Namespace, common: dict, size: tuple,
@@ -386,6 +386,7 @@ def exhibit(model: INFD | OneStep, args: argparse.Namespace, common: dict, size:
         lead, _ = conditions_of(args, SHIFTED)
         function = model.functions([args.start], args.seed, args.label, **lead)
         write_html(Path(args.html), function, size, described(model, args, common, args.start))
+        print(f"a page that draws picture {args.start}: {args.html}")
     else:
         write_moving(model, args, common, size, draw)
 
@@ -459,7 +460,8 @@ def run(argv: list[str]) -> None:
     if sheet:
         write_sheet(sheet, list(files.values()))
     if rank == 0:
-        print(f"{len(files)} pictures ({model.weights}, step {model.step}) in {out}")
+        plural = "s" * (len(files) > 1)
+        print(f"{len(files)} picture{plural} ({model.weights}, step {model.step}) in {out}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7105,7 +7105,7 @@ def test_the_next_command_goes_on_from_this_run(before, after):
 
 
 @pytest.mark.parametrize("names, by", [
-    ([f"a/{i}.png" for i in range(8)], "1 in 20, by name: "),
+    ([f"a/{i}.png" for i in range(8)], "about 1 in 20, by path: "),
     (["train/1.png", "train/2.png", "val/1.png"], "folder val: "),
     (["img_align_celeba/1.png", "img_align_celeba/2.png", "list_eval_partition.txt"],
      "as published: ")])

@@ -124,9 +124,8 @@ ICT_CM = {"schedule": "ict", "metric": "huber"}
 ECT_CM = {"schedule": "ect", "metric": "huber", "cm.sigma_min": 0.003, "cm.boundary": False}
 SMALL = OFTEN | {"func.dim": 384, "func.heads": 6, "func.encoder_depth": 6, "func.decoder_depth": 4,
                  "func.hidden": 128, "lr": 3e-4}
-TINY = {"size": 64, "workers": 1, "grid_every": 1000, "save_every": 1000}
-FAST = TINY | {"ema": 0.998, "ema_warmup": True, "log_every": 20, "grid_every": 500,
-               "save_every": 500}
+TINY = {"size": 64, "workers": 1, "grid_every": 250, "save_every": 1000}
+FAST = TINY | {"ema": 0.998, "ema_warmup": True, "log_every": 20, "save_every": 500}
 TINY_FUNC = {"func.patch": 8, "func.dim": 192, "func.heads": 6, "func.encoder_depth": 3,
              "func.decoder_depth": 2, "func.groups": 48, "func.layers": 3, "func.hidden": 48,
              "func.pe_dim": 48, "func.pe_sigma": 64.0}
@@ -284,10 +283,11 @@ def train(stage: str, cfg: Run, out: str | Path, device: str | torch.device,
     scores = made.scores() if ranks()[0] == 0 else {}
     if scores:
         (out / "eval.json").write_text(json.dumps(scores, indent=1) + "\n")
+    apart = "" if made.held_out is made.source else "held-out "
     for scale, row in scores.items():
         if row["n"]:
             means = ", ".join(f"{name} {row[name]:.4g}" for name in list(row)[2:])
-            print(f"{scale}, {row['px']} px, {row['n']} held-out pictures: {means}")
+            print(f"{scale}, {row['px']} px, {row['n']} {apart}pictures: {means}")
     return made
 
 
