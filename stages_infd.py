@@ -243,7 +243,7 @@ class LDMStage(Stage):
         if not Path(cfg.init or "none").exists():
             raise ValueError(f"stage ldm needs an autoencoder and there is none at {cfg.init}; run "
                              f"--stage ae first, or give init=RUN")
-        self.base = base = load(cfg.init, self.device)
+        base = load(cfg.init, self.device)
         if not isinstance(base, INFD):
             raise ValueError(f"init={cfg.init} is a model of stage cm; give one of stage ae or ldm")
         if base.size != cfg.size:
