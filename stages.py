@@ -254,8 +254,8 @@ def starting_point(init: str, *stages: str) -> tuple[str, dict[str, Tensor], dic
     if ckpt.get("stage") not in stages:
         raise ValueError(f"{init} is no run of stage {' or '.join(stages)}")
     print_once(f"starting from {path}, step {ckpt['step']}")
-    state = ckpt["state"]
-    return ckpt["stage"], state.get("ema", state["model"]), state
+    state = ckpt["state"]                            # of an exported file one of the two is there
+    return ckpt["stage"], state["ema"] if "ema" in state else state["model"], state
 
 
 class Reconstruction(Stage):

@@ -309,6 +309,11 @@ class LDMStage(Stage):
                              f"beside name.jpg, or a metadata.jsonl (file_name, text)")
         if self.started:
             self.tokenizer = clip_tokenizer(Path(cfg.start), None, cfg.context)
+        elif cfg.start:                                          # whose words have their numbers
+            self.tokenizer = load(cfg.start).tokenizer
+            if not isinstance(self.tokenizer, WordTokenizer):
+                raise ValueError(f"start={cfg.start} knows no words of text=true; start from a "
+                                 f"run that learned captions")
         else:
             self.tokenizer = WordTokenizer.learn(told)
         state = self.tokenizer.state()

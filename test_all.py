@@ -4313,7 +4313,8 @@ def test_text_options_that_do_not_fit_are_named(text_tiny, tmp_path, capsys):
             ([*tiny, "--prompts", tmp_path / "none.txt"], "none.txt: No such file"),
             ([*tiny, "--prompt", "a"], f"{MERGES_FILE} (1,356,917 bytes, sha256 924691ac"),
             ([*tiny, "--prompt", "a", "--merges", tmp_path / "blank.txt"], "is not CLIP's"),
-            ([*infd, "--prompt", "a"], "a prompt: this model does not read text"),
+            ([*infd, "--ckpt", ROOT / "weights/infd.pt", "--prompt", "a"],
+             "a prompt: this model does not read text"),
             ([*infd, "--negative", "a"], "--negative means nothing to a model of the kind INFD"),
             ([*infd, "--guidance", 2], "never learned to draw without its condition"),
             ([*cm, "--prompt", "a", "--guidance", 2], "--prompt, --guidance means nothing")):
