@@ -7705,6 +7705,21 @@ def test_stage_ldm_from_captions_resumes_bit_for_bit(main_runs, text_run, tmp_pa
     assert main_same(main_state(tmp_path / "ldm"), main_state(text_run))
 
 
+def test_a_run_that_starts_from_an_exported_file_keeps_the_numbers_of_its_words(
+        main_runs, text_run, tmp_path, capsys):
+    models.export(text_run, tmp_path / "given.pt")
+    args = [*TINY_LDM, *TINY_TEXT, f"init={main_runs / 'ae'}", "pictures=1"]     # of fewer words
+    stage = main_made("ldm", *args, f"start={tmp_path / 'given.pt'}")
+    stage.begin()
+    ours = models.load(tmp_path / "given.pt")
+    assert stage.tokenizer.state() == ours.tokenizer.state()
+    assert stage.tokenizer.words != WordTokenizer.learn([Landscapes().caption(0)]).words
+    for name, value in ours.text.state_dict().items():
+        assert torch.equal(stage.net["text"].state_dict()[name], value)
+    assert main_stage("ldm", tmp_path / "b", *args, f"start={main_runs / 'ldm'}") == 2
+    assert "knows no words of text=true" in main_error(capsys)
+
+
 def test_a_condition_left_out_is_the_empty_caption_or_the_null_class(main_runs):
     """Which samples go without depends on (seed, index) alone."""
     args = [*TINY_LDM, f"init={main_runs / 'ae'}", "batch=4"]
