@@ -75,16 +75,6 @@ def reading(what: str, kind: type[DataError] = DataError, remedy: str = "") -> I
         raise kind(f"{what}: {cause}{remedy}") from error
 
 
-def decode(content: bytes, name: str = "picture",
-           convert: Callable[[Image.Image], Image.Image] | None = None) -> Image.Image:
-    """Decode a PNG, JPEG or WEBP, by default `to_rgb`, or raise BadImage."""
-    with reading(name, BadImage):
-        image = Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP"))
-        if image.width * image.height > MAX_PIXELS:  # known before any decoding
-            raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS:,}")
-        return (convert or to_rgb)(image)
-
-
 def to_rgb(image: Image.Image) -> Image.Image:
     """Turn an image of any mode upright and to RGB, transparency on white."""
     image = ImageOps.exif_transpose(image)
@@ -95,6 +85,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def decode(content: bytes, name: str = "picture",
+           convert: Callable[[Image.Image], Image.Image] = to_rgb) -> Image.Image:
+    """Decode a PNG, JPEG or WEBP, or raise BadImage."""
+    with reading(name, BadImage):
+        image = Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP"))
+        if image.width * image.height > MAX_PIXELS:  # known before any decoding
+            raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS:,}")
+        return convert(image)
 
 
 @dataclass
@@ -161,12 +161,10 @@ class Source:
         for name in ("classes", "label", "caption", "identity"):
             if hasattr(items, name):
                 setattr(self, name, getattr(items, name))
-        first = items[0] if len(items) else None
-        image = first[0] if isinstance(first, tuple) else first
-        if len(items) and not isinstance(image, Image.Image) and not hasattr(first, "draw"):
-            pair = f"pair with a {type(image).__name__}"
-            what = pair if isinstance(first, tuple) else type(first).__name__
-            raise DataError(f"{type(items).__name__}[0] is a {what}: return a PIL image (no "
+        if len(items) and not hasattr(self[0], "draw"):
+            kind = type(self[0])
+            found = f"pair with a {type(self[0][0]).__name__}" if kind is tuple else kind.__name__
+            raise DataError(f"{type(items).__name__}[0] is a {found}: return a PIL image (no "
                             f"ToTensor), alone or in a pair, and its class from label(i)")
         if len(self.classes) and not len(self.labels) and not hasattr(items, "label"):
             raise DataError(f"{type(items).__name__} has classes, but no label(i) or targets")

@@ -1,7 +1,7 @@
 """Programs that use training and sampling; demo and compare train by changes to preset tiny.
 
     python experiments.py demo                             both systems, 20 minutes on 2 cores
-    python experiments.py compare NAME [steps=N seeds=N]   what papers compare; compare ? lists it
+    python experiments.py compare NAME [steps=N seeds=N]   what papers compare
     python experiments.py bench STAGE [key=value ...]      a training step; bench sample [RUN ...]
     python experiments.py bench all [--quick]              every stage; bench curves: losses
     python experiments.py plot RUN [RUN ...]               the curves of a run's log: RUN/plot.png
@@ -192,7 +192,7 @@ def compare(name: str, data_name: str, out: Path, device: torch.device, seeds: i
     ours = measures(device) if samples else {}
     for side, drawn in samples.items():
         size = drawn[0].shape[-1]
-        truth = torch.stack([data.to_tensor(held_out[i].draw(size)) for i in range(2 * n)])
+        truth = drawn_at([held_out[i] for i in range(2 * n)], size)              # (2 n, 3, S, S)
         for column, moments in ours.items():
             goal = moments(truth[:n])
             others = frechet_distance(*moments(truth[n:]), *goal)
@@ -253,26 +253,19 @@ def cost(call: Callable, images: int, n: int, device: torch.device) -> dict[str,
 
 
 def gpu_use(call: Callable, each: float, n: int = 3) -> dict[str, float]:
-    """What the profiler sees of a call of so many seconds: the share the GPU idles, its kernels."""
+    """What the profiler sees of a call of so many seconds: the share the GPU idles, its kernels.
+
+    What runs at the same time counts twice as busy.
+    """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(n):
             call()
         torch.cuda.synchronize()
     seen = [event for event in profile.events() if not event.is_user_annotation
             and event.device_type == torch.autograd.DeviceType.CUDA]
-    busy = covered([(event.time_range.start, event.time_range.end) for event in seen]) / 1e6
+    busy = sum(event.time_range.elapsed_us() for event in seen) / 1e6
     kernels = [event for event in seen if not event.name.startswith(("Memcpy", "Memset"))]
     return {"gpu_idle": max(0, 1 - busy / (n * each)), "kernels": len(kernels) / n}
-
-
-def covered(spans: Sequence[tuple[float, float]]) -> float:
-    """How much spans (start, end) cover together; they may overlap."""
-    total = 0
-    reached = -math.inf
-    for start, end in sorted(spans):
-        total += max(0, end - max(start, reached))
-        reached = max(reached, end)
-    return total
 
 
 Rows = Iterator[tuple[str, dict]]                    # name and numbers of what was measured
@@ -386,23 +379,19 @@ def bench_curves(preset: str, data_name: str, texts: Sequence[str], n: int, out:
                 batches = itertools.islice(made.batches(0), n)
                 losses = [iterate(made, batch, k) for k, batch in enumerate(batches)]
                 row[way] = [round(float(loss), 6) for loss in losses]
-            parts = [np.array_split(losses, min(n, 10)) for losses in row.values()]
-            means = [[part.mean() for part in one] for one in parts]
-            row["gap"] = max(abs(a / b - 1) for a, b in zip(*means))
-            here, exact = (list(enumerate(row[way])) for way in ("here", "exact"))
-            panels.append(draw_panel(f"{what}: loss (red: as here, blue: eager fp32)", here, n,
-                                     exact))
+            here, exact = row.values()
+            parts = zip(np.array_split(here, min(n, 10)), np.array_split(exact, min(n, 10)))
+            row["gap"] = max(abs(a.mean() / b.mean() - 1) for a, b in parts)
+            panels.append(draw_panel(f"{what}: loss (red: as here, blue: eager fp32)",
+                                     list(enumerate(here)), n, list(enumerate(exact))))
             yield what, row
-    page = Image.new("RGB", (PANEL[0], PANEL[1] * len(panels)))
-    for i, panel in enumerate(panels):
-        page.paste(panel, (0, i * PANEL[1]))
     out.parent.mkdir(parents=True, exist_ok=True)
-    page.save(out)
+    Image.fromarray(np.vstack(panels)).save(out)
 
 
 # ---- The curves of a run ----
 
-PANEL = (480, 220)                                   # pixels: width and height of a panel
+PANEL = (720, 220)                                   # pixels: width and height of a panel
 LEFT, TOP, RIGHT, BOTTOM = 64, 30, 16, 24            # of its margins
 BETTER = {"held_out_psnr": max, "held_out_loss": min, "denoising_distance": min}
 
@@ -417,20 +406,13 @@ def plot(run_folder: Path) -> Path:
     if len(lines) < 2:
         raise ValueError(f"{file} has {len(lines)} lines, and a curve needs two; name a run folder "
                          f"of train.py that has come to its second line")
-    names = dict.fromkeys([*BETTER, "loss", *itertools.chain(*lines)])
-    curves = {}
-    for name in names:
+    panels = []
+    for name in dict.fromkeys([*BETTER, "loss", *itertools.chain(*lines)]):
         points = [(line["step"], line[name]) for line in lines if name in line]
         points = [point for point in points if math.isfinite(point[1])]
         if points and name != "step":
-            curves[name] = points
-    columns = 2
-    rows = -(-len(curves) // columns)
-    page = Image.new("RGB", (columns * PANEL[0], rows * PANEL[1]), "white")
-    for i, (name, points) in enumerate(curves.items()):
-        panel = draw_panel(name, points, lines[-1]["step"])
-        page.paste(panel, (i % columns * PANEL[0], i // columns * PANEL[1]))
-    page.save(run_folder / "plot.png")
+            panels.append(draw_panel(name, points, lines[-1]["step"]))
+    Image.fromarray(np.vstack(panels)).save(run_folder / "plot.png")
     return run_folder / "plot.png"
 
 
@@ -456,12 +438,11 @@ def draw_panel(name: str, points: Sequence[tuple[int, float]], steps: int,
         up = math.log(value / lo) / math.log(hi / lo) if log else (value - lo) / (hi - lo)
         return LEFT + step / steps * (right - LEFT), bottom - up * (bottom - TOP)
 
-    for value in ticks(lo, hi, log):
-        y = at(0, value)[1]
+    marks = np.geomspace(lo, hi, 5) if log else np.linspace(lo, hi, 5)
+    for step, value in zip(np.linspace(0, steps, 5), marks):
+        x, y = at(step, value)
         pen.line((LEFT, y, right, y), "#dddddd")
         pen.text((LEFT - 6, y), f"{value:.4g}", "black", anchor="rm")
-    for step in ticks(0, steps):
-        x = at(step, lo)[0]
         pen.line((x, TOP, x, bottom), "#dddddd")
         pen.text((x, bottom + 6), f"{step:,.0f}", "black", anchor="mt")
     pen.rectangle((LEFT, TOP, right, bottom), outline="black")
@@ -473,18 +454,6 @@ def draw_panel(name: str, points: Sequence[tuple[int, float]], steps: int,
         for x, y in places:
             pen.ellipse((x - 2, y - 2, x + 2, y + 2), "#c03020")
     return image
-
-
-def ticks(lo: float, hi: float, log: bool = False) -> list[float]:
-    """Round numbers from lo to hi for an axis: about five, or 1, 2 and 5 times powers of ten."""
-    if log:
-        powers = range(math.floor(math.log10(lo)), math.ceil(math.log10(hi)) + 1)
-        many = powers[::max(1, len(powers) // 4)]
-        marks = [m * 10.0**p for p in many for m in ((1, 2, 5) if len(powers) < 5 else (1,))]
-        return [mark for mark in marks if lo <= mark <= hi]
-    power = 10.0 ** math.floor(math.log10((hi - lo) / 5))
-    width = power * min(m for m in (1, 2, 5, 10) if (hi - lo) / (m * power) <= 5)
-    return [n * width for n in range(math.ceil(lo / width), math.floor(hi / width) + 1)]
 
 
 # ---- Does a picture show what its prompt says? ----
@@ -542,11 +511,9 @@ def read_scenes(n: int, epochs: int, device: torch.device) -> SceneReader:
     for k in range(steps):
         gen = torch.Generator().manual_seed(k)
         some = torch.randint(n, (64,), generator=gen).to(device)
-        image = images[some]
-        image = torch.where(torch.rand(64, 1, 1, 1, generator=gen).to(device) < 0.5, image,
-                            image.flip(3))
-        losses = [F.cross_entropy(scores, answers[some, a])
-                  for a, scores in enumerate(net(image))]
+        mirrored = torch.rand(64, 1, 1, 1, generator=gen).to(device) >= 0.5
+        image = torch.where(mirrored, images[some].flip(3), images[some])        # (64, 3, 64, 64)
+        losses = map(F.cross_entropy, net(image), answers[some].T)
         opt.zero_grad()
         sum(losses).backward()
         opt.step()
@@ -593,7 +560,8 @@ def agreement(run_folder: str, n: int, device: torch.device) -> dict[str, dict]:
 
 def parser() -> Parser:
     """Describe the command line."""
-    p = Parser(usage=__doc__.split("\n\n")[1].strip())
+    p = Parser(usage=__doc__.split("\n\n")[1].strip(),
+               description=f"NAME: {', '.join(name for name in COMPARISONS if name != 'demo')}")
     p.add_argument("program", choices=("demo", "compare", "bench", "plot", "agreement"))
     p.add_argument("words", nargs="*", help="NAME, STAGE or RUN, then key=value")
     p.add_argument("--data", help="a name, or the path of a folder or .zip (synthetic)")
@@ -602,7 +570,8 @@ def parser() -> Parser:
                                  "picture of bench curves (runs/curves.png)")
     p.add_argument("--preset", default="tiny", help="bench: tiny, small, paper (tiny)")
     p.add_argument("--repeat", type=int, metavar="N",
-                   help="bench: steps, or pictures, that are measured (20; curves: 200)")
+                   help="bench: steps, or pictures, that are measured (20; curves: 200); "
+                        "agreement: prompts (64)")
     p.add_argument("--quick", action="store_true", help="bench all: 5 steps, one way of compiling")
     return p
 
@@ -616,26 +585,25 @@ def run(argv: list[str]) -> None:
             print(plot(Path(run_folder)))
         return
     device = pick_device(args.device)
-    if name == "convolutional" and args.data is None:
-        raise ValueError("compare convolutional asks what becomes of faces: name some by --data, a "
-                         "folder or .zip, or ffhq or celeba")
-    args.data = args.data or "synthetic"
     if args.program == "agreement":
-        print(as_table(agreement(name, args.repeat, device)))
-        return
-    if args.program != "bench":
-        out = Path("runs/demo" if name == "demo" else f"runs/compare/{name}")
-        seeds = [convert("seeds", int, text[6:]) for text in texts if text.startswith("seeds=")]
-        texts = [text for text in texts if not text.startswith("seeds=")]
-        compare(name, args.data, Path(args.out or out), device, max([1, *seeds]), texts)
-        return
-    run_bench(name, texts, args, device)
+        print(as_table(agreement(name, args.repeat or 64, device)))
+    elif args.program == "bench":
+        run_bench(name, texts, args, device)
+    else:
+        if name == "convolutional" and args.data is None:
+            raise ValueError("compare convolutional asks what becomes of faces: name some by "
+                             "--data, a folder or .zip, or ffhq or celeba")
+        out = Path(args.out or ("runs/demo" if name == "demo" else f"runs/compare/{name}"))
+        seeds = [text for text in texts if text.startswith("seeds=")]
+        texts = [text for text in texts if text not in seeds]
+        n = max([1, *(convert("seeds", int, text[6:]) for text in seeds)])
+        compare(name, args.data or "synthetic", out, device, n, texts)
 
 
 def run_bench(name: str, texts: list[str], args: argparse.Namespace, device: torch.device) -> None:
     """Measure; every row is printed as it comes, as a line of JSON, and all as a table at last."""
     n = args.repeat or (5 if args.quick else 200 if name == "curves" else 20)
-    common = args.preset, args.data, texts, n
+    common = args.preset, args.data or "synthetic", texts, n
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     rows = {}
     with (tempfile.TemporaryDirectory() as empty,            # compile_s is without a cache
