@@ -11,6 +11,7 @@ import argparse
 import ast
 import base64
 import contextlib
+import ctypes
 import errno
 import functools
 import hashlib
@@ -2465,9 +2466,6 @@ def test_cm_golden_composed_generator():
 # ==================================================================================================
 
 
-DATA_SMALL = data.DataConfig(size=16, patch=16, max_size=64)
-
-
 def data_picture(size: int, seed: int = 0) -> Image.Image:
     """Coarse random colours, enlarged: a picture that JPEG hardly changes."""
     small = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
@@ -2498,6 +2496,11 @@ def data_zip(path: Path, content: dict[str, bytes]) -> Path:
     return path
 
 
+def data_both(root: Path, content: dict[str, bytes]) -> tuple[Path, Path]:
+    """The same files in a folder and in a zip."""
+    return data_folder(root, content), data_zip(root.with_name(f"{root.name}.zip"), content)
+
+
 def data_open(path: Path, split: str = "all"):
     return data.open_data(str(path), split)
 
@@ -2511,12 +2514,6 @@ def data_name(picture, gen) -> dict:
     return {"sum": int(picture.draw(16).sum(dtype=np.int64)), "random": gen.random()}
 
 
-def data_whole(picture, gen, size: int = 16) -> dict:
-    """A whole picture, perhaps mirrored."""
-    image = data.to_tensor(picture.draw(size))
-    return {"image": image.flip(-1) if gen.random() < 0.5 else image}
-
-
 def data_take(n: int, *args, **kwargs) -> list[dict]:
     return list(itertools.islice(data.loader(*args, **kwargs), n))
 
@@ -2526,6 +2523,28 @@ def data_equal(a: list[dict], b: list[dict]) -> bool:
         return x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in x)
 
     return len(a) == len(b) and all(map(same, a, b))
+
+
+@contextlib.contextmanager
+def data_permissions():
+    """Permissions bind root, too, in this block (Linux: three capabilities are laid down)."""
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    effective = (ctypes.c_uint32 * 6)()                      # its first number: those in effect
+    libc = ctypes.CDLL(None)
+    if os.geteuid() == 0:
+        assert libc.capget(header, effective) == 0
+        before = effective[0]
+        effective[0] &= ~0b1110                              # DAC_OVERRIDE, DAC_READ_SEARCH, FOWNER
+        assert libc.capset(header, effective) == 0
+    try:
+        yield
+    finally:
+        if os.geteuid() == 0:
+            effective[0] = before
+            assert libc.capset(header, effective) == 0
+
+
+# ---- random numbers, patches, batches ----
 
 
 def test_noise_between_two_pictures_lies_on_an_arc():
@@ -2544,17 +2563,6 @@ def test_random_numbers_belong_to_their_key_alone():
     assert torch.equal(noise, torch_noise((3, 64, 64), "noise", 4))
     assert abs(noise.mean()) < 0.03 and abs(noise.std() - 1) < 0.03
     assert torch.equal(before, torch.get_rng_state())
-
-
-def test_loader_gives_each_sample_the_noise_that_belongs_to_it():
-    shapes = {"noise": (2, 3), "coord_noise": (4,)}
-    for start, workers, rank, world in ((0, 0, 0, 1), (5, 2, 1, 2)):
-        batch, = data_take(1, Landscapes(), data_name, 4, start, 7, workers, rank, world,
-                           noise=shapes)
-        assert len(batch["index"]) == 4 // world and batch["noise"].dtype == torch.float32
-        for i, n in enumerate(batch["index"].tolist()):
-            for name, shape in shapes.items():
-                assert torch.equal(batch[name][i], torch_noise(shape, 7, name, n))
 
 
 def test_patch_golden():
@@ -2580,7 +2588,7 @@ def test_a_patch_is_the_slice_of_the_resized_whole_at_its_coord(flip):
     photo = data.Photo("p", lambda: data_picture(90))
     cfg = data.DataConfig(size=16, patch=12, max_size=64, flip=flip)
     mirrored = 0
-    for n in range(60):
+    for n in range(30):
         item = data.random_patch(photo, rng("patch", n), cfg)
         r = round(2 / item["cell"][0].item())
         grid = coord_grid((r, r))
@@ -2594,44 +2602,51 @@ def test_a_patch_is_the_slice_of_the_resized_whole_at_its_coord(flip):
         assert torch.equal(item["coord"], grid[box])
         small = photo.draw(16)
         assert torch.equal(item["image"], data.to_tensor(small if plain else small[:, ::-1]))
-    assert 15 < mirrored < 45 if flip else mirrored == 0
+    assert 7 < mirrored < 23 if flip else mirrored == 0
 
 
-def test_a_box_of_a_photo_is_the_slice_of_all_of_it_bit_by_bit():
-    for k, side in enumerate((1, 7, 64, 333)):
-        noise = np.random.default_rng(k).integers(0, 256, (side, side, 3), dtype=np.uint8)
-        photo = data.Photo("p", lambda: Image.fromarray(noise))
-        for n in range(30):
-            gen = np.random.default_rng((k, n))
-            res = int(gen.integers(1, 400))
-            h, w = gen.integers(1, res + 1, 2).tolist()
-            top = int(gen.integers(res - h + 1))
-            left = int(gen.integers(res - w + 1))
-            whole = np.asarray(photo.image.resize((res, res), Image.Resampling.LANCZOS))
-            assert (photo.draw(res) == whole).all()
-            part = whole[top:top + h, left:left + w]
-            assert (photo.draw(res, (top, left, h, w)) == part).all()
+@pytest.mark.parametrize("side", [1, 7, 333])
+def test_a_box_of_a_photo_is_the_slice_of_all_of_it_bit_by_bit(side):
+    gen = np.random.default_rng(side)
+    noise = gen.integers(0, 256, (side, side, 3), dtype=np.uint8)
+    photo = data.Photo("p", lambda: Image.fromarray(noise))
+    for _ in range(15):
+        res = int(gen.integers(1, 400))
+        h, w = gen.integers(1, res + 1, 2).tolist()
+        top, left = gen.integers((res - h + 1, res - w + 1)).tolist()
+        whole = np.asarray(photo.image.resize((res, res), Image.Resampling.LANCZOS))
+        assert (photo.draw(res) == whole).all()
+        assert (photo.draw(res, (top, left, h, w)) == whole[top:top + h, left:left + w]).all()
 
 
-def data_sizes(n: int = 120, **options) -> list[int]:
-    """The ground-truth sizes of n patches of a picture of 50 px."""
-    photo = data.Photo("p", lambda: data_picture(50))
+def data_crops(n: int, side: int, **options) -> tuple[list[int], list[int]]:
+    """Of n patches of a black picture: the ground truth's size, and the first row."""
+    def draw(res, box=None):
+        return np.zeros((*(box[2:] if box else (res, res)), 3), np.uint8)
+
+    picture = types.SimpleNamespace(name="p", size=side, draw=draw)
     cfg = data.DataConfig(**{"size": 16, "patch": 16, "max_size": 64, **options})
-    items = [data.random_patch(photo, rng("r", i), cfg) for i in range(n)]
-    return [round(2 / item["cell"][0].item()) for item in items]
+    items = [data.random_patch(picture, rng("r", i), cfg) for i in range(n)]
+    sizes = [round(2 / item["cell"][0].item()) for item in items]
+    rows = [round((item["coord"][0, 0, 0].item() + 1) * r / 2 - 0.5)
+            for item, r in zip(items, sizes)]
+    return sizes, rows
 
 
 def test_ground_truth_sizes_follow_the_options():
-    free = data_sizes()
-    assert {16, 50} <= {*data_sizes(max_size=50), *free} and abs(np.mean(free) - 33) < 3
-    assert set(data_sizes(downsample=False)) == {50}
-    assert set(data_sizes(downsample=False, max_size=40)) == {40}
-    assert 45 < sum(r == 50 for r in data_sizes(p_original=0.5)) < 78
-    above = data_sizes(smallest=30)
+    def sizes(**options):
+        return data_crops(120, 50, **options)[0]
+
+    free = sizes()
+    assert {16, 50} <= {*sizes(max_size=50), *free} and abs(np.mean(free) - 33) < 3
+    assert set(sizes(downsample=False)) == {50}
+    assert set(sizes(downsample=False, max_size=40)) == {40}
+    assert 45 < sum(r == 50 for r in sizes(p_original=0.5)) < 78
+    above = sizes(smallest=30)
     assert min(above) == 30 and max(above) == 50 and len(set(above)) > 15
-    below = data_sizes(smallest=10, patch=8)                 # the encoder's input is 16
+    below = sizes(smallest=10, patch=8)                      # the encoder's input is 16
     assert 10 <= min(below) < 16 and max(below) == 50
-    assert set(data_sizes(smallest=10, patch=8, p_whole=1)) == {16}
+    assert set(sizes(smallest=10, patch=8, p_whole=1)) == {16}
     for bad in ({"patch": 300}, {"smallest": 128}, {"smallest": 2000}, {"edge": -1},
                 {"size": 128, "smallest": 256, "p_whole": 0.5}):
         with pytest.raises(ValueError, match="must hold"):
@@ -2639,14 +2654,10 @@ def test_ground_truth_sizes_follow_the_options():
 
 
 def test_with_edge_a_border_pixel_is_learnt_about_as_often_as_others():
-    photo = data.Photo("p", lambda: data_picture(24))
     seen = {}
     for edge in (0, 6):
-        cfg = data.DataConfig(size=24, patch=8, max_size=24, edge=edge)
         rows = torch.zeros(24)
-        for n in range(400):
-            coord = data.random_patch(photo, rng("edge", n), cfg)["coord"]
-            top = round((coord[0, 0, 0].item() + 1) * 12 - 0.5)
+        for top in data_crops(400, 24, size=24, patch=8, max_size=24, edge=edge)[1]:
             rows[top:top + 8] += 1
         seen[edge] = rows / rows.mean()
     assert seen[0][0] < 0.25 and seen[0][-1] < 0.25          # one crop of 17
@@ -2664,9 +2675,7 @@ def test_to_uint8_truncates_clamps_and_refuses_nan():
 
 
 def test_batches_do_not_depend_on_workers_or_start(tmp_path):
-    content = data_pictures(40, 24)
-    folder = data_open(data_folder(tmp_path / "all", content))
-    packed = data_open(data_zip(tmp_path / "all.zip", content))
+    folder, packed = map(data_open, data_both(tmp_path / "all", data_pictures(40, 24)))
     cfg = data.DataConfig(size=16, patch=16, max_size=24)
     item = functools.partial(data.random_patch, cfg=cfg)
     whole = data_take(8, folder, item, 6, seed=3)
@@ -2675,45 +2684,47 @@ def test_batches_do_not_depend_on_workers_or_start(tmp_path):
     assert data_equal(whole, data_take(8, packed, item, 6, seed=3, workers=2))
     assert torch.equal(before, torch.get_rng_state())
     assert data_equal(whole[5:], data_take(3, folder, item, 6, start=5, seed=3, workers=1))
-    sums = torch.cat([b["sum"] for b in data_take(32, folder, data_name, 5)]).view(-1, 40).tolist()
+    sums = torch.cat([b["sum"] for b in data_take(24, folder, data_name, 5)]).view(-1, 40).tolist()
     assert len(set(sums[0])) == 40                           # each once in every epoch
     assert all(sorted(epoch) == sorted(sums[0]) for epoch in sums)
-    assert len({tuple(epoch) for epoch in sums}) == len(sums) == 4
+    assert len({tuple(epoch) for epoch in sums}) == len(sums) == 3
 
 
-def test_two_ranks_see_the_samples_of_one():
-    source = Landscapes("val")
-    one = data_take(3, source, data_name, 8, seed=1)
-    two = [data_take(3, source, data_name, 8, seed=1, rank=r, world=2) for r in range(2)]
-    joined = [{k: torch.cat([a[k], b[k]]) for k in a} for a, b in zip(*two)]
-    assert data_equal(one, joined)
+def test_two_ranks_see_the_samples_of_one_and_each_sample_its_own_noise():
+    shapes = {"noise": (2, 3), "coord_noise": (4,)}
+    take = functools.partial(data_take, 2, Landscapes("val"), data_name, 4, 5, 7, noise=shapes)
+    one = take()
+    two = [take(rank=rank, world=2) for rank in range(2)]
+    assert data_equal(one, [{k: torch.cat([a[k], b[k]]) for k in a} for a, b in zip(*two)])
+    assert one[0]["index"].tolist() == [20, 21, 22, 23]      # those of step 5
+    for name, shape in shapes.items():
+        assert torch.equal(one[1][name][3], torch_noise(shape, 7, name, 27))
     with pytest.raises(ValueError, match="9 cannot be shared by 2"):
-        data_take(1, source, data_name, 9, world=2)
+        data_take(1, Landscapes("val"), data_name, 9, world=2)
 
 
 def test_a_corrupt_image_is_replaced_by_the_next_and_named(tmp_path):
-    content = data_pictures(1200, 16)
+    content = data_pictures(60)
     content["00007.png"] = content["00007.png"][:60]
     source = data_open(data_folder(tmp_path, content))
     with pytest.warns(UserWarning, match=r"skipped unreadable image 1: .*00007\.png") as caught:
-        batches = data_take(12, source, data_name, 100)
+        batches = data_take(6, source, data_name, 10)
     assert len(caught) == 1
-    at = data._order(0, 0, 1200).tolist().index(7)
+    at = data._order(0, 0, 60).tolist().index(7)
     sums = torch.cat([b["sum"] for b in batches]).tolist()
-    assert sums[at] == sums[(at + 1) % 1200] and len(sums) == 1200
+    assert sums[at] == sums[(at + 1) % 60] and len(sums) == 60
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert data_equal(batches, data_take(12, source, data_name, 100, workers=2))
+        assert data_equal(batches, data_take(6, source, data_name, 10, workers=2))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_many_corrupt_images_stop_the_run(tmp_path, workers):
+def test_many_corrupt_images_stop_the_run(tmp_path):
     bad = [f"{i:05d}.png" for i in range(0, 100, 5)]
     source = data_open(data_folder(tmp_path, data_pictures(100) | dict.fromkeys(bad, b"none")))
     message = r"1\d of the first \d+ images.*--check-data"
     with warnings.catch_warnings(), pytest.raises(data.DataError, match=message) as caught:
         warnings.simplefilter("ignore")
-        data_take(100, source, data_name, 4, workers=workers)
+        data_take(100, source, data_name, 4, workers=1)
     assert "\n" not in str(caught.value)
     assert [Path(name).name for name, _ in data.check_data(source)] == bad
 
@@ -2763,18 +2774,21 @@ def test_a_data_set_class_of_ones_own_is_enough():
         data_take(1, data.as_source([]), data_name, 1)
 
 
+# ---- folders and zips as people have them ----
+
+
 def test_class_folders_are_labels_and_zip_equals_folder(tmp_path):
     content = {}
     for k, c in enumerate("cab"):
-        content |= {f"{c}/{i}.png": data_file(data_picture(8, 10 * k + i)) for i in range(9)}
+        content |= {f"{c}/{i}.png": data_file(data_picture(8, 10 * k + i)) for i in range(3)}
     folder = data_open(data_folder(tmp_path / "set", content))
     windows = {name.replace("/", "\\"): file for name, file in content.items()}
     wrapped = {f"set/{name}": file for name, file in content.items()}
     for k, packing in enumerate((content, windows, wrapped)):
         packed = data_open(data_zip(tmp_path / f"set{k}.zip", packing))
         assert folder.classes == packed.classes == ("a", "b", "c")
-        assert folder.labels == packed.labels == [0] * 9 + [1] * 9 + [2] * 9
-        assert all((folder[i].draw(8) == packed[i].draw(8)).all() for i in range(27))
+        assert folder.labels == packed.labels == [0] * 3 + [1] * 3 + [2] * 3
+        assert all((folder[i].draw(8) == packed[i].draw(8)).all() for i in range(9))
         assert (data.fingerprint(folder) == data.fingerprint(packed)) == (packing is not wrapped)
     again = pickle.loads(pickle.dumps(packed))
     assert (again[3].draw(8) == packed[3].draw(8)).all(), "a worker gets its own handle"
@@ -2796,7 +2810,7 @@ def test_a_picture_is_held_out_by_its_own_name(tmp_path):
     data_folder(root, {f"new/{i}.jpg": image for i in range(400)} | {"0a.png": image})
     grown = data_names(data_open(root, "val"))
     assert set(val) <= set(grown) and not set(grown) & set(train) and len(grown) > len(val)
-    for n in range(4, 40):                                   # a small set has held-out pictures too
+    for n in range(4, 40, 5):                                # a small set has held-out pictures too
         few = data_folder(tmp_path / f"few{n}", {f"{n}-{i}.png": image for i in range(n)})
         assert 1 <= len(data_open(few, "val")) <= max(1, n // 3)
     few = data_folder(tmp_path / "three", {f"{i}.png": image for i in range(3)})
@@ -2804,19 +2818,19 @@ def test_a_picture_is_held_out_by_its_own_name(tmp_path):
         data_open(few, "val")
 
 
-@pytest.mark.parametrize("train, held", [("train", "test"), ("Train", "Test"), ("train", "valid"),
-                                         ("TRAIN", "Validation"), ("train", "val")])
+@pytest.mark.parametrize("train, held", [("train", "test"), ("Train", "valid"),
+                                         ("TRAIN", "Validation")])
 def test_case_2_folders_of_a_split_hold_classes(tmp_path, train, held):
     image = data_file(data_picture(8))
     content = {f"{train}/{c}/{i}.png": image for c in "xy" for i in range(5)}
     content |= {f"{held}/{c}/{i}.png": image for c in "xy" for i in range(3)}
-    for root in (data_folder(tmp_path / "a", content), data_zip(tmp_path / "a.zip", content)):
+    for root in data_both(tmp_path / "a", content):
         sources = {split: data_open(root, split) for split in ("train", "val", "all")}
         assert [len(source) for source in sources.values()] == [10, 6, 16]
         assert all(source.classes == ("x", "y") for source in sources.values())
         assert sources["val"].labels == [0, 0, 0, 1, 1, 1]
     data_folder(tmp_path / "a", {"val/x/1.png": image, "more/x/1.png": image})
-    over = f"{7 if held.lower() == 'test' else 1} neither in train nor in val"
+    over = f"{7 if held == 'test' else 1} neither in train nor in val"
     assert data_open(tmp_path / "a", "train").passed_over == over
 
 
@@ -2831,7 +2845,7 @@ def test_celeba_as_its_makers_and_kaggle_lay_it_out(tmp_path, monkeypatch, name,
     content = {f"{folder}/{i:06d}.jpg": wide for i in range(1, 5)}
     content |= {f"data/celeba/img_celeba/{i:06d}.jpg": wide for i in range(1, 5)}
     data_folder(tmp_path, content | {f"data/celeba/{name}": listed})
-    for path in ("celeba", "data/celeba", "./data/celeba/"):
+    for path in ("celeba", "./data/celeba/"):
         assert data_names(data.open_data(path, "val")) == ["000002.jpg", "000003.jpg"]
         train = data.open_data(path)
         assert len(train) == 2 and train.passed_over == "4 outside the official folder"
@@ -2857,36 +2871,34 @@ def test_case_6_ffhq_as_its_downloader_lays_it_out(tmp_path, monkeypatch):
     assert data_names(data.open_data("ffhq", "val")) == ["00001.png", "59999.png"]
 
 
-def data_labels(content: object, where: str = "") -> dict[str, bytes]:
-    """Six pictures as StyleGAN's and EDM's tools write them."""
-    pictures = data_pictures(6, 8, f"{where}00000/img")
-    return pictures | {f"{where}dataset.json": json.dumps(content).encode()}
-
-
 def test_case_9_stylegan_and_edm_labels_are_classes(tmp_path):
     names = [f"00000/img{i:05d}.png" for i in range(6)]
+
+    def listed(content: object, where: str = "") -> dict[str, bytes]:
+        pictures = data_pictures(6, 8, f"{where}00000/img")
+        return pictures | {f"{where}dataset.json": json.dumps(content).encode()}
+
     labels = {"labels": [[name, 2 * (i % 3)] for i, name in enumerate(names)]}
-    for root in (data_folder(tmp_path / "set", data_labels(labels)),
-                 data_zip(tmp_path / "wrapped.zip", data_labels(labels, "set/"))):
+    for root in (data_folder(tmp_path / "set", listed(labels)),
+                 data_zip(tmp_path / "wrapped.zip", listed(labels, "set/"))):
         source = data_open(root)
         assert source.classes == ("0", "2", "4") and source.labels == [0, 1, 2, 0, 1, 2]
     cameras = {"labels": [[name, [0.5, 0.2]] for name in names]}               # EG3D's
     for none in ({"labels": None}, {"labels": []}, {"pictures": 3}, cameras):
-        assert data_open(data_folder(tmp_path / "set", data_labels(none))).classes == ()
+        assert data_open(data_folder(tmp_path / "set", listed(none))).classes == ()
     for bad in ({"labels": [[name, 0] for name in names[:4]]}, {"labels": 7}, [1],
                 {"labels": [[3, 3]]}, {"labels": [["a"]]}):
         with pytest.raises(data.DataError, match=r"dataset\.json is damaged or incomplete"):
-            data_open(data_folder(tmp_path / "set", data_labels(bad)))
+            data_open(data_folder(tmp_path / "set", listed(bad)))
 
 
 def test_6k_mix_halves_its_draws_between_small_and_large():
-    photo = data.Photo("p", lambda: data_picture(1024))
+    photo = data.Photo("p", lambda: data_picture(300))
     mix = data.SixKMix(data.Source([photo] * 7000))
-    drawn = np.array([mix.pick(rng(n)) for n in range(4000)])
-    assert len(mix) == 13_000 and 1850 < (drawn < 7000).sum() < 2150
-    assert drawn.max() < 13_000 and len(set(drawn.tolist())) > 3000
-    sizes = [mix[i].size for i in (5, 7000, 9000, 12_999)]
-    assert sizes == [256, 512, data.mix_size(2000), 1024]
+    drawn = np.array([mix.pick(rng(n)) for n in range(1000)])
+    assert len(mix) == 13_000 and 440 < (drawn < 7000).sum() < 560
+    assert drawn.max() < 13_000 and len(set(drawn.tolist())) > 800
+    assert [mix[i].size for i in (5, 7000, 12_999)] == [256, 512, 1024]
     item = data.random_patch(mix[5], rng(0), data.DataConfig())
     assert torch.equal(item["image"], item["patch"]) and item["cell"].tolist() == [2 / 256] * 2
     batch = next(data.loader(mix, lambda picture, gen: {}, 4))
@@ -2908,11 +2920,9 @@ def test_names_resolve_and_missing_data_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     data_zip(tmp_path / "data/lsun-church.zip", data_pictures(2))
     assert len(data.open_data("lsun-church", "all")) == 2
-    (tmp_path / "empty").mkdir()
     (tmp_path / "fake.zip").write_bytes(b"this is no zip")
-    for name, message in (("empty", "holds no .png"), ("fake.zip", "not a readable zip")):
-        with pytest.raises(data.DataError, match=message):
-            data.open_data(name)
+    with pytest.raises(data.DataError, match="not a readable zip"):
+        data.open_data("fake.zip")
 
 
 def test_case_3_pictures_are_known_by_content_not_by_path(tmp_path, monkeypatch):
@@ -2956,63 +2966,42 @@ def test_what_is_passed_over_is_counted_and_said(tmp_path):
     content |= {f"old/__MACOSX/._{i}.png": b"" for i in range(5)} | {".DS_Store": b""}
     content |= {"a/.cache/x.jpg": b"", ".y.png": b"", "a/.z.webp": b""}
     said = "20 .bmp, .tif (PNG, JPEG and WEBP are read), 8 hidden"
-    for root in (data_folder(tmp_path / "set", content), data_zip(tmp_path / "set.zip", content)):
-        store = data.Files(root)
-        assert len(store.pictures) == 24 and store.passed_over == said
-        assert data_open(root, "train").passed_over == said
+    for root in data_both(tmp_path / "set", content):
+        source = data_open(root)
+        assert len(source) == 24 and source.passed_over == said
     only = data_folder(tmp_path / "only", {"a.heic": b"", "b.avif": b""})
     with pytest.raises(data.DataError, match=r"holds no .*passed over: 2 \.avif, \.heic \(PNG"):
         data_open(only)
 
 
-def test_case_4_names_that_are_not_utf_8_are_shown_escaped(tmp_path):
+def test_case_4_names_that_are_not_utf_8_are_shown_escaped(tmp_path, capsys):
     root = os.fsencode(tmp_path) + b"/caf\xe9"
     os.mkdir(root)
     for i in range(6):
         with open(root + b"/\xe9\n%d.png" % i, "wb") as file:
             file.write(data_file(data_picture(8, i)) if i else b"broken")
-    source = data.open_data(os.fsdecode(root), "all")
-    (name, reason), = data.check_data(source)
+    (name, reason), = data.check_data(data.open_data(os.fsdecode(root), "all"))
     assert name.endswith(r"caf\udce9/\udce9\n0.png") and reason == "not a PNG, JPEG or WEBP image"
-    copy = tmp_path / "copy"
-    run = subprocess.run([sys.executable, "data.py", "prepare", root, copy, "--size", "8"],
-                         cwd=ROOT, capture_output=True, timeout=120,
-                         env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"})
-    assert run.returncode == 0 and b"5 pictures of 8 px" in run.stdout, run.stderr
-    assert rb"caf\udce9/\udce9\n0.png: not a PNG" in run.stdout and b"1 skipped" in run.stdout
-    assert len(data_open(copy)) == 5
+    assert data_prepare(os.fsdecode(root), tmp_path / "copy", "--size", 8, "--workers", 0) == 0
+    said = capsys.readouterr().out                           # strict UTF-8, as a terminal's
+    assert "5 pictures of 8 px" in said and "1 skipped" in said
+    assert r"caf\udce9/\udce9\n0.png: not a PNG" in said
+    assert len(data_open(tmp_path / "copy")) == 5
 
 
 def test_case_7_files_without_permission_are_one_line_with_the_true_cause(tmp_path):
     image = data_file(data_picture(8))
     root = data_folder(tmp_path / "set", {f"{c}/{i}.png": image for c in "xyz" for i in range(4)})
     packed = data_zip(tmp_path / "set.zip", {"a.png": image})
-    code = """
-        import sys, data
-        source = data.open_data(sys.argv[1], "all")
-        print(len(source), source.passed_over)
-        print(data.check_data(source))
-        try:
-            data.open_data(sys.argv[2])
-        except ValueError as error:
-            print(error)
-        """
-    command = [sys.executable, "-c", textwrap.dedent(code), root, packed]
-    if os.geteuid() == 0:                                    # root may read all, unless told not to
-        if not shutil.which("setpriv"):
-            pytest.skip("root reads everything, and there is no setpriv")
-        drop = "-dac_override,-dac_read_search,-fowner"
-        command = ["setpriv", "--bounding-set", drop, *command]
-    closed = [root / "y", root / "z/1.png", packed]
-    for path in closed:
+    for path in (root / "y", root / "z/1.png", packed):
         path.chmod(0)
-    run = subprocess.run(command, cwd=ROOT, timeout=120, capture_output=True, text=True)
-    for path in closed:
-        path.chmod(0o755)
-    first, second, third = run.stdout.splitlines()
-    assert first == f"8 1 without permission ({root}/y)"
-    assert ast.literal_eval(second) == [(f"{root}/z/1.png", "Permission denied")]
-    assert third == f"{packed} is not a readable zip: Permission denied"
+    with data_permissions():
+        source = data_open(root)
+        assert len(source) == 8 and source.passed_over == f"1 without permission ({root}/y)"
+        assert data.check_data(source) == [(f"{root}/z/1.png", "Permission denied")]
+        with pytest.raises(ValueError, match="set.zip is not a readable zip: Permission denied"):
+            data_open(packed)
+    (root / "y").chmod(0o700)
 
 
 def test_captions_lie_beside_the_pictures_or_in_a_list(tmp_path):
@@ -3021,7 +3010,7 @@ def test_captions_lie_beside_the_pictures_or_in_a_list(tmp_path):
     content["a/metadata.jsonl"] = "\n".join(map(json.dumps, rows)).encode() + b"\n\n"
     content |= {"a/00001.txt": "\ufeffsnow at dusk\n".encode(), "b/00002.txt": b"  a lake "}
     wanted = ["two words", "snow at dusk", "", "", "", "", "a lake"]
-    for root in (data_folder(tmp_path / "set", content), data_zip(tmp_path / "set.zip", content)):
+    for root in data_both(tmp_path / "set", content):
         source = data_open(root)
         assert [source.caption(i) for i in range(7)] == wanted
         batch = next(data.loader(source, data_name, 7, captions=True, workers=1))
@@ -3040,6 +3029,9 @@ def test_captions_lie_beside_the_pictures_or_in_a_list(tmp_path):
         (tmp_path / "set/a" / file).write_bytes(content)
         with pytest.raises(data.DataError, match=f"{file}.*{said}"):
             data_open(tmp_path / "set").caption(1)
+
+
+# ---- prepared sets, CIFAR-10 ----
 
 
 def data_prepare(*args) -> int:
@@ -3061,11 +3053,12 @@ def data_prepared(tmp_path_factory) -> tuple[Path, Path]:
 
 
 def test_a_prepared_set_gives_the_batches_of_its_source(data_prepared):
+    whole = functools.partial(data.whole_item, size=16, flip=True)
     for split, n in (("train", 45), ("val", 15)):
         source, copy = (data_open(path, split) for path in data_prepared)
         assert len(source) == len(copy) == n and source.classes == copy.classes == ("a", "b", "c")
-        batches = data_take(12, source, data_whole, 5, seed=2)
-        assert data_equal(batches, data_take(12, copy, data_whole, 5, seed=2, workers=n % 2))
+        batches = data_take(12, source, whole, 5, seed=2)
+        assert data_equal(batches, data_take(12, copy, whole, 5, seed=2, workers=n % 2))
     both = data_open(data_prepared[1])
     assert len(both) == 60 and both.labels[45:] == copy.labels
     assert (both[45].draw(16) == copy[0].draw(16)).all()
@@ -3077,17 +3070,17 @@ def test_a_prepared_set_gives_the_batches_of_its_source(data_prepared):
 def test_an_interrupted_preparation_leaves_nothing_and_starts_again(
         data_prepared, tmp_path, monkeypatch, capsys):
     seen = []
-    to_rgb = data.to_rgb
+    exif_transpose = data.ImageOps.exif_transpose
 
     def interrupted(image):
         if len(seen) == 40:
             os.kill(os.getpid(), signal.SIGTERM)             # while a file is being decoded
         seen.append(image)
-        return to_rgb(image)
+        return exif_transpose(image)
 
     args = data_prepared[0], tmp_path / "copy", "--size", 16, "--workers", 0
     with monkeypatch.context() as patch:
-        patch.setattr(data, "to_rgb", interrupted)
+        patch.setattr(data.ImageOps, "exif_transpose", interrupted)
         assert data_prepare(*args) == 143
     assert "starts again" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
     assert data_prepare(*args) == 0
@@ -3144,17 +3137,23 @@ def test_cifar_batches(tmp_path, monkeypatch):
         data_open(tmp_path)                                  # a pickle could run anything
 
 
-def test_torchvision_of_another_build_is_imported(tmp_path):
-    """One that registers what its missing operators do fails; they are declared, and it loads."""
-    (tmp_path / "torchvision").mkdir()
-    (tmp_path / "torchvision/__init__.py").write_text(
+def test_torchvision_of_another_build_is_imported(tmp_path, monkeypatch):
+    """One that asks for operators its torch lacks; they are declared, and it loads."""
+    declared = []
+    monkeypatch.setattr(torch.library, "define", lambda name, schema: declared.append(name))
+    monkeypatch.setattr(torch.library, "declared", declared, raising=False)
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "torchvision.py").write_text(
         "import torch\n"
-        "for name in ('nms', 'qnms'):\n"
-        "    torch.library.register_fake(f'torchvision::{name}', lambda *a: None)\n")
-    code = "import data; assert data.import_torchvision().name == 'qnms'"
-    path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, check=True,
-                   timeout=120)
+        "if not torch.library.declared:\n"
+        "    raise RuntimeError('operator torchvision::nms does not exist')\n")
+    del sys.modules["torchvision"]
+    assert data.import_torchvision().__file__ == str(tmp_path / "torchvision.py")
+    assert declared == ["torchvision::nms", "torchvision::qnms"]
+
+
+# ---- files that are not what they seem ----
 
 
 def data_grey_png(side: int, body: bytes) -> bytes:
@@ -3173,18 +3172,19 @@ def test_files_that_must_not_be_decoded_are_refused(tmp_path, monkeypatch):
     jpeg = data_file(data_picture(200), "JPEG", quality=95)
     black = zlib.compress(bytes(10**6))
     content = {"bomb30000.png": data_grey_png(30_000, black), "text.png": b"hello",
-               "bomb9000.png": data_grey_png(9_000, black), "empty.png": b"",
+               "bomb9000.png": data_grey_png(9_000, black), "empty.png": b"", "deep.png": b"short",
                "gif.png": data_file(data_picture(20).convert("P"), "GIF"),
                "cut.jpg": jpeg[:len(jpeg) // 2], "cut.png": data_file(data_picture(200))[:-300]}
-    with zipfile.ZipFile(tmp_path / "set.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, file in (content | {"deep.png": bytes(2**28 + 1)}).items():
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for name, file in content.items():
             archive.writestr(name, file)
+        archive.getinfo("deep.png").file_size = 2**28 + 1    # as the list at the end says it
     loaded = []
     monkeypatch.setattr(data.ImageOps, "exif_transpose",
                         lambda image: loaded.append(image.size) or image)
     source = data_open(tmp_path / "set.zip")
     bad = {Path(name).name: reason for name, reason in data.check_data(source)}
-    assert bad.keys() == content.keys() | {"deep.png"}
+    assert bad.keys() == content.keys()
     assert "pixels" in bad["bomb9000.png"] and "truncated" in bad["cut.jpg"]
     assert "not a PNG, JPEG or WEBP" in bad["gif.png"] and "larger than" in bad["deep.png"]
     assert set(loaded) == {(200, 200)}, "only the truncated files got as far as decoding"
@@ -3196,34 +3196,30 @@ def data_opened(image: Image.Image, kind: str = "PNG", **options) -> np.ndarray:
 
 def test_every_kind_of_image_becomes_rgb():
     rgb = data_picture(40)
-    grey = np.asarray(rgb.convert("L"))
+    grey = np.asarray(rgb.convert("L"))[..., None]
     steps = np.arange(2**16, dtype=np.uint16).reshape(256, 256)
+    clear = np.arange(40) < 20                               # the left half
     alpha = rgb.copy()
-    alpha.putalpha(Image.fromarray(np.repeat(np.uint8([[0] * 20 + [255] * 20]), 40, axis=0)))
-    flat = np.asarray(rgb).copy()
-    flat[:, :20] = 255
-    flat_grey = grey.copy()
-    flat_grey[:, :20] = 255
+    alpha.putalpha(Image.fromarray(np.uint8(255 * np.tile(~clear, (40, 1)))))
     palette = rgb.quantize(8)
-    hole = np.asarray(palette) == np.asarray(palette)[0, 0]
+    first = np.asarray(palette)[0, 0]
+    hole = (np.asarray(palette) == first)[..., None]
     coloured = np.asarray(palette.convert("RGB"))
-    assert (data_opened(rgb, "WEBP", lossless=True) == np.asarray(rgb)).all()
-    assert (data_opened(rgb.convert("L")) == grey[..., None]).all()
-    scaled = np.round(steps / 257)[..., None]                # 16 bits are scaled, not clipped
-    assert (data_opened(Image.fromarray(steps)) == scaled).all()
-    bits = np.asarray(rgb.convert("1"))[..., None]
-    assert (data_opened(rgb.convert("1")) == bits * 255).all()
-    assert (data_opened(alpha) == flat).all()
-    assert (data_opened(alpha.convert("LA")) == flat_grey[..., None]).all()
-    clear = data_opened(palette, transparency=int(np.asarray(palette)[0, 0]))
-    assert (clear[hole] == 255).all() and (clear[~hole] == coloured[~hole]).all()
+    for opened, want in (
+            (data_opened(rgb, "WEBP", lossless=True), np.asarray(rgb)),
+            (data_opened(rgb.convert("L")), grey),
+            (data_opened(Image.fromarray(steps)), np.round(steps / 257)[..., None]),   # not clipped
+            (data_opened(rgb.convert("1")), 255 * np.asarray(rgb.convert("1"))[..., None]),
+            (data_opened(alpha), np.where(clear[:, None], 255, np.asarray(rgb))),
+            (data_opened(alpha.convert("LA")), np.where(clear[:, None], 255, grey)),
+            (data_opened(palette, transparency=int(first)), np.where(hole, 255, coloured))):
+        assert (opened == want).all()
     cmyk = rgb.convert("CMYK")
-    error = data_opened(cmyk, "JPEG", quality=100) - np.asarray(cmyk.convert("RGB"))
-    assert np.abs(error).mean() < 4
     exif = Image.Exif()
     exif[0x0112] = 6                                         # turn by 90 degrees to the right
-    error = data_opened(rgb, "JPEG", exif=exif, quality=98) - np.asarray(rgb.rotate(-90))
-    assert np.abs(error).mean() < 4
+    for opened, want in ((data_opened(cmyk, "JPEG", quality=100), cmyk.convert("RGB")),
+                         (data_opened(rgb, "JPEG", exif=exif, quality=98), rgb.rotate(-90))):
+        assert np.abs(opened - np.asarray(want)).mean() < 4
 
 
 def data_damage(content: bytes, n: int) -> bytes:
@@ -3266,11 +3262,10 @@ def data_fuzz(folder: Path, n: int) -> int:
         damaged = {name: data_damage(file, k) if name[-4:] != ".png" else file
                    for name, file in texts.items()}
         captions = damaged | {"dataset.json": texts["dataset.json"]}       # else it refuses first
-        beside = captions | {"metadata.jsonl": texts["metadata.jsonl"]}
         reads = [functools.partial(data.decode, data_damage(photo, k)) for photo in photos]
-        reads += [functools.partial(read, content) for content in (
-            data_damage(packed, k), data_zip(folder / "damaged.zip", damaged).read_bytes(),
-            data_zip(folder / "damaged.zip", captions).read_bytes(), captions, beside)]
+        reads += [functools.partial(read, content)
+                  for content in (data_damage(packed, k), damaged, captions,
+                                  captions | {"metadata.jsonl": texts["metadata.jsonl"]})]
         for attempt in reads:
             try:
                 attempt()
@@ -3280,7 +3275,7 @@ def data_fuzz(folder: Path, n: int) -> int:
     return refused
 
 
-def test_damaged_files_are_refused_by_one_line(tmp_path, n=60):
+def test_damaged_files_are_refused_by_one_line(tmp_path, n=20):
     assert data_fuzz(tmp_path, n) > 2 * n
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2**21          # kilobytes: 2 GB
 
@@ -3288,6 +3283,9 @@ def test_damaged_files_are_refused_by_one_line(tmp_path, n=60):
 @slow
 def test_a_thousand_damaged_files_of_each_kind(tmp_path):
     test_damaged_files_are_refused_by_one_line(tmp_path, 1000)
+
+
+# ---- landscapes ----
 
 
 def test_scenes_are_what_the_bundled_weights_were_trained_on():
@@ -3310,7 +3308,7 @@ def test_scenes_are_what_the_bundled_weights_were_trained_on():
 
 def test_scenes_are_pure_and_windows_are_slices():
     source = Landscapes()
-    for i in range(8):
+    for i in (1, 3):                                         # a lake, stars
         whole = source[i].draw(150)
         assert whole.shape == (150, 150, 3) and whole.dtype == np.uint8
         assert (whole == source[i].draw(150)).all() and whole.std() > 12
@@ -3318,7 +3316,7 @@ def test_scenes_are_pure_and_windows_are_slices():
         assert (source[i].draw(150, (149, 0, 1, 150)) == whole[149:]).all()
     assert source[0].draw(1).shape == (1, 1, 3)
     assert source[0].draw(3000, (2900, 10, 5, 6)).shape == (5, 6, 3)
-    assert len({source[i].draw(16).tobytes() for i in range(200)}) == 200
+    assert len({source[i].draw(16).tobytes() for i in range(40)}) == 40
 
 
 def test_scene_classes_captions_and_splits():
@@ -3328,9 +3326,9 @@ def test_scene_classes_captions_and_splits():
     for source in (train, val):
         labels = [source.label(i) for i in range(len(source))]
         assert np.bincount(labels).tolist() == [len(source) // 4] * 4
-        assert all(source.classes[source.label(i)] in source.caption(i) for i in range(40))
+        assert all(source.classes[source.label(i)] in source.caption(i) for i in range(20))
     assert not {train[i].name for i in (0, 49_999)} & {val[i].name for i in (0, 9_999)}
-    for i in range(12):                                      # the same at every size: 28 dB
+    for i in range(4):                                       # the same at every size: 28 dB
         halved = val[i].draw(256).reshape(128, 2, 128, 2, 3).mean((1, 3))
         assert np.mean((halved - val[i].draw(128)) ** 2) < 255**2 / 10**2.8
 
