@@ -83,7 +83,7 @@ from consistency import (ConsistencyConfig, ConsistencyModel, ECT, ICT, LatentCo
                          l2, noise_condition, per_image, pseudo_huber, sample_function,
                          sample_multistep, sample_onestep)
 from data import to_uint8
-from inr_generator import (AdaLNBlock, Attention, Block, DiT, FunctionGenerator, FunctionPrediction,
+from inr_generator import (AdaLNBlock, Block, DiT, FunctionGenerator, FunctionPrediction,
                            GeneratorConfig, ImageFunction, TransformerConfig, UViT, pixel_coord,
                            positional_encoding, variational_coord)
 from landscapes import Landscapes, TIMES
@@ -95,6 +95,10 @@ from published import (OPENAI, PUBLISHED_NAMES, SCALE, SD_V1, adm_weights, autoe
 from runs import rng, torch_noise
 from text import (CLIPTokenizer, MERGES_FILE, TextConfig, TextTransformer, WordTokenizer, clean,
                   find_merges, read_merges, split, tokenizer_from)
+
+# ==================================================================================================
+# What many tests share
+# ==================================================================================================
 
 ROOT = Path(__file__).parent
 GOLDEN = Path(os.environ.get("GOLDEN", ROOT / "../shared/golden"))
@@ -109,54 +113,45 @@ def slow(test):
     return pytest.mark.skipif(condition, reason="slow; pytest -m slow runs it")(test)
 
 
-def golden(name: str) -> dict:
-    """A reference file, `infd/...`, `cm/...` or `text/...`; without it the test is skipped."""
+def golden_file(name: str) -> Path:
+    """Where a reference file is, `infd/...`, `cm/...` or `text/...`; else the test is skipped."""
     path = GOLDEN / name
     if not path.exists():
         pytest.skip(f"no reference numbers at {path}")
+    return path
+
+
+def golden(name: str) -> dict:
+    """The content of a reference file."""
+    path = golden_file(name)
     if path.suffix == ".json":
         return json.loads(path.read_text())
     return torch.load(path, weights_only=True)
 
 
-# ==================================================================================================
-# The renderer and the autoencoder: clif.py, autoencoder.py
-# ==================================================================================================
+def reference(name: str) -> tuple[dict, dict, dict, dict]:
+    """Config, weights, inputs and outputs of a reference file."""
+    g = golden(name)
+    return g["config"], g.get("state_dict", {}), g.get("inputs", {}), g["outputs"]
 
 
-# ==================================================================================================
-# The renderer and the autoencoder
-# ==================================================================================================
-# clif.py and autoencoder.py: published numbers ("golden") and properties that hold exactly.
+def close(ours: torch.Tensor, theirs: torch.Tensor, tol: float | dict = 1e-4,
+          name: str = "") -> None:
+    """tol: largest difference in standard deviations of the reference (golden/infd/README), or
+    rtol and atol (golden/cm/README)."""
+    if isinstance(tol, dict):
+        torch.testing.assert_close(ours, theirs, **tol, msg=lambda text: f"{name}: {text}")
+        return
+    assert ours.shape == theirs.shape, name
+    error = (ours.detach() - theirs).abs().max()
+    error = error / (theirs.std() if theirs.numel() > 1 else theirs.abs())
+    assert error < tol, f"{name} off by {error:.2e} std"
 
 
-# Published key prefix -> ours.
-FIELD_RENAME = {"encoder.0.": "encoder.", "encoder.1.": "encoder.quant_conv.",
-                "decoder.0.": "decoder.post_quant_conv.", "decoder.1.": "decoder.",
-                "renderer.net.": "renderer."}
-
-
-def field_rename(sd: dict, prefix: str = "") -> dict:
-    """Published keys -> ours; `prefix`: the module of a relative state dict, not part of ours."""
-    out = {}
-    for key, value in sd.items():
-        key = prefix + key
-        old = next(filter(key.startswith, FIELD_RENAME), "")
-        out[(FIELD_RENAME.get(old, "") + key[len(old):]).removeprefix(prefix)] = value
-    return out
-
-
-def field_golden(name: str) -> tuple[dict, dict, dict]:
-    """The whole file, its inputs and its outputs."""
-    whole = golden("infd/" + name)
-    return whole, whole.get("inputs", {}), whole.get("outputs", {})
-
-
-def field_close(a: torch.Tensor, b: torch.Tensor, tol: float = 1e-4) -> None:
-    """Largest difference in units of the reference's standard deviation: the golden README's."""
-    assert a.shape == b.shape
-    error = (a.detach() - b).abs().max() / (b.std() if b.numel() > 1 else b.abs())
-    assert error < tol, f"off by {error:.2e} std"
+def agree(theirs: dict, tol: float | dict = 1e-4, **ours: torch.Tensor) -> None:
+    """Every value of ours is `close` to the reference of the same name."""
+    for name, value in ours.items():
+        close(value, theirs[name], tol, name)
 
 
 def field_equal(a: torch.Tensor, b: torch.Tensor) -> None:
@@ -164,38 +159,70 @@ def field_equal(a: torch.Tensor, b: torch.Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
-def field_formula(sd: dict, seed: int) -> dict:
-    """The golden README's weights, a function of key and shape alone."""
+def formula(weights: dict, seed: int) -> dict:
+    """The weights of the golden READMEs, a function of key and shape alone."""
     out = {}
-    for key, old in sd.items():
+    for key, old in weights.items():
         generator = torch.Generator().manual_seed((zlib.crc32(key.encode()) + seed) % 2**32)
-        u = 2 * torch.rand(old.shape, generator=generator) - 1
+        u = torch.rand(old.shape, generator=generator).mul_(2).sub_(1)
         if not old.is_floating_point():
             out[key] = torch.zeros(old.shape, dtype=old.dtype)
         elif key.endswith("running_var"):
             out[key] = 1 + 0.5 * u
         elif old.ndim >= 2:
-            out[key] = u * math.sqrt(3 / old[0].numel())
+            out[key] = u.mul_(math.sqrt(3 / old[0].numel()))
         else:
-            out[key] = 1 + 0.2 * u if key.endswith("weight") else 0.2 * u
+            out[key] = u.mul_(0.2).add_(1 if key.endswith("weight") else 0)
     return out
 
 
-def field_config(args: dict) -> AutoencoderConfig:
+def loaded(make, weights: dict | None = None) -> nn.Module:
+    """make() with these weights and no others, by default `formula`'s: frozen, in eval mode."""
+    with torch.device("meta"):
+        module = make()
+    weights = formula(module.state_dict(), seed=0) if weights is None else weights
+    weights = {name: value.float() for name, value in weights.items()}
+    module.load_state_dict(weights, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def count(make, *args, **options) -> int:
+    """Number of parameters of make(*args, **options)."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in make(*args, **options).parameters())
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+# ==================================================================================================
+# The renderer and the autoencoder: clif.py, autoencoder.py
+# ==================================================================================================
+
+def field_rename(sd: dict, prefix: str = "") -> dict:
+    """Published keys -> ours; `prefix`: the module of a relative state dict, not part of ours."""
+    out = {}
+    for key, value in sd.items():
+        key = prefix + key
+        old = next(filter(key.startswith, PUBLISHED_NAMES), "")
+        out[(PUBLISHED_NAMES.get(old, "") + key.removeprefix(old)).removeprefix(prefix)] = value
+    return out
+
+
+def field_config(args: dict, **options) -> AutoencoderConfig:
     """Our configuration from the arguments of a published encoder or decoder."""
     return AutoencoderConfig(ch=args["ch"], ch_mult=args["ch_mult"], kl=args.get("double_z", False),
-                             num_res_blocks=args["num_res_blocks"], z_channels=args["z_channels"])
+                             num_res_blocks=args["num_res_blocks"], z_channels=args["z_channels"],
+                             **options)
 
 
 def field_clif(hidden: int = 64) -> CLIF:
-    with torch.device("meta"):
-        model = CLIF(CLIFConfig(32, hidden))
-    model.load_state_dict(field_formula(model.state_dict(), seed=0), assign=True)
-    return model.requires_grad_(False)
+    return loaded(lambda: CLIF(CLIFConfig(32, hidden)))
 
 
 def field_phi(c: int = 32, h: int = 16, w: int = 24, b: int = 1, seed: int = 0) -> torch.Tensor:
-    return torch.randn(b, c, h, w, generator=torch.Generator().manual_seed(seed))
+    return randn(b, c, h, w, seed=seed)
 
 
 def field_grid(phi: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -209,10 +236,6 @@ def field_window(height: int, width: int, y0: int, x0: int, y1: int, x1: int) ->
     return 2 * y0 / height - 1, 2 * x0 / width - 1, 2 * y1 / height - 1, 2 * x1 / width - 1
 
 
-def field_params(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
 def field_spy(renderer: nn.Module) -> nn.Module:
     """Let a renderer note in `drawn` the (height, width) of every grid it draws."""
     def note(_, args):
@@ -222,18 +245,16 @@ def field_spy(renderer: nn.Module) -> nn.Module:
     return renderer
 
 
-def field_published_clif(g: dict) -> CLIF:
+def field_published_clif(config: dict, weights: dict) -> CLIF:
     """The renderer of a golden file."""
-    args = g["config"]["official"]["args"]
-    blocks = {int(k.split(".")[2]) for k in g["state_dict"] if k.startswith("net.model.")} - {0}
-    hidden = args["net"]["args"]["hidden_channels"]
-    model = CLIF(CLIFConfig(args["z_dec_channels"], hidden, len(blocks)))
-    model.load_state_dict(field_rename(g["state_dict"], "renderer."))
-    return model
+    args = config["official"]["args"]
+    blocks = {int(k.split(".")[2]) for k in weights if k.startswith("net.model.")} - {0}
+    cfg = CLIFConfig(args["z_dec_channels"], args["net"]["args"]["hidden_channels"], len(blocks))
+    return loaded(lambda: CLIF(cfg), field_rename(weights, "renderer."))
 
 
 def test_golden_coords():
-    g, i, o = field_golden("coords.pt")
+    _, _, i, o = reference("infd/coords.pt")
     for spec, want in zip(i["grids"], o["grids"]):
         span = spec["range"]
         (y0, y1), (x0, x1) = span if isinstance(span[0], list) else (span, span)
@@ -246,7 +267,7 @@ def test_golden_coords():
 @pytest.mark.parametrize("kind", ["", "_oob", "_tie"])
 def test_golden_query(kind):
     """Feature, offset and size of every query; outside the plane, on its border and on ties too."""
-    g, i, o = field_golden("coords.pt")
+    _, _, i, o = reference("infd/coords.pt")
     feat = i["feat_tie" if kind == "_tie" else "feat"]
     coord = i["coord" + kind]
     cells = i["cell" if kind == "_oob" else "cell" + kind]
@@ -260,16 +281,17 @@ def test_golden_query(kind):
     assert torch.equal(features, want[:, :feat.shape[1]])
 
 
-@pytest.mark.parametrize("bad", [
-    dict(res=0), dict(res=(4, 0)), dict(window=(0, 0, 0, 1)), dict(window=(0, -1.1, 1, 1)),
-    dict(window=(0, 0, 1, math.nan)), dict(window=(0, 0, math.inf, 1))])
-def test_check_frame_names_bad_input(bad):
+def test_check_frame_names_bad_input():
     assert check_frame(8) == ((8, 8), (-1, -1, 1, 1))
     assert check_frame([3, 5], [0, 0, 0.5, 1]) == ((3, 5), (0, 0, 0.5, 1))
-    for call in (check_frame, Field(field_clif(), field_phi(), 16, paper=True).draw):
-        with pytest.raises(ValueError, match="resolution" if "res" in bad else "window") as error:
-            call(**({"res": 8} | bad))
-        assert "\n" not in str(error.value)
+    field = Field(field_clif(), field_phi(), 16, paper=True)
+    for bad in (dict(res=0), dict(res=(4, 0)), dict(res="8"), dict(window=(0, 0, 0, 1)),
+                dict(window=(0, -1.1, 1, 1)), dict(window=(0, 0, 1, math.nan)),
+                dict(window=(0, 0, math.inf, 1))):
+        for call in (check_frame, field.draw):
+            with pytest.raises(ValueError, match=f"^{next(iter(bad))}.*") as error:
+                call(**({"res": 8} | bad))
+            assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="tile 0"):
         Field(field_clif(), field_phi(), tile=0)
 
@@ -277,43 +299,43 @@ def test_check_frame_names_bad_input(bad):
 # ---- renderers ----
 
 def test_golden_renderer():
-    g, i, o = field_golden("renderer.pt")
-    model = field_published_clif(g)
+    config, weights, i, o = reference("infd/renderer.pt")
+    model = field_published_clif(config, weights)
     for k in range(2):
         cell = i[f"cell{k}"][:, 0, 0]
-        field_close(query(i["z_dec"][:1], i[f"coord{k}"][:1], cell[:1]), o[f"layout{k}"], 1e-6)
-        field_close(model(i["z_dec"], i[f"coord{k}"], cell), o[f"render{k}"])
+        close(query(i["z_dec"][:1], i[f"coord{k}"][:1], cell[:1]), o[f"layout{k}"], 1e-6)
+        close(model(i["z_dec"], i[f"coord{k}"], cell), o[f"render{k}"])
     lowvar = model(i["z_dec_lowvar"], i["coord_lowvar"], i["cell_lowvar"][:, 0, 0])
-    field_close(lowvar, o["render_lowvar"])
+    agree(o, render_lowvar=lowvar)
     # No shipped configuration has the variants without norms, 1x1 kernels or encoded coordinates.
-    g = field_golden("renderer_variants.pt")[0]["larger"]
+    g = golden("infd/renderer_variants.pt")["larger"]
     i = g["inputs"]
-    larger = field_published_clif(g)(i["z_dec"], i["coord"], i["cell"][:, 0, 0])
-    field_close(larger, g["outputs"]["render"])
+    larger = field_published_clif(g["config"], g["state_dict"])
+    agree(g["outputs"], render=larger(i["z_dec"], i["coord"], i["cell"][:, 0, 0]))
 
 
 @pytest.mark.parametrize("case", ["full", "no_ensemble", "no_unfold", "no_cell", "plain"])
 def test_golden_liif(case):
-    g, i, _ = field_golden("liif_mlp.pt")
-    case = g["cases"][case]
+    g = golden("infd/liif_mlp.pt")
     cfg = g["config"]
-    model = LIIF(LIIFConfig(cfg["feat_channels"], cfg["hidden_list"][0], len(cfg["hidden_list"]),
-                            case["feat_unfold"], case["local_ensemble"], case["cell_decode"]))
+    i = g["inputs"]
+    case = g["cases"][case]
+    cfg = LIIFConfig(cfg["feat_channels"], cfg["hidden_list"][0], len(cfg["hidden_list"]),
+                     case["feat_unfold"], case["local_ensemble"], case["cell_decode"])
     weights = {k.replace("imnet.layers.", "mlp."): v for k, v in case["state_dict"].items()}
-    model.load_state_dict(weights)
+    model = loaded(lambda: LIIF(cfg), weights)
     points = [model(i["feat"], i["coord"][:, n:n + 1, None], i["cell"][:, n])[:, :, 0, 0]
               for n in range(i["coord"].shape[1])]                   # each has its own cell
-    field_close(torch.stack(points, dim=1), case["rgb"])
     grid = model(i["feat"][:1], i["grid"][:, :, None], i["grid_cell"][:, 0])      # (N, 1) points
-    field_close(grid[..., 0].mT, case["rgb_grid9x11"])
+    agree(case, rgb=torch.stack(points, dim=1), rgb_grid9x11=grid[..., 0].mT)
 
 
 def test_frame_statistics_are_those_of_the_plane_at_twice_phi():
     """A picture of that size is the undivided one, with its gradients unless these are disabled."""
     model = field_clif()
-    phi = field_phi(b=2).requires_grad_()
-    grid = field_grid(phi, 32, 48)
-    weight = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(1))
+    phi = field_phi(h=8, w=12, b=2).requires_grad_()
+    grid = field_grid(phi, 16, 24)
+    weight = randn(2, 3, 16, 24, seed=1)
     with torch.no_grad():
         fixed = FrameNorm.of(model, phi)
     want = model(phi, *grid)
@@ -323,21 +345,21 @@ def test_frame_statistics_are_those_of_the_plane_at_twice_phi():
         field_equal(rgb, want)
         got, = torch.autograd.grad((rgb * weight).sum(), phi)
         assert ((got - slope).abs().max() < 1e-4 * slope.std()) == same
-    field_equal(Field(model, phi.detach(), tile=16).draw((32, 48)), want.detach())
+    field_equal(Field(model, phi.detach(), tile=16).draw((16, 24)), want.detach())
 
 
 @pytest.mark.parametrize("paper", [False, True])
 def test_a_batch_has_statistics_of_its_own_pictures(paper):
     """A picture taken from a batch keeps its batch dimension and its statistics."""
     spy = field_spy(field_clif())
-    phi = torch.cat([field_phi(), 3 * field_phi(seed=1)])
+    phi = torch.cat([field_phi(h=8, w=12), 3 * field_phi(h=8, w=12, seed=1)])
     both = Field(spy, phi, 32, paper)
-    drawn = both.draw((40, 50))
+    drawn = both.draw((20, 40))
     for i in range(2):
-        field_equal(drawn[i:i + 1], Field(spy, phi[i:i + 1], 32, paper).draw((40, 50)))
+        field_equal(drawn[i:i + 1], Field(spy, phi[i:i + 1], 32, paper).draw((20, 40)))
     spy.drawn.clear()
     assert [len(one) for one in both] == [1, 1] and len(both) == 2 and not spy.drawn
-    field_equal(drawn[1:], both[-1].draw((40, 50)))
+    field_equal(drawn[1:], both[-1].draw((20, 40)))
     with pytest.raises(IndexError):
         both[2]
 
@@ -345,21 +367,19 @@ def test_a_batch_has_statistics_of_its_own_pictures(paper):
 # ---- tiles ----
 
 def test_golden_tiled_render():
-    g, i, o = field_golden("tiled_render.pt")
-    model = field_golden("infd_ckpt.pt")[0]["model"]
+    config, _, i, o = reference("infd/tiled_render.pt")
+    model = golden("infd/infd_ckpt.pt")["model"]
     args = model["args"]
-    cfg = replace(field_config(args["encoder"]["args"]), n_embed=args["n_embed"],
-                  hidden=args["renderer"]["args"]["net"]["args"]["hidden_channels"])
-    ours = FieldAutoencoder(cfg)
+    cfg = field_config(args["encoder"]["args"], n_embed=args["n_embed"],
+                       hidden=args["renderer"]["args"]["net"]["args"]["hidden_channels"])
     parts = ("encoder.", "quantizer.", "decoder.", "renderer.")
-    weights = {k: v.float() for k, v in model["sd"].items() if k.startswith(parts)}
-    ours.load_state_dict(field_rename(weights))
-    size = g["config"]["output_size"]
-    tiled = ours.field(i["z"], g["config"]["patch_size"], paper=True)
-    assert tiled.halo == g["config"]["patch_padding"]
-    field_close(tiled.draw(size), o["tiled"])
-    field_close(replace(tiled, halo=0).draw(size), o["tiled_nopad"])
-    field_close(ours.field(i["z"], size, paper=True).draw(size), o["whole"])
+    weights = {k: v for k, v in model["sd"].items() if k.startswith(parts)}
+    ours = loaded(lambda: FieldAutoencoder(cfg), field_rename(weights))
+    size = config["output_size"]
+    tiled = ours.field(i["z"], config["patch_size"], paper=True)
+    assert tiled.halo == config["patch_padding"]
+    agree(o, tiled=tiled.draw(size), tiled_nopad=replace(tiled, halo=0).draw(size),
+          whole=ours.field(i["z"], size, paper=True).draw(size))
 
 
 @pytest.mark.parametrize("paper", [False, True])
@@ -376,24 +396,24 @@ def test_drawing_goes_through_clif_and_query(paper, monkeypatch):
         calls.append("query")
         return query(*args)
     field = Field(field_clif(), field_phi(b=2), 16, paper)
-    plain = list(field.tiles((40, 50)))
+    plain = list(field.tiles((20, 40)))
     monkeypatch.setattr(CLIF, "forward", spied_forward)
     monkeypatch.setattr(clif, "query", spied_query)
-    for (_, _, once), (_, _, rgb) in zip(plain, field.tiles((40, 50)), strict=True):
+    for (_, _, once), (_, _, rgb) in zip(plain, field.tiles((20, 40)), strict=True):
         assert torch.equal(rgb, 0.5 * once)
     assert calls == ["forward", "query"] * len(plain) and not rgb.requires_grad
-    places = [(y, x) for y, x, _ in plain]
-    assert places == list(itertools.product((0, 16, 32), (0, 16, 32, 48)))        # row by row
+    assert [(y, x) for y, x, _ in plain] == list(itertools.product((0, 16), (0, 16, 32)))
 
 
-@pytest.mark.parametrize("res", [(61, 97), (40, 130), (7, 200), (20, 9)])
-@pytest.mark.parametrize("spread", [1.0, 2e-3])
-def test_tiles_equal_the_whole(res, spread):
+@pytest.mark.parametrize("res, spread, tiles", [
+    ((61, 37), 1.0, (16, 33, 256)), ((40, 70), 2e-3, (16, 33)), ((7, 100), 1.0, (7, 33)),
+    ((20, 9), 2e-3, (7, 16))])
+def test_tiles_equal_the_whole(res, spread, tiles):
     """Also where phi hardly varies, which the norms enlarge; every tile has one shape."""
     spy = field_spy(field_clif())
     field = Field(spy, 3 + spread * field_phi(b=2))
     whole = spy(field.phi, *field_grid(field.phi, *res), field.norm)
-    for tile in (7, 16, 33, 256):
+    for tile in tiles:
         spy.drawn.clear()
         drawn = replace(field, tile=tile).draw(res)
         torch.testing.assert_close(drawn, whole, rtol=0, atol=1e-5 / min(1, 10 * spread))
@@ -401,33 +421,31 @@ def test_tiles_equal_the_whole(res, spread):
         assert all(side <= min(tile + 12, size) for side, size in zip(shape, res))
 
 
-@pytest.mark.parametrize("res, limit", [(256, 1), (300, 1.32), (1024, 1.1), (640, 1.3),
-                                        (257, 1.8), ((96, 700), 1.15)])
-def test_tiles_draw_little_more_than_the_picture(res, limit):
+def test_tiles_draw_little_more_than_the_picture():
     """A tile moved back inside the frame is drawn twice in part; even tiles keep that low."""
     spy = field_spy(LIIF(LIIFConfig(1, 1, 1, ensemble=False)))
-    for _ in replace(Field(spy, torch.zeros(1, 1, 2, 2)), halo=6).tiles(res):
-        pass
-    (height, width), _ = check_frame(res)
-    assert sum(h * w for h, w in spy.drawn) <= limit * height * width
+    field = replace(Field(spy, torch.zeros(1, 1, 2, 2)), halo=6)
+    for res, limit in (((256, 256), 1), ((300, 300), 1.32), ((640, 640), 1.3), ((257, 257), 1.8),
+                       ((96, 700), 1.15)):
+        spy.drawn.clear()
+        for _ in field.tiles(res):
+            pass
+        assert sum(h * w for h, w in spy.drawn) <= limit * math.prod(res)
 
 
 @pytest.mark.parametrize("paper", [False, True])
 def test_window_equals_slice(paper):
     field = Field(field_clif(), field_phi(), 32, paper)
-    full = field.draw((90, 130))
-    for box in ((0, 0, 90, 130), (17, 33, 70, 97), (32, 64, 64, 96), (89, 0, 90, 1),
-                (40, 101, 90, 130)):
+    full = field.draw((50, 90))
+    for box in ((0, 0, 50, 90), (17, 33, 40, 67), (32, 64, 49, 90), (49, 0, 50, 1)):
         y0, x0, y1, x1 = box
-        window = field_window(90, 130, *box)
-        part = field.draw((y1 - y0, x1 - x0), window)
-        field_equal(part, full[..., y0:y1, x0:x1])
-        typed = [float(f"{v:.6f}") for v in window]                  # as on a command line
-        part = field.draw([y1 - y0, x1 - x0], typed)
-        assert (part - full[..., y0:y1, x0:x1]).abs().max() < 1e-3
+        window = field_window(50, 90, *box)
+        field_equal(field.draw((y1 - y0, x1 - x0), window), full[..., y0:y1, x0:x1])
+    typed = [float(f"{v:.6f}") for v in window]                      # as on a command line
+    assert (field.draw([1, 1], typed) - full[..., 49:, :1]).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("top, left", [(0, 0), (31, 62), (18, 44)])
+@pytest.mark.parametrize("top, left", [(0, 0), (18, 44)])
 def test_a_deep_window_costs_its_own_pixels(top, left):
     """1/64 of a side: only the window and the receptive field around it are drawn, and it is the
     slice of the frame 64 times as large."""
@@ -471,13 +489,13 @@ def test_tiles_compile_once():
     """One graph for every resolution, window and field."""
     torch._dynamo.reset()
     backend = torch._dynamo.testing.CompileCounter()
-    model = field_clif(hidden=32)
+    model = loaded(lambda: CLIF(CLIFConfig(8, 8, 1, 8)))
     compiled = torch.compile(model, backend=backend, dynamic=False)
     for seed in range(2):
-        field = Field(model, field_phi(seed=seed), tile=32)
+        field = Field(model, field_phi(8, seed=seed), tile=32)
         quick = replace(field, renderer=compiled)
-        for res, window in ((64, None), ((90, 71), None), (128, None), ((44, 200), None),
-                            (50, (-0.31, 0.127, 0.333, 0.9)), (60, (0.2, 0.2, 0.22, 0.22))):
+        for res, window in ((64, None), ((90, 71), None), (50, (-0.31, 0.127, 0.333, 0.9)),
+                            (60, (0.2, 0.2, 0.22, 0.22))):
             field_equal(quick.draw(res, window), field.draw(res, window))
             assert backend.frame_count == 1
 
@@ -505,84 +523,71 @@ def test_memory_does_not_grow_with_resolution():
 # ---- encoder, decoder ----
 
 def test_golden_encoder_and_decoder():
-    for name, make in (("encoder_vq", Encoder), ("decoder", Decoder)):
-        g, i, o = field_golden(name + ".pt")
-        model = make(field_config(g["config"]["official"]["args"]))
-        model.load_state_dict(field_rename(g["state_dict"], name[:7] + "."))
-        if make is Encoder:
-            field_close(model(i["image"]), o["z"])
-            field_close(model(i["image_lowvar"]), o["z_lowvar"])
-        else:
-            field_close(model(i["z"]), o["z_dec"])
-            field_close(model(i["z_lowvar"])[:, :, ::4, ::4], o["z_dec_lowvar_every4th"])
+    config, weights, i, o = reference("infd/encoder_vq.pt")
+    cfg = field_config(config["official"]["args"])
+    encoder = loaded(lambda: Encoder(cfg), field_rename(weights, "encoder."))
+    agree(o, z=encoder(i["image"]), z_lowvar=encoder(i["image_lowvar"]))
+
+    config, weights, i, o = reference("infd/decoder.pt")
+    cfg = field_config(config["official"]["args"])
+    decoder = loaded(lambda: Decoder(cfg), field_rename(weights, "decoder."))
+    lowvar = decoder(i["z_lowvar"])[:, :, ::4, ::4]
+    agree(o, z_dec=decoder(i["z"]), z_dec_lowvar_every4th=lowvar)
 
 
 def test_golden_encoder_kl():
-    g, i, o = field_golden("encoder_kl.pt")
+    config, weights, i, o = reference("infd/encoder_kl.pt")
     image = i["image"]
-    model = FieldAutoencoder(replace(field_config(g["config"]["official"]["args"]), hidden=32))
-    model.encoder.load_state_dict(field_rename(g["state_dict"], "encoder."))
+    model = FieldAutoencoder(field_config(config["official"]["args"], hidden=32))
+    model.encoder.load_state_dict(field_rename(weights, "encoder."))
     moments = model.encoder(image)
     mean, logvar = split_moments(moments)
     _, reg = model(image, *field_grid(image, *image.shape[-2:]), i["noise"])
-    got = {"moments": moments, "moments_lowvar": model.encoder(i["image_lowvar"]), "mean": mean,
-           "logvar": logvar, "sample": model.encode(image, i["noise"]),
-           "mode": model.encode(image), "kl_per_sample": kl_loss(mean, logvar), "kl_loss": reg}
-    for name, value in got.items():
-        field_close(value, o[name])
+    agree(o, moments=moments, moments_lowvar=model.encoder(i["image_lowvar"]), mean=mean,
+          logvar=logvar, sample=model.encode(image, i["noise"]), mode=model.encode(image),
+          kl_per_sample=kl_loss(mean, logvar), kl_loss=reg)
     mean, logvar = split_moments(i["params_extreme"])
     assert torch.equal(logvar, o["extreme_logvar"])
-    field_close(kl_loss(mean, logvar), o["extreme_kl_per_sample"])
+    agree(o, extreme_kl_per_sample=kl_loss(mean, logvar))
 
 
 @pytest.mark.parametrize("part, make, cfg", [("encoder", Encoder, AutoencoderConfig()),
                                              ("decoder", Decoder, AutoencoderConfig()),
                                              ("renderer", CLIF, CLIFConfig()),
                                              ("disc", PatchDiscriminator, DiscriminatorConfig())])
-@torch.no_grad()
 def test_golden_full_width(part, make, cfg):
     """The published sizes, with every weight a function of its published name."""
-    g, i, o = field_golden("full_arch_probe.pt")
-    with torch.device("meta"):
-        model = make(cfg)
-    assert field_params(model) == g["config"][part]["n_params"]
+    config, _, i, o = reference("infd/full_arch_probe.pt")
     keys = golden("infd/state_dict_keys_full.json")
     shapes = {key.removeprefix(part + "."): torch.empty(shape, dtype=getattr(torch, dtype))
               for key, (shape, dtype) in keys.items() if key.startswith(part + ".")}
-    weights = field_rename(field_formula(shapes, g["config"]["seed"]), part + ".")
-    model.load_state_dict(weights, assign=True)
-    model.eval()
+    weights = field_rename(formula(shapes, config["seed"]), part + ".")
+    assert count(make, cfg) == config[part]["n_params"]
+    model = loaded(lambda: make(cfg), weights)
     if part == "encoder":
-        field_close(model(i["image"]), o["z"])
+        agree(o, z=model(i["image"]))
     elif part == "decoder":
         phi = model(i["z_in"])
-        field_close(phi[:, ::8, ::2, ::2], o["z_dec_sub"])
+        agree(o, z_dec_sub=phi[:, ::8, ::2, ::2])
         assert abs(phi.double().norm() / o["z_dec_stats"]["l2"] - 1) < 1e-5
     elif part == "renderer":
-        field_close(model(i["z_dec"], i["coord"], i["cell"][:, 0, 0]), o["render"])
+        agree(o, render=model(i["z_dec"], i["coord"], i["cell"][:, 0, 0]))
     else:
-        field_close(model(i["disc_x"]), o["disc_eval_logits"])
+        agree(o, disc_eval_logits=model(i["disc_x"]))
 
 
 def test_golden_keys_of_stage1():
     """Every key of a published checkpoint has its place, and every parameter of ours its key."""
     keys = golden("infd/state_dict_keys_full.json")
-    unused = ("z_dm", "perc_loss.")
-    theirs = {k: shape for k, (shape, _) in keys.items() if not k.startswith(unused)}
+    theirs = {k: shape for k, (shape, _) in keys.items() if not k.startswith(("z_dm", "perc_loss."))}
     with torch.device("meta"):
         ours = FieldAutoencoder(AutoencoderConfig()).state_dict()
         disc = PatchDiscriminator(DiscriminatorConfig())
         disc = nn.SyncBatchNorm.convert_sync_batchnorm(disc)         # as for several GPUs
     ours |= {"disc." + k: v for k, v in disc.state_dict().items()}
     assert field_rename(theirs) == {k: list(v.shape) for k, v in ours.items()}
-
-
-def test_parameter_counts():
-    with torch.device("meta"):
-        parts = {"quantizer": VectorQuantizer(8192, 3), "kl": Encoder(AutoencoderConfig(kl=True)),
-                 "liif": LIIF(LIIFConfig())}
-    counts = {name: field_params(part) for name, part in parts.items()}
-    assert counts == {"quantizer": 24_576, "kl": 22_351_280, "liif": 494_339}
+    assert count(Encoder, AutoencoderConfig(kl=True)) == 22_351_280
+    assert count(LIIF, LIIFConfig()) == 494_339
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -590,9 +595,8 @@ def test_attention_runs_in_a_fused_kernel(device):
     """And gives what the plain formula gives; where no fused kernel fits, sdpa_kernel raises."""
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA")
-    torch.manual_seed(0)
-    model = autoencoder.Attention(64, 8).to(device).requires_grad_(False)
-    x = torch.randn(2, 64, 16, 20, device=device)
+    model = loaded(lambda: autoencoder.Attention(64, 8)).to(device)
+    x = randn(2, 64, 16, 20).to(device)
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
                       SDPBackend.CUDNN_ATTENTION]):
         got = model(x)
@@ -603,25 +607,23 @@ def test_attention_runs_in_a_fused_kernel(device):
 
 @pytest.mark.parametrize("legacy", [True, False])
 def test_golden_vq(legacy):
-    g, i, o = field_golden("vq.pt")
-    cfg = g["config"]
+    cfg, weights, i, o = reference("infd/vq.pt")
     name = "" if legacy else "_legacy_false"
     model = VectorQuantizer(cfg["n_embed"], cfg["embed_dim"], cfg["beta"], legacy)
     std = model.embedding.weight.std().item()
     assert std == pytest.approx(1 / cfg["n_embed"] / math.sqrt(3), rel=0.15)      # uniform
-    model.load_state_dict(g["state_dict"])
+    model.load_state_dict(weights)
     z = i["z"].clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model(z)[2], o["indices"])                # half precision: same codes
     z_q, loss, indices = model(z)
-    assert torch.equal(indices, o["indices"]) and indices.unique().numel() == o["n_used"]
-    assert torch.equal(indices.view_as(o["indices_bhw"]), o["indices_bhw"])
+    assert torch.equal(indices, o["indices"])
     assert torch.equal(model.lookup(o["indices_bhw"]), o["codebook_entry_nchw"])
-    field_close(z_q, o["z_q"])
-    field_close(loss, o["loss" + name])
+    close(z_q, o["z_q"])
+    close(loss, o["loss" + name])
     (3 * loss + (z_q * i["upstream"]).sum()).backward()
-    field_close(z.grad, o["grad_z" + name], 1e-3)
-    field_close(model.embedding.weight.grad, o["grad_embedding" + name], 1e-3)
+    close(z.grad, o["grad_z" + name], 1e-3)
+    close(model.embedding.weight.grad, o["grad_embedding" + name], 1e-3)
 
 
 # ---- the whole autoencoder ----
@@ -635,7 +637,7 @@ FIELD_TINY = AutoencoderConfig(ch=32, ch_mult=[1, 2], num_res_blocks=1, n_embed=
 def test_autoencoder_shapes_and_gradients(change):
     cfg = replace(FIELD_TINY, **change)
     model = FieldAutoencoder(cfg)
-    image = torch.randn(2, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+    image = randn(2, 3, 16, 24)
     z = model.encode(image)
     assert z.shape == (2, 3, 16 // cfg.f, 24 // cfg.f)
     code = model.quantize(z)
@@ -665,16 +667,15 @@ def test_autoencoder_names_bad_input():
 
 
 def test_golden_disc():
-    g, i, o = field_golden("disc.pt")
-    model = PatchDiscriminator(DiscriminatorConfig(g["config"]["ndf"], g["config"]["n_layers"]))
-    model.load_state_dict(g["state_dict"])
-    field_close(model.eval()(i["real"]), o["eval_logits_real"])
-    field_close(model.train()(i["real"]), o["train_logits_real"])
-    field_close(model(i["fake"]), o["train_logits_fake"])
+    config, weights, i, o = reference("infd/disc.pt")
+    model = PatchDiscriminator(DiscriminatorConfig(config["ndf"], config["n_layers"]))
+    model.load_state_dict(weights)
+    agree(o, eval_logits_real=model.eval()(i["real"]))
+    agree(o, train_logits_real=model.train()(i["real"]), train_logits_fake=model(i["fake"]))
     state = model.state_dict()
     for key, want in o["bn_after"].items():
         torch.testing.assert_close(state[key], want, rtol=1e-4, atol=1e-6)
-    field_close(model.eval()(i["nonsquare"]), o["eval_logits_nonsquare_after_bn"])
+    agree(o, eval_logits_nonsquare_after_bn=model.eval()(i["nonsquare"]))
 
 
 def test_new_discriminator():
@@ -684,13 +685,12 @@ def test_new_discriminator():
     assert weights.std().item() == pytest.approx(0.02, rel=0.05)
     scales = torch.cat([m.weight for m in model.main if isinstance(m, nn.BatchNorm2d)])
     assert (scales.mean().item(), scales.std().item()) == pytest.approx((1.0, 0.02), abs=0.006)
-    assert [conv.bias is not None for conv in convs] == [True, False, False, False, True]
     assert model(torch.zeros(1, 3, 256, 256)).shape == (1, 1, 30, 30)
 
 
 def test_golden_losses():
-    g, i, o = field_golden("losses.pt")
-    field_close(hinge_loss(i["logits_real"], i["logits_fake"]), o["hinge_d_loss"])
+    config, _, i, o = reference("infd/losses.pt")
+    agree(o, hinge_d_loss=hinge_loss(i["logits_real"], i["logits_fake"]))
     for want in o["adaptive"].values():
         W = i["W"].clone().requires_grad_()
         pred = F.conv2d(i["h"], W, padding=1)
@@ -698,8 +698,8 @@ def test_golden_losses():
         g_loss = -want["g_scale"] * F.conv2d(pred, i["K"], stride=2, padding=1).mean()
         weight = adaptive_weight(nll, g_loss, W)
         assert not weight.requires_grad
-        field_close(weight, want["adaptive_weight"], 1e-3)
-        field_close(g["config"]["gan_g_loss_weight"] * weight, want["total_gan_weight"], 1e-3)
+        agree(want, 1e-3, adaptive_weight=weight,
+              total_gan_weight=config["gan_g_loss_weight"] * weight)
         shared = adaptive_weight(nll, g_loss, W, lambda grads: [2 * grads[0], grads[1]])
         torch.testing.assert_close(shared, (2 * weight).clamp(max=1e4))
         (nll + weight * g_loss).backward()                           # the graphs are still there
@@ -707,12 +707,10 @@ def test_golden_losses():
 
 
 def test_first_order_keeps_the_gradients_before_x():
-    """The loss is back-propagated once, however often gradients are asked for afterwards."""
-    W = torch.randn(5, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    times = []
+    """The graph of the loss is used once, however often gradients are asked for afterwards."""
+    W = randn(5, 5).requires_grad_()
 
     def loss(x):
-        x.register_hook(times.append)
         return (x.sin() ** 3).sum()
     want, = torch.autograd.grad(loss(W @ W), W)
     x = W @ W
@@ -727,33 +725,8 @@ def test_first_order_keeps_the_gradients_before_x():
 # The UNet and latent diffusion: ldm.py
 # ==================================================================================================
 
-
-# ==================================================================================================
-# The UNet and diffusion
-# ==================================================================================================
-# Tests of ldm.py: properties with known answers, then outputs of the published code (`golden`).
-
-
 LDM_TINY = UNetConfig(model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_ds=(2,),
                       num_head_channels=16)
-LDM_IMAGENET64 = UNetConfig(model_channels=192, num_res_blocks=3, num_head_channels=64,
-                            scale_shift_norm=True, resblock_updown=True, num_classes=1000)
-LDM_BEDROOM256 = UNetConfig(model_channels=256, channel_mult=(1, 1, 2, 2, 4, 4),
-                            attention_ds=(8, 16, 32), num_head_channels=64, resblock_updown=True)
-
-
-def ldm_parts(g):
-    """Arguments, inputs and outputs of a golden file."""
-    return g["config"], g["inputs"], g["outputs"]
-
-
-def ldm_error(ours, theirs):
-    """Largest difference in units of the reference's standard deviation (honest below 1e-4)."""
-    return ((ours - theirs).abs().max() / theirs.std()).item()
-
-
-def ldm_randn(*shape, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
 
 
 def ldm_unet_config(args):
@@ -774,64 +747,28 @@ def ldm_diffusion_config(args, steps=1000):
     return DiffusionConfig(steps, args["linear_beta_start"], args["linear_beta_end"])
 
 
-def ldm_from_infd(key, tensor, cfg):
-    """A tensor of an INFD or LDM UNet as ours holds it: qkv reordered, Conv1d as 1x1 Conv2d."""
-    if ".qkv." in key:
-        tensor = qkv_from_legacy(tensor, cfg.heads(tensor.shape[0] // 3))
-    return tensor[..., None] if tensor.dim() == 3 else tensor
-
-
 def ldm_infd_unet(args, state, prefix=""):
     """Our UNet with the weights of a published INFD state dict."""
     cfg = ldm_unet_config(args)
-    model = UNet(cfg)
-    model.load_state_dict({key: ldm_from_infd(key, state[prefix + key].float(), cfg)
-                           for key in model.state_dict()})
-    return model
-
-
-def ldm_formula(key, shape, seed):
-    """The weights of golden/infd/README, regenerated from the key."""
-    generator = torch.Generator().manual_seed((zlib.crc32(key.encode()) + seed) % 2**32)
-    u = torch.rand(shape, generator=generator).mul_(2).sub_(1)
-    if len(shape) >= 2:
-        return u.mul_(math.sqrt(3 / math.prod(shape[1:])))
-    return 1 + 0.2 * u if key.endswith("weight") else 0.2 * u
-
-
-def ldm_random_unet(cfg):
-    """A UNet whose zero-initialised layers are not zero: its output depends on everything."""
-    model = UNet(cfg).eval()
-    model.load_state_dict({k: ldm_formula(k, v.shape, 0) for k, v in model.state_dict().items()})
-    return model
-
-
-def ldm_count(cfg):
-    with torch.device("meta"):
-        return sum(p.numel() for p in UNet(cfg).parameters())
+    own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    return loaded(lambda: UNet(cfg), adm_weights(own, cfg.num_head_channels))
 
 
 # ---- UNet ----
 
-def test_ldm_parameter_counts_equal_the_published_models():
-    assert ldm_count(UNetConfig()) == 274_056_163
-    assert ldm_count(LDM_IMAGENET64) == 295_899_267
-    assert ldm_count(LDM_BEDROOM256) == 526_304_771
+LDM_CM = UNetConfig(model_channels=256, num_head_channels=64, attention_ds=(2, 4, 8),
+                    resblock_updown=True)                            # CM-UNet at 64 px
 
 
-@pytest.mark.parametrize("px, mult, plain, updown, scale_shift", [
-    (32, (1, 2, 3, 4), 338_235_139, 367_552_771, 386_707_971),
-    (64, (1, 2, 3, 4), 357_918_979, 387_236_611, 406_391_811),
-    (128, (1, 2, 3, 4), 352_660_739, 381_978_371, 401_133_571),
-    (128, (1, 1, 2, 3, 4), 368_482_051, 399_506_691, 420_498_691)])
-def test_ldm_parameter_counts_of_cm_unet(px, mult, plain, updown, scale_shift):
-    cfg = UNetConfig(model_channels=256, channel_mult=mult, num_head_channels=64,
-                     attention_ds=(px // 32, px // 16, px // 8))
-    resampling = replace(cfg, resblock_updown=True)
-    assert ldm_count(cfg) == plain
-    assert ldm_count(resampling) == updown
-    assert ldm_count(replace(resampling, scale_shift_norm=True)) == scale_shift
-    assert ldm_count(replace(resampling, num_classes=10)) == updown + 10 * 4 * 256
+@pytest.mark.parametrize("cfg, parameters", [
+    (UNetConfig(), 274_056_163), (OPENAI[64], 295_899_267), (OPENAI[256], 526_304_771),
+    (LDM_CM, 387_236_611), (replace(LDM_CM, resblock_updown=False), 357_918_979),
+    (replace(LDM_CM, scale_shift_norm=True), 406_391_811),
+    (replace(LDM_CM, attention_ds=(1, 2, 4), num_classes=10), 367_552_771 + 10 * 4 * 256),
+    (replace(LDM_CM, attention_ds=(4, 8, 16)), 381_978_371),
+    (replace(LDM_CM, attention_ds=(4, 8, 16), channel_mult=(1, 1, 2, 3, 4)), 399_506_691)])
+def test_ldm_parameter_counts_equal_the_published_models(cfg, parameters):
+    assert count(UNet, cfg) == parameters
 
 
 def test_ldm_zero_init_covers_exactly_the_residual_ends():
@@ -842,20 +779,17 @@ def test_ldm_zero_init_covers_exactly_the_residual_ends():
     assert zeros == ends and len(zeros) == 78
 
 
-@pytest.mark.parametrize("options", [{}, {"resblock_updown": True, "scale_shift_norm": True}])
-def test_ldm_unet_does_not_mix_samples_and_takes_any_memory_format(options):
-    model = ldm_random_unet(UNetConfig(model_channels=32, channel_mult=(1, 2), attention_ds=(1, 2),
-                                       **options))
-    x = ldm_randn(3, 3, 8, 20)
+def test_ldm_unet_does_not_mix_samples_and_takes_any_memory_format():
+    model = loaded(lambda: UNet(replace(LDM_TINY, resblock_updown=True, scale_shift_norm=True)))
+    x = randn(3, 3, 8, 20)
     t = torch.tensor([0.0, 12.5, 999.0])
-    with torch.no_grad():
-        together = model(x, t)
-        alone = torch.cat([model(x[i:i + 1], t[i:i + 1]) for i in range(3)])
-        last = torch.channels_last
-        reordered = model.to(memory_format=last)(x.contiguous(memory_format=last), t)
+    together = model(x, t)
+    alone = torch.cat([model(x[i:i + 1], t[i:i + 1]) for i in range(3)])
+    last = torch.channels_last
+    reordered = model.to(memory_format=last)(x.contiguous(memory_format=last), t)
     assert together.std() > 0.1
-    assert (together - alone).abs().max() < 1e-5
-    assert (together - reordered).abs().max() < 1e-5
+    field_equal(together, alone)
+    field_equal(together, reordered)
 
 
 def test_ldm_timestep_embedding_closed_form():
@@ -868,21 +802,7 @@ def test_ldm_timestep_embedding_closed_form():
     assert torch.equal(emb, timestep_embedding(t.float(), 9))
 
 
-def test_ldm_attention_equals_explicit_softmax_per_head():
-    torch.manual_seed(0)
-    attention = SelfAttention(64, heads=4, groups=32)
-    nn.init.normal_(attention.proj_out.weight, std=0.1)
-    x = torch.randn(2, 64, 3, 5)
-    q, k, v = attention.qkv(attention.norm(x)).flatten(2).split(64, dim=1)       # (2, 64, 15) each
-    heads = []
-    for rows in torch.arange(64).split(16):
-        scores = q[:, rows].transpose(1, 2) @ k[:, rows] / 4                     # sqrt(16) = 4
-        heads.append(v[:, rows] @ torch.softmax(scores, dim=-1).transpose(1, 2))
-    expected = x + attention.proj_out(torch.cat(heads, dim=1).view_as(x))
-    assert torch.allclose(attention(x), expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("heads, dim", [(1, 4), (3, 2), (4, 1)])
+@pytest.mark.parametrize("heads, dim", [(1, 4), (3, 2)])
 def test_ldm_qkv_from_legacy_moves_every_row_to_its_place(heads, dim):
     rows = itertools.product(range(heads), range(3), range(dim))
     name = torch.tensor(list(rows))                      # (head, part, i) of each row
@@ -891,17 +811,15 @@ def test_ldm_qkv_from_legacy_moves_every_row_to_its_place(heads, dim):
     assert qkv_from_legacy(name, heads).tolist() == expected
 
 
-@pytest.mark.parametrize("options, word", [
-    ({"model_channels": 48}, "multiple of groups=32"), ({"channel_mult": (1, 0)}, "channel_mult 0"),
-    ({"num_head_channels": 48}, "must divide 448"),
-    ({"num_head_channels": 0, "num_heads": 5}, "must divide 448"),
-    ({"dropout": 1.5}, "dropout")])
-def test_ldm_unet_refuses_what_cannot_be_built(options, word):
-    with pytest.raises(ValueError, match=word), torch.device("meta"):
-        UNet(UNetConfig(**options))
+def test_ldm_unet_refuses_what_does_not_fit():
+    for options, word in [
+            ({"model_channels": 48}, "multiple of groups=32"),
+            ({"channel_mult": (1, 0)}, "channel_mult 0"),
+            ({"num_head_channels": 48}, "must divide 448"),
+            ({"num_head_channels": 0, "num_heads": 5}, "must divide 448")]:
+        with pytest.raises(ValueError, match=word), torch.device("meta"):
+            UNet(UNetConfig(**options))
 
-
-def test_ldm_unet_refuses_inputs_that_do_not_fit():
     plain = UNet(LDM_TINY)
     classes = UNet(replace(LDM_TINY, num_classes=5))
     x = torch.zeros(2, 3, 8, 8)
@@ -935,8 +853,7 @@ def test_ldm_loss_is_the_mean_square_of_each_sample_and_passes_the_class_on():
     assert seen[0][0] is t and seen[0][1] is y
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("steps", [5, 200, 1000])
+@pytest.mark.parametrize("steps, eta", itertools.product([5, 200], [0.0, 0.3, 1.0]))
 def test_ldm_ddim_keeps_the_variance_of_every_timestep(steps, eta):
     # If all data are 0, x_t is N(0, 1 - alpha_bar_t) and eps = x_t / sqrt(1 - alpha_bar_t). A step
     # is then linear in x_t and in the noise, and must end on 1 - alpha_bar at the timestep it goes
@@ -989,23 +906,22 @@ def test_ldm_loops_yield_every_step_without_gradients():
             (LDM_DIFFUSION.ddim_loop, 5, [800, 600, 400, 200, 0], dict(eta=0.0, clip=True)),
             (LDM_DIFFUSION.dpm_loop, 4, LDM_DIFFUSION.solver_timesteps(4)[::-1], {})]:
         calls = []
-        count = 0
+        taken = 0
         for x_t, x_0 in loop(ldm_recording(calls), x_T, steps, y="label", **options):
-            count += 1
+            taken += 1
             assert not x_t.requires_grad and torch.is_grad_enabled()
             assert x_0.shape == x_T.shape and (x_0.abs().max() <= 1 or "clip" not in options)
-        assert count == steps and torch.equal(x_t, x_0)  # the last step lands on the prediction
+        assert taken == steps and torch.equal(x_t, x_0)  # the last step lands on the prediction
         assert calls == [([t, t], "label") for t in times]       # one call per step
 
 
 def test_ldm_ddim_timesteps_follow_the_stride_rule():
     assert LDM_DIFFUSION.ddim_timesteps(200) == list(range(0, 1000, 5))
-    for steps in (2, 10, 20, 25, 50, 100, 250, 334, 500, 1000):
+    for steps in (2, 10, 334, 500, 1000):
         times = LDM_DIFFUSION.ddim_timesteps(steps)
         assert times[0] == 0 and len(times) == steps
         assert len({b - a for a, b in zip(times, times[1:])}) == 1
-    for steps, near in [(150, "use 143 or 167"), (300, "use 250 or 334"), (400, "use 334 or 500"),
-                        (1, "use 2"), (0, "use 2"), (1001, "or 1000")]:
+    for steps, near in [(150, "use 143 or 167"), (1, "use 2"), (0, "use 2"), (1001, "or 1000")]:
         with pytest.raises(ValueError, match=near):
             LDM_DIFFUSION.ddim_timesteps(steps)
 
@@ -1048,7 +964,7 @@ def test_ldm_samplers_converge_to_the_flow_of_a_gaussian_at_their_order(sampler,
 
 
 def test_ldm_first_order_dpm_solver_is_ddim_without_noise():
-    x_t, eps = ldm_randn(2, 1, 3, 2, 2, dtype=torch.float64)
+    x_t, eps = randn(2, 1, 3, 2, 2, dtype=torch.float64)
     for t, t_prev in [(999, 700), (700, 1), (3, 0), (0, -1)]:
         alpha, sigma = LDM_DIFFUSION._alpha_sigma(t)
         alpha_prev, sigma_prev = LDM_DIFFUSION._alpha_sigma(t_prev)
@@ -1062,12 +978,11 @@ def test_ldm_first_order_dpm_solver_is_ddim_without_noise():
 
 
 def test_ldm_solver_timesteps_are_distinct_and_even_in_the_log_of_the_noise():
-    log_rho = torch.logit(LDM_DIFFUSION.alpha_bar) / 2
-    for steps in (1, 2, 3, 10, 24, 100, 777, 999, 1000):
+    for steps in (1, 2, 24, 777, 999, 1000):
         times = LDM_DIFFUSION.solver_timesteps(steps)
         assert len(times) == steps == len(set(times)) and times == sorted(times)
         assert times[-1] == 999 and (steps == 1 or times[0] == 0)
-    gaps = -log_rho[LDM_DIFFUSION.solver_timesteps(10)].diff()
+    gaps = -LDM_DIFFUSION.log_rho[LDM_DIFFUSION.solver_timesteps(10)].diff()
     assert gaps.max() - gaps.min() < 0.35                # the step from 1 to 0 is 0.35: rounding
     for steps in (0, 1001):
         with pytest.raises(ValueError, match="1 to 1000"):
@@ -1095,8 +1010,8 @@ def test_ldm_what_settles_has_the_moments_of_a_true_x_t():
     mean, std, t = 0.8, 0.35, 300
     eps, _ = ldm_gaussian_flow(LDM_DIFFUSION, mean, std)
     alpha, sigma = LDM_DIFFUSION._alpha_sigma(t)
-    noises = [ldm_randn(1, 1, 100, 100, dtype=torch.float64) for _ in range(1)] * 3
-    noises = [n.roll(i, 2) for i, n in enumerate(noises)]        # as good as independent
+    noise = randn(1, 1, 100, 100, dtype=torch.float64)
+    noises = [noise.roll(i, 2) for i in range(3)]                # as good as independent
     x_t = LDM_DIFFUSION.settle(eps, noises, t)
     kept = 1 / (1 + (sigma / alpha / std) ** 2)                  # weight of x_t in the answer
     lacks = alpha * mean * kept**2
@@ -1108,57 +1023,35 @@ def test_ldm_betas_grow_as_the_number_of_steps_shrinks():
     betas = GaussianDiffusion(DiffusionConfig(steps=250)).betas
     expected = 4 * torch.linspace(0.0015, 0.0195, 250, dtype=torch.float64)
     assert torch.allclose(betas, expected, rtol=1e-12)
-
-
-@pytest.mark.parametrize("options", [{"steps": 1}, {"steps": 19}, {"beta_start": 0.0},
-                                     {"beta_end": 0.001}])
-def test_ldm_diffusion_config_refuses_what_is_no_schedule(options):
-    with pytest.raises(ValueError, match=r"above 0, rising, and below steps / 1000"):
-        DiffusionConfig(**options)
+    for options in ({"steps": 1}, {"steps": 19}, {"beta_start": 0.0}, {"beta_end": 0.001}):
+        with pytest.raises(ValueError, match=r"above 0, rising, and below steps / 1000"):
+            DiffusionConfig(**options)
+    with pytest.raises(ValueError, match="ddim_start is 2"):
+        DiffusionConfig(ddim_start=2)
 
 
 # ---- golden: INFD ----
 
 def test_ldm_golden_infd_unet():
-    data = golden("infd/unet.pt")
-    config, inputs, outputs = ldm_parts(data)
-    model = ldm_infd_unet(config["official"]["args"], data["state_dict"]).eval()
-    t = inputs["timesteps"]
-    emb = timestep_embedding(t, model.cfg.model_channels)
-    with torch.no_grad():
-        assert ldm_error(model(inputs["x"], t), outputs["eps"]) < 1e-4
-        assert ldm_error(model(inputs["x_lowvar"], t), outputs["eps_lowvar"]) < 1e-4
-        assert ldm_error(emb, outputs["timestep_embedding"]) < 1e-4
-        assert ldm_error(model.time_embed(emb), outputs["time_embed_out"]) < 1e-4
-    odd = timestep_embedding(inputs["odd_dim_timesteps"], inputs["odd_dim"])
-    assert ldm_error(odd, outputs["odd_dim_embedding"]) < 1e-4
+    config, weights, i, out = reference("infd/unet.pt")
+    model = ldm_infd_unet(config["official"]["args"], weights)
+    emb = timestep_embedding(i["timesteps"], model.cfg.model_channels)
+    agree(out, eps=model(i["x"], i["timesteps"]), eps_lowvar=model(i["x_lowvar"], i["timesteps"]),
+          timestep_embedding=emb, time_embed_out=model.time_embed(emb),
+          odd_dim_embedding=timestep_embedding(i["odd_dim_timesteps"], i["odd_dim"]))
 
 
-def test_ldm_golden_infd_full_unet_keys_and_shapes():
-    listed = {}
-    for key, (shape, _) in golden("infd/state_dict_keys_full.json").items():
-        if key.startswith("z_dm."):
-            listed[key.removeprefix("z_dm.")] = (*shape, 1) if len(shape) == 3 else tuple(shape)
-    with torch.device("meta"):
-        ours = {key: tuple(value.shape) for key, value in UNet(UNetConfig()).state_dict().items()}
-    assert len(listed) == 368
-    assert list(listed.items()) == list(ours.items())
-
-
-def test_ldm_golden_infd_full_unet_output():
-    data = golden("infd/full_arch_probe.pt")
+def test_ldm_golden_infd_full_unet():
+    """The published keys and shapes, and the output, by weights that follow from the keys."""
+    config, _, i, out = reference("infd/full_arch_probe.pt")
+    theirs = {key.removeprefix("z_dm."): torch.empty(shape, device="meta")
+              for key, (shape, _) in golden("infd/state_dict_keys_full.json").items()
+              if key.startswith("z_dm.")}
     cfg = UNetConfig()
-    with torch.device("meta"):
-        model = UNet(cfg).eval()
-    model.to_empty(device="cpu")                         # no initialisation that is overwritten
-    with torch.no_grad():
-        for key, p in model.named_parameters():          # attention is Conv1d there
-            conv1d = key.endswith(("qkv.weight", "proj_out.weight"))
-            shape = p.shape[:3] if conv1d else p.shape
-            p.copy_(ldm_from_infd(key, ldm_formula(key, shape, data["config"]["seed"]), cfg))
-        eps = model(data["inputs"]["unet_x"], data["inputs"]["unet_t"])
-    assert sum(p.numel() for p in model.parameters()) == data["config"]["unet"]["n_params"]
-    assert ldm_error(eps, data["outputs"]["unet_eps"]) < 1e-4
+    model = loaded(lambda: UNet(cfg), adm_weights(formula(theirs, config["seed"]), 32))
+    assert len(theirs) == 368 and list(theirs) == list(model.state_dict())
+    assert count(UNet, cfg) == config["unet"]["n_params"]
+    agree(out, unet_eps=model(i["unet_x"], i["unet_t"]))
 
 
 def ldm_compare_schedule(diffusion, table, name):
@@ -1185,119 +1078,106 @@ def ldm_compare_schedule(diffusion, table, name):
     # vectors of (x_0, x_t).
     x_t = torch.tensor([0.0, 1.0], dtype=torch.float64)
     x_0 = torch.tensor([1.0, 0.0], dtype=torch.float64)
-    for i, (t, t_prev) in enumerate(pairs):
+    means = []
+    for t, t_prev in pairs:
         a = diffusion.alpha_bar[t].item()
         eps = (x_t - a**0.5 * x_0) / (1 - a) ** 0.5
-        mean, _ = diffusion.ddim_step(x_t, eps, t, t_prev, 1.0, torch.zeros(2))
-        coefs = [table["posterior_mean_coef1"][i], table["posterior_mean_coef2"][i]]
-        assert torch.allclose(mean, torch.stack(coefs), rtol=1e-9, atol=1e-9), (name, i)
+        means.append(diffusion.ddim_step(x_t, eps, t, t_prev, 1.0, torch.zeros(2))[0])
+    coefs = torch.stack([table["posterior_mean_coef1"], table["posterior_mean_coef2"]], dim=1)
+    assert torch.allclose(torch.stack(means), coefs, rtol=1e-9, atol=1e-9), name
 
 
 def test_ldm_golden_infd_schedules():
-    config, _, outputs = ldm_parts(golden("infd/diffusion.pt"))
-    steps = len(outputs["schedule1000"]["betas"])
+    config, _, _, out = reference("infd/diffusion.pt")
+    steps = len(out["schedule1000"]["betas"])
     assert ldm_diffusion_config(config["official_z_dp"], steps) == DiffusionConfig()
-    other = ldm_diffusion_config(config["alt"], len(outputs["schedule_alt"]["betas"]))
-    for name, table in outputs.items():
+    other = ldm_diffusion_config(config["alt"], len(out["schedule_alt"]["betas"]))
+    for name, table in out.items():
         if name.startswith("schedule"):
             cfg = other if name == "schedule_alt" else DiffusionConfig()
             ldm_compare_schedule(GaussianDiffusion(cfg), table, name)
 
-
-def test_ldm_golden_infd_schedule_is_not_that_of_ldm():
-    outputs = golden("infd/diffusion.pt")["outputs"]
-    theirs = outputs["contrast_ldm_betas"]
-    ours = LDM_DIFFUSION.betas
-    assert torch.allclose(theirs[[0, -1]], ours[[0, -1]])                        # the same ends
-    roots = theirs.sqrt().diff()
-    assert torch.allclose(roots, roots[0], rtol=1e-6)                            # linear in root
-    assert torch.allclose(ours.diff(), ours.diff()[0])                           # linear in beta
-    assert outputs["contrast_ldm_alphas_cumprod"][-1] > 5 * LDM_DIFFUSION.alpha_bar[-1]
-    shifted = [t - 1 for t in outputs["contrast_ldm_ddim200_timesteps"].tolist()]
-    assert shifted == LDM_DIFFUSION.ddim_timesteps(len(shifted))
+    # LDM's is another: the same ends, but linear in the root, and its timesteps start at 1.
+    ldm = GaussianDiffusion(DiffusionConfig(sqrt_beta=True, ddim_start=1))
+    assert torch.allclose(out["contrast_ldm_betas"], ldm.betas)
+    assert out["contrast_ldm_alphas_cumprod"][-1] > 5 * LDM_DIFFUSION.alpha_bar[-1]
+    assert out["contrast_ldm_ddim200_timesteps"].tolist() == ldm.ddim_timesteps(200)
 
 
 def test_ldm_golden_infd_diffusion():
-    config, inputs, outputs = ldm_parts(golden("infd/diffusion.pt"))
-    x_0, noise, t, eps = (inputs[k] for k in ("x0", "noise", "t", "eps_pred"))
-    assert ldm_error(LDM_DIFFUSION.q_sample(x_0, t, noise), outputs["x_t"]) < 1e-4
-    loss = LDM_DIFFUSION.loss(lambda *_: eps, x_0, t, noise)
-    assert torch.allclose(loss, outputs["mse_per_sample"], rtol=1e-5)
-    assert torch.allclose(loss, outputs["loss_per_sample"], rtol=1e-5)
-    assert torch.allclose(loss.mean(), outputs["loss_mean"], rtol=1e-5)
+    config, _, i, out = reference("infd/diffusion.pt")
+    eps = i["eps_pred"]
+    agree(out, x_t=LDM_DIFFUSION.q_sample(i["x0"], i["t"], i["noise"]))
+    loss = LDM_DIFFUSION.loss(lambda *_: eps, i["x0"], i["t"], i["noise"])
+    agree(out, mse_per_sample=loss, loss_per_sample=loss, loss_mean=loss.mean())
 
-    def step(i, t, t_prev, **options):
-        return LDM_DIFFUSION.ddim_step(outputs["x_t"][i], eps[i], t, t_prev, **options)
+    def step(n, t, t_prev, **options):
+        return LDM_DIFFUSION.ddim_step(out["x_t"][n], eps[n], t, t_prev, **options)
 
-    for i, t_i in enumerate(t.tolist()):
-        still = torch.zeros_like(eps[i])
-        mean, predicted = step(i, t_i, t_i - 1, noise=still)
-        _, clipped = step(i, t_i, t_i - 1, noise=still, clip=True)
-        assert ldm_error(mean, outputs["p_mean"][i]) < 1e-4
-        assert ldm_error(predicted, outputs["pred_xstart"][i]) < 1e-4
-        assert (clipped - outputs["pred_xstart_clipped"][i]).abs().max() < 1e-4
+    for n, t in enumerate(i["t"].tolist()):
+        still = torch.zeros_like(eps[n])
+        mean, predicted = step(n, t, t - 1, noise=still)
+        _, clipped = step(n, t, t - 1, noise=still, clip=True)
+        close(mean, out["p_mean"][n])
+        close(predicted, out["pred_xstart"][n])
+        assert (clipped - out["pred_xstart_clipped"][n]).abs().max() < 1e-4
 
-    count = int(config["ddim_respacing"].removeprefix("ddim"))
-    times = [-1, *LDM_DIFFUSION.ddim_timesteps(count)]
-    for i, index in enumerate(inputs["t_ddim200_index"].tolist()):
-        t_prev, t_i = times[index:index + 2]
-        assert t_i == outputs["ddim_model_timesteps"][i]
-        sigma = LDM_DIFFUSION.ddim_sigma(t_i, t_prev, 1.0)
-        assert abs(sigma - outputs["ddim_sigma_eta1"][i]) < 1e-5
-        for name, stored in outputs["ddim"].items():
+    times = [-1, *LDM_DIFFUSION.ddim_timesteps(int(config["ddim_respacing"].removeprefix("ddim")))]
+    for n, index in enumerate(i["t_ddim200_index"].tolist()):
+        t_prev, t = times[index:index + 2]
+        assert t == out["ddim_model_timesteps"][n]
+        assert abs(LDM_DIFFUSION.ddim_sigma(t, t_prev, 1.0) - out["ddim_sigma_eta1"][n]) < 1e-5
+        for name, stored in out["ddim"].items():
             eta = float(name.removeprefix("eta"))
-            x, predicted = step(i, t_i, t_prev, eta=eta, noise=inputs["step_noise"][i])
-            assert ldm_error(x, stored["sample"][i]) < 1e-4, name
-            assert ldm_error(predicted, stored["pred_xstart"][i]) < 1e-4, name
+            x, predicted = step(n, t, t_prev, eta=eta, noise=i["step_noise"][n])
+            close(x, stored["sample"][n], name=name)
+            close(predicted, stored["pred_xstart"][n], name=name)
 
 
 def test_ldm_golden_infd_ddim_trajectory():
-    data = golden("infd/ddim_traj.pt")
-    x_T = data["inputs"]["x_T"]
-    noises = data["inputs"]["noises"]
-    model = ldm_infd_unet(data["config"]["official"]["args"], data["state_dict"]).eval()
-    diffusion = GaussianDiffusion(ldm_diffusion_config(data["config"]["z_dp"]))
+    config, weights, i, out = reference("infd/ddim_traj.pt")
+    noises = i["noises"]
+    model = ldm_infd_unet(config["official"]["args"], weights)
+    diffusion = GaussianDiffusion(ldm_diffusion_config(config["z_dp"]))
     for eta in (0.0, 1.0):
-        stored = data["outputs"][f"eta{eta}"]
+        stored = out[f"eta{eta}"]
         fed = []
 
         def recorded(x, t, y):
             fed.append(t)
             return model(x, t, y)
 
-        loop = diffusion.ddim_loop(recorded, x_T, len(noises), eta, noises.__getitem__)
-        for i, (drawn, predicted) in enumerate(loop):
-            assert ldm_error(drawn, stored["samples"][i]) < 1e-4
-            assert ldm_error(predicted, stored["pred_xstarts"][i]) < 1e-4
-        assert ldm_error(drawn, stored["final"]) < 1e-4
+        walk = list(diffusion.ddim_loop(recorded, i["x_T"], len(noises), eta, noises.__getitem__))
+        for n, (drawn, predicted) in enumerate(walk):
+            close(drawn, stored["samples"][n])
+            close(predicted, stored["pred_xstarts"][n])
+        close(drawn, stored["final"])
         assert torch.equal(torch.stack(fed), stored["model_timesteps"])
-    clipped = diffusion.ddim_sample(model, x_T, len(noises), 1.0, noises.__getitem__, clip=True)
-    assert ldm_error(clipped, data["outputs"]["eta1.0_clip_denoised_true_final"]) < 1e-4
+    clipped = diffusion.ddim_sample(model, i["x_T"], len(noises), 1.0, noises.__getitem__,
+                                    clip=True)
+    close(clipped, out["eta1.0_clip_denoised_true_final"])
 
 
-def ldm_compare_step(step, params, averages, cfg, k):
+def ldm_compare_step(step, params, averages, head):
     """Gradients, parameters and averages after one step of AdamW."""
-    for key in step["params"]:
-        for ours, field in ((params[key].grad, "grads"), (params[key], "params"),
-                            (averages[key], "ema")):
-            theirs = ldm_from_infd(key, step[field][key], cfg)
-            assert ldm_error(ours, theirs) < 1e-3, (k, key, field)
-    for key, norm in step["grad_norms"].items():
-        # Where the gradient is zero but for rounding (k biases, biases in front of one channel per
-        # group), AdamW turns rounding into full steps: nothing can be compared.
-        if key.endswith("qkv.bias") or norm < 1e-5:
-            continue
-        for ours, field in ((params[key].grad, "grad_norms"), (params[key], "param_norms"),
-                            (averages[key], "ema_norms")):
-            assert abs(ours.norm().item() / step[field][key] - 1) < 1e-3, (k, key, field)
+    ours = {"grads": {k: p.grad for k, p in params.items()}, "params": params, "ema": averages}
+    for field, values in ours.items():
+        stored = adm_weights(step[field], head)
+        agree(stored, 1e-3, **{key: values[key] for key in stored})
+        for key, norm in step["grad_norms"].items():
+            # Where the gradient is zero but for rounding (k biases, biases in front of one channel
+            # per group), AdamW turns rounding into full steps: nothing can be compared.
+            if not key.endswith("qkv.bias") and norm >= 1e-5:
+                theirs = step[field.removesuffix("s") + "_norms"][key]
+                assert abs(values[key].norm().item() / theirs - 1) < 1e-3, (key, field)
 
 
 def test_ldm_golden_infd_stage2_steps():
-    config, inputs, outputs = ldm_parts(golden("infd/stage2_step.pt"))
+    config, _, i, out = reference("infd/stage2_step.pt")
     checkpoint = golden("infd/" + config["checkpoint"])["model"]
     args = checkpoint["args"]
-    model = ldm_infd_unet(args["z_dm"]["args"], checkpoint["sd"], "z_dm.")
-    ema = ldm_infd_unet(args["z_dm"]["args"], checkpoint["sd"], "z_dm_ema.").requires_grad_(False)
+    model = ldm_infd_unet(args["z_dm"]["args"], checkpoint["sd"], "z_dm.").requires_grad_()
+    ema = ldm_infd_unet(args["z_dm"]["args"], checkpoint["sd"], "z_dm_ema.")
     adam = config["optimizer"]
     diffusion = GaussianDiffusion(ldm_diffusion_config(args["z_dp"]))
     opt = torch.optim.AdamW(model.parameters(), adam["lr"], tuple(adam["betas"]), adam["eps"],
@@ -1305,21 +1185,19 @@ def test_ldm_golden_infd_stage2_steps():
 
     for k in range(2):
         opt.zero_grad()
-        loss = diffusion.loss(model, inputs["z"], inputs["t"][k], inputs["noise"][k]).mean()
+        loss = diffusion.loss(model, i["z"], i["t"][k], i["noise"][k]).mean()
         loss.backward()
         opt.step()
         with torch.no_grad():
             for average, p in zip(ema.parameters(), model.parameters()):
                 average.lerp_(p, 1 - config["z_dm_ema_rate"])
-        assert abs(loss.item() / outputs["logs"][k]["z_dm_loss"] - 1) < 1e-4
-        ldm_compare_step(outputs[f"step{k + 1}"], dict(model.named_parameters()),
-                         dict(ema.named_parameters()), model.cfg, k)
+        assert abs(loss.item() / out["logs"][k]["z_dm_loss"] - 1) < 1e-4
+        ldm_compare_step(out[f"step{k + 1}"], dict(model.named_parameters()),
+                         dict(ema.named_parameters()), model.cfg.num_head_channels)
 
-    with torch.no_grad():                                # t[0] for both, noise[k]
-        for k, (net, field) in enumerate([(model, "z_dm_loss"), (ema, "z_dm_ema_loss")]):
-            noise = inputs["noise"][k]
-            loss = diffusion.loss(net.eval(), inputs["z"], inputs["t"][0], noise).mean()
-            assert abs(loss.item() / outputs["eval_after"][field] - 1) < 1e-3, field
+    for k, (net, field) in enumerate([(model, "z_dm_loss"), (ema, "z_dm_ema_loss")]):
+        loss = diffusion.loss(net, i["z"], i["t"][0], i["noise"][k]).mean()      # t[0] for both
+        assert abs(loss.item() / out["eval_after"][field] - 1) < 1e-3, field
 
 
 # ---- golden: consistency models ----
@@ -1327,12 +1205,11 @@ def test_ldm_golden_infd_stage2_steps():
 @pytest.mark.parametrize("name", ["unet_plain", "unet_ssn_cond_updown", "unet_updown",
                                   "unet_heads_ssn"])
 def test_ldm_golden_cm_unet(name):
-    data = golden(f"cm/{name}.pt")
-    config, inputs, outputs = ldm_parts(data)
-    model = UNet(ldm_unet_config(config)).eval()
-    model.load_state_dict(data["state_dict"])            # names, shapes and qkv order as stored
+    config, weights, i, out = reference(f"cm/{name}.pt")
+    cfg = ldm_unet_config(config)
+    model = loaded(lambda: UNet(cfg), weights)           # names, shapes and qkv order as stored
     first = next(k for k, m in model.named_modules() if isinstance(m, SelfAttention))
-    assert first == outputs["first_attention_name"]
+    assert first == out.pop("first_attention_name")
     ours = {}
 
     def keep_middle(module, args, output):
@@ -1344,39 +1221,27 @@ def test_ldm_golden_cm_unet(name):
 
     model.middle_block.register_forward_hook(keep_middle)
     model.get_submodule(first).register_forward_hook(keep_attention)
-    with torch.no_grad():
-        ours["out"] = model(inputs["x"], inputs["timesteps"], inputs.get("y"))
-        emb = timestep_embedding(inputs["timesteps"], model.cfg.model_channels)
-        ours["timestep_embedding"] = emb
-        ours["time_embed"] = model.time_embed(emb)
-    assert set(ours) == set(outputs) - {"first_attention_name"}
+    ours["out"] = model(i["x"], i["timesteps"], i.get("y"))
+    ours["timestep_embedding"] = timestep_embedding(i["timesteps"], cfg.model_channels)
+    ours["time_embed"] = model.time_embed(ours["timestep_embedding"])
+    assert set(ours) == set(out)
 
     # The stored middle_block is off by about 1e-3: fed onwards, it misses the stored `out` by 2e-4
     # and more, where ours meets it within 3e-6. It fits a pass with half-precision attention, so
     # only its structure can be compared.
-    assert ldm_error(ours.pop("middle_block"), outputs["middle_block"]) < 5e-3
+    close(ours.pop("middle_block"), out["middle_block"], 5e-3)
     for field, value in ours.items():
-        error = (value - outputs[field]).abs().max()
-        assert torch.allclose(value, outputs[field], rtol=1e-4, atol=2e-5), (field, error)
+        cm_close(value, out[field])
 
 
 # ==================================================================================================
 # Consistency models and image functions: consistency.py, inr_generator.py
 # ==================================================================================================
-
-
-# ==================================================================================================
-# Consistency training and the function generator
-# ==================================================================================================
-# Tests of consistency.py and inr_generator.py: known answers, then outputs of the published code
-# (`golden`).
-#
 # Left out of the golden files, because no part of this project uses it: the fixed teacher EMA and
 # the 0 that Karras' own sampler appends to the grid (schedules.pt), the function without positional
 # encoding (inr_hyponet.pt), the encoders of Trans-INR and ANR (transinr_full.pt and anr_hypernet.pt
 # enter behind them). Of the weightings of karras.pt, snr, snr+1, karras and truncated-snr belong to
 # no recipe here: consistency.py leaves them out, and CM_WEIGHTINGS forms them for ct_loss.pt.
-
 
 CM_TINY = GeneratorConfig(size=16, dim=24, heads=3, mlp_ratio=2.0, encoder_depth=2, decoder_depth=2,
                           groups=4, hidden=16, layers=3, pe_dim=8, pe_sigma=32.0)
@@ -1394,35 +1259,26 @@ CM_WEIGHTINGS = {                                        # of sigma and sigma_da
     "truncated-snr": lambda s, sd: (s**-2).clamp(min=1)}
 
 
-def cm_randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+def cm_close(ours, theirs, tolerance=CM_NETWORK):
+    torch.testing.assert_close(ours, theirs, **tolerance)
 
 
-def cm_seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
+def cm_seeded():
+    return torch.Generator().manual_seed(0)
 
 
-def cm_randomised(net, seed=0):
+def cm_randomised(net):
     """The network with small random values everywhere, none at zero."""
-    generator = cm_seeded(seed)
+    generator = cm_seeded()
     with torch.no_grad():
         for value in net.parameters():
             value.add_(0.1 * torch.randn(value.shape, generator=generator))
     return net
 
 
-def cm_count(net):
-    return sum(value.numel() for value in net.parameters())
-
-
-def cm_close(ours, theirs, tolerance=CM_NETWORK):
-    torch.testing.assert_close(ours, theirs, **tolerance)
-
-
-CM_X = cm_randn(2, 3, 16, 16)
+CM_X = randn(2, 3, 16, 16)
 CM_ZERO = torch.zeros(2)
-CM_GRID = pixel_coord((16, 16))
-CM_MOVED = variational_coord(CM_GRID, cm_randn(2, 16, 16, 2))
+CM_MOVED = variational_coord(pixel_coord((16, 16)), randn(2, 16, 16, 2))
 
 
 class CmToy(nn.Module):
@@ -1440,15 +1296,15 @@ class CmToy(nn.Module):
 
 
 def cm_toy(seed=0):
-    return CmToy({"W": cm_randn(3, 3, seed=seed), "b": cm_randn(3, seed=seed + 1),
-                  "v": cm_randn(3, seed=seed + 2)})
+    return CmToy({"W": randn(3, 3, seed=seed), "b": randn(3, seed=seed + 1),
+                  "v": randn(3, seed=seed + 2)})
 
 
 def cm_pair():
     """Student and target, and (x, noise, t, r) for their loss."""
     cfg = ConsistencyConfig()
     t, r = Schedule().levels(50, 100, 4, cm_seeded(), cfg)
-    batch = (cm_randn(4, 3, 8, 8), cm_randn(4, 3, 8, 8, seed=1), t, r)
+    batch = (randn(4, 3, 8, 8), randn(4, 3, 8, 8, seed=1), t, r)
     return ConsistencyModel(cm_toy(), cfg), ConsistencyModel(cm_toy(5), cfg), batch
 
 
@@ -1492,12 +1348,16 @@ def test_cm_schedule_tables():
     assert [paper.N(k, K) for k in points] == [2, 16, 48, 76, 107, 131, 151]
     assert [round(paper.mu(k, K), 6) for k in points] == [
         0.9025, 0.993184, 0.99782, 0.998633, 0.999033, 0.999211, 0.999316]
-    assert [round(Schedule(mu0=0.9).mu(k, K), 6) for k in points[:2]] == [0.81, 0.98605]
     assert Schedule(printed_mu=True).mu(0, K) == pytest.approx(0.95)
     changes = [k for k in range(1, 3100) if paper.N(k, K) > paper.N(k - 1, K)]
     assert changes == [1, 198, 474, 830, 1264, 1777, 2369, 3040]
     assert paper.N(10 * K, K) == 151                     # the printed formula alone would go on
     assert paper.log(0, K) == {"N": 2.0, "mu": paper.mu(0, K)}
+
+    ict = ICT()                                          # doubles the grid and has no teacher
+    assert [ict.N(k, 800) for k in range(0, 800, 100)] == [11, 21, 41, 81, 161, 321, 641, 1281]
+    assert ict.N(99, 800) == 11 and ict.N(800, 800) == 1281 and ict.N(0, 1) == 11
+    assert ict.mu(0, 800) == 0 and ict.log(99, 800) == {"N": 11.0}
 
 
 def test_cm_sigma_grid_table():
@@ -1520,14 +1380,6 @@ def test_cm_scalings_table():
     cm_close(c_in, torch.tensor([0.0125, 0.48507, 1.41421, 1.9996, 1.99998]), exact)
     conditions = torch.tensor([1095.51, 173.29, -173.29, -1151.29, -1553.65])
     cm_close(noise_condition(sigma), conditions, exact)
-
-
-def test_cm_ict_doubles_the_grid_and_has_no_teacher():
-    ict = ICT()
-    K = 800
-    assert [ict.N(k, K) for k in range(0, K, 100)] == [11, 21, 41, 81, 161, 321, 641, 1281]
-    assert ict.N(99, K) == 11 and ict.N(K, K) == 1281 and ict.N(0, 1) == 11
-    assert ict.mu(0, K) == 0 and ict.log(99, K) == {"N": 11.0}
 
 
 @pytest.mark.parametrize("schedule", [Schedule(), ICT()])
@@ -1596,7 +1448,7 @@ def test_cm_f_at_sigma_min_is_the_identity():
 def test_cm_student_and_target_share_noise_classes_and_coordinates():
     student, target, (x, noise, t, r) = cm_pair()
     y = torch.arange(4)
-    coord = cm_randn(4, 8, 8, 2)
+    coord = randn(4, 8, 8, 2)
     consistency_loss(student, target, x, noise, t, r, l2, y, coord=coord)
     for model, level in ((student, t), (target, r)):
         (call,) = model.net.calls
@@ -1622,8 +1474,8 @@ def test_cm_r_zero_stands_for_the_clean_image():
     """Also where only some are 0, and by distillation: no network is asked at sigma = 0."""
     f = ConsistencyModel(cm_toy(), CM_ECT_MODEL)
     denoiser, _ = cm_gaussian_answers(0.5)
-    x = cm_randn(3, 3, 8, 8)
-    noise = cm_randn(3, 3, 8, 8, seed=1)
+    x = randn(3, 3, 8, 8)
+    noise = randn(3, 3, 8, 8, seed=1)
     t = torch.tensor([0.1, 1.0, 10.0])
     clean = l2(f(x + per_image(t) * noise, t), x)
     for r, extra in [(torch.zeros(3), {}), (torch.zeros(3), dict(denoiser=denoiser)),
@@ -1642,8 +1494,8 @@ def test_cm_latent_f_is_the_diffusions_own_x_0():
     diffusion = GaussianDiffusion(DiffusionConfig())
     cfg = ConsistencyConfig(sigma_data=1.0, boundary=False)
     f = LatentConsistency(net, cfg, -diffusion.log_rho)
-    z, noise, y = cm_randn(2, 3, 8, 8), cm_randn(2, 3, 8, 8, seed=1), torch.tensor([0, 1])
-    for t in (0, 1, 77, 300, 520):
+    z, noise, y = randn(2, 3, 8, 8), randn(2, 3, 8, 8, seed=1), torch.tensor([0, 1])
+    for t in (0, 1, 300, 520):
         alpha, sigma_t = diffusion._alpha_sigma(t)
         sigma = torch.full((2,), sigma_t / alpha)
         cm_close(f.time(sigma), torch.full((2,), float(t)), dict(rtol=0, atol=2e-3))
@@ -1673,7 +1525,7 @@ def cm_gaussian_answers(s):
 
 def test_cm_heun_step_follows_the_trajectories_of_gaussian_data():
     denoiser, _ = cm_gaussian_answers(0.5)
-    x = 3 * cm_randn(4, 3, 8, 8).double()
+    x = 3 * randn(4, 3, 8, 8).double()
     errors = []
     for steps in (8, 16, 32):
         here = x
@@ -1691,8 +1543,8 @@ def test_cm_distillation_leaves_no_distance_where_training_does():
     # The true consistency function answers alike along trajectories. x + r z is on one only in the
     # mean.
     denoiser, f = cm_gaussian_answers(0.5)
-    x = 0.5 * cm_randn(64, 3, 8, 8)
-    noise = cm_randn(64, 3, 8, 8, seed=1)
+    x = 0.5 * randn(64, 3, 8, 8)
+    noise = randn(64, 3, 8, 8, seed=1)
     t = torch.linspace(0.3, 4, 64)
     along = consistency_loss(f, f, x, noise, t, 0.9 * t, l2, denoiser=denoiser)
     trained = consistency_loss(f, f, x, noise, t, 0.9 * t, l2)
@@ -1707,18 +1559,17 @@ def test_cm_metrics_known_answers():
     assert l2(a, b).tolist() == [1, 4]
     cm_close(pseudo_huber(a, b, c=0.0), squares.sqrt())
     cm_close(pseudo_huber(a, b), (squares + c**2).sqrt() - c)
-    assert pseudo_huber(a, a).tolist() == [0, 0]         # and the slope there is finite
-    assert 0.00054 * math.sqrt(3 * 64 * 64) == pytest.approx(0.060, abs=5e-4)
+    assert pseudo_huber(a, a).tolist() == [0, 0]
 
 
 def test_cm_denoising_distance_known_answer():
-    clean = cm_randn(2, 3, 4, 4)
+    clean = randn(2, 3, 4, 4)
 
     def off_by_sigma(x, sigma, y=None):
         return clean + per_image(sigma)
 
     off_by_sigma.cfg = ConsistencyConfig()
-    sigmas, distances = denoising_distance(off_by_sigma, clean, cm_randn(2, 3, 4, 4, seed=1))
+    sigmas, distances = denoising_distance(off_by_sigma, clean, randn(2, 3, 4, 4, seed=1))
     assert len(sigmas) == 18
     cm_close(distances, sigmas * math.sqrt(48))
 
@@ -1745,7 +1596,7 @@ def test_cm_multistep_adds_noise_by_the_published_rule(clip):
         return torch.full_like(x, 2.0)
 
     f.cfg = ConsistencyConfig(sigma_min=0.5, sigma_max=4.0)
-    z = [cm_randn(2, 3, 4, 4, seed=i) for i in range(3)]
+    z = [randn(2, 3, 4, 4, seed=i) for i in range(3)]
     y = torch.tensor([3, 1])
     image = sample_multistep(f, z, [4.0, 1.3, 0.1], y, clip=clip)
     assert (image == 1).all() and all(call[2] is y for call in seen)
@@ -1759,10 +1610,10 @@ def test_cm_multistep_adds_noise_by_the_published_rule(clip):
 
 # ---- image functions ----
 
-def cm_function(seed=0, size=2):
-    net = cm_randomised(FunctionGenerator(CM_TINY), seed)
+def cm_function(size=2):
+    net = cm_randomised(FunctionGenerator(CM_TINY))
     with torch.no_grad():
-        return net.function(cm_randn(size, 3, 16, 16), torch.zeros(size))
+        return net.function(randn(size, 3, 16, 16), torch.zeros(size))
 
 
 def test_cm_windows_and_tiles_change_nothing():
@@ -1770,9 +1621,9 @@ def test_cm_windows_and_tiles_change_nothing():
     whole = function.draw((40, 24))
     window = function.draw((10, 12), window=(0.0, -1.0, 0.5, 0.0))
     cm_close(window, whole[..., 20:30, :12], dict(rtol=0, atol=1e-4))
-    for tile in (-1, 1, 7, 16, 40):                      # tiles bound the memory, nothing else
+    for tile in (7, 16, 40):                             # tiles bound the memory, nothing else
         cm_close(function.draw((40, 24), tile=tile), whole)
-    assert function.draw(1).shape == (3, 3, 1, 1)
+    assert function.draw(1, tile=-1).shape == (3, 3, 1, 1)
 
     covered = torch.zeros(20, 50)                        # tiles hold all images
     for top, left, rgb in function.tiles((20, 50), tile=12):
@@ -1812,18 +1663,11 @@ def test_cm_draw_equals_the_function_evaluated_pixel_by_pixel():
     drawn = function.draw((20, 12), window)
     asked = function(pixel_coord((20, 12), window)[None]).movedim(-1, 1)
     cm_close(drawn, asked, dict(rtol=0, atol=1e-5 * asked.std().item()))
-    look = cm_randn(*asked.shape)
+    look = randn(*asked.shape)
     ours = torch.autograd.grad((drawn * look).sum(), weights)
     theirs = torch.autograd.grad((asked * look).sum(), weights)
     for own, other in zip(ours, theirs):
         cm_close(own, other, dict(rtol=0, atol=1e-5 * other.abs().max().item()))
-
-
-def test_cm_bfloat16_rounds_the_layers_after_the_first_only():
-    function = cm_function()
-    whole = function.draw(32)
-    rounded = function.draw(32, dtype=torch.bfloat16)
-    assert rounded.dtype == torch.float32 and 0 < (rounded - whole).std() < 0.02 * whole.std()
 
 
 def test_cm_image_function_is_batched_and_scaled():
@@ -1863,81 +1707,61 @@ def test_cm_variational_coordinates_stay_within_a_quarter_pixel():
     grid = pixel_coord((16, 8))
     still = variational_coord(grid, torch.zeros(2, 16, 8, 2))
     assert torch.equal(still, grid.expand(2, 16, 8, 2))
-    shift = (variational_coord(grid, cm_randn(50, 16, 8, 2)) - grid) / (2 / 16)
+    shift = (variational_coord(grid, randn(50, 16, 8, 2)) - grid) / (2 / 16)
     assert shift.abs().max().item() == pytest.approx(0.25, abs=1e-4)
     assert (shift.abs() > 0.2499).float().mean().item() == pytest.approx(0.0956, abs=0.01)
 
 
-def test_cm_image_function_ignores_autocast():
+def test_cm_half_precision_is_for_the_network_and_where_drawing_asks_for_it():
     function = cm_function()
     net = cm_randomised(FunctionGenerator(CM_TINY))
     whole = function.draw(16)
     exact = net(CM_X, CM_ZERO)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(function.draw(16), whole)
-        rounded = net(CM_X, CM_ZERO)
-    assert rounded.dtype == torch.float32 and 0 < (rounded - exact).abs().max() < 0.2 * exact.std()
+        made = net(CM_X, CM_ZERO)
+    assert made.dtype == torch.float32 and 0 < (made - exact).abs().max() < 0.2 * exact.std()
+    rounded = function.draw(16, dtype=torch.bfloat16)    # the first layer is not
+    assert rounded.dtype == torch.float32 and 0 < (rounded - whole).std() < 0.02 * whole.std()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cm_function_generator_compiles_as_one_graph(dtype):
+def test_cm_function_generator_compiles_as_one_graph():
     """With the evaluation of the function, under autocast too, for both stages that train it."""
-    net = cm_randomised(FunctionGenerator(CM_TINY))
+    net = cm_randomised(FunctionGenerator(replace(CM_TINY, encoder_depth=1, decoder_depth=1)))
     torch._dynamo.reset()
     for call, args in ((net.redraw, (CM_X, CM_MOVED)),
                        (net.forward, (CM_X, CM_ZERO, None, CM_MOVED))):
         compiled = torch.compile(call, fullgraph=True, backend="eager")
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16):
             cm_close(compiled(*args), call(*args))
 
 
 # ---- generators ----
 
-@pytest.mark.parametrize("size, patch, uvit, dit, func", [
-    (32, 4, 114_672_516, 161_469_744, 143_991_811), (64, 4, 114_819_972, 161_469_744, 143_991_811),
-    (128, 8, 115_041_300, 161_691_072, 144_102_403)])
-def test_cm_parameter_counts(size, patch, uvit, dit, func):
-    shape = TransformerConfig(size=size, patch=patch)
-    with torch.device("meta"):
-        assert cm_count(UViT(shape)) == uvit
-        assert cm_count(DiT(shape)) == dit
-        assert cm_count(FunctionGenerator(GeneratorConfig(size=size, patch=patch))) == func
+def test_cm_parameter_counts():
+    for size, patch, uvit, dit, func in [(32, 4, 114_672_516, 161_469_744, 143_991_811),
+                                         (64, 4, 114_819_972, 161_469_744, 143_991_811),
+                                         (128, 8, 115_041_300, 161_691_072, 144_102_403)]:
+        shape = TransformerConfig(size=size, patch=patch)
+        assert (count(UViT, shape), count(DiT, shape)) == (uvit, dit)
+        assert count(FunctionGenerator, GeneratorConfig(size=size, patch=patch)) == func
 
-
-def test_cm_parameter_counts_of_the_variants():
     small = TransformerConfig(size=32, num_classes=10)
-    func = GeneratorConfig(size=32, num_classes=10)
+    assert (count(UViT, small), count(DiT, small)) == (114_680_964, 161_476_656)
+    timed = replace(small, num_classes=0, time_mlp=True)
+    assert count(UViT, timed) == 114_672_516 + 4_722_432
     with torch.device("meta"):
-        assert (cm_count(UViT(small)), cm_count(DiT(small))) == (114_680_964, 161_476_656)
-        timed = replace(small, num_classes=0, time_mlp=True)
-        assert cm_count(UViT(timed)) == 114_672_516 + 4_722_432
-        net = FunctionGenerator(func)
-        assert cm_count(net) == 143_999_491
-        assert cm_count(net.encoder[0]) == 10_628_352 and cm_count(net.condition.noise) == 787_968
-        assert cm_count(net.predict.blocks[0]) == 9_447_168 and len(net.predict.tokens) == 259
-        assert cm_count(net.predict) < 0.5 * cm_count(net)               # Appendix C
-        for options, count in [(dict(size=32, num_classes=10, self_attention=False), 129_829_891),
-                               (dict(groups=128), 144_188_419), (dict(groups=256), 144_581_635),
-                               (dict(head_dim=64), 143_991_811),         # 12 heads of 64, as always
-                               (dict(head_dim=32), 143_991_811 - 6 * 2 * 4 * 768 * 384)]:
-            assert cm_count(FunctionGenerator(GeneratorConfig(**options))) == count
-
-
-def test_cm_attention_takes_heads_of_any_width():
-    """Worked out by hand: heads x width is not the width of the tokens."""
-    torch.manual_seed(0)
-    attention = Attention(10, 3, bias=True, head_dim=4)
-    x = cm_randn(2, 5, 10)
-    data = cm_randn(2, 7, 10, seed=1)
-    assert [tuple(layer.weight.shape) for layer in (attention.q, attention.kv, attention.out)] == [
-        (12, 10), (24, 10), (10, 12)]
-    heads = []
-    for i in range(0, 12, 4):
-        q = attention.q(x)[..., i:i + 4]
-        k = attention.kv(data)[..., i:i + 4]
-        v = attention.kv(data)[..., 12 + i:16 + i]
-        heads.append(torch.softmax(q @ k.transpose(1, 2) / 2, dim=-1) @ v)       # sqrt(4) = 2
-    cm_close(attention(x, data), attention.out(torch.cat(heads, dim=-1)))
+        net = FunctionGenerator(GeneratorConfig(size=32, num_classes=10))
+    parts = [sum(p.numel() for p in part.parameters()) for part in (
+        net, net.encoder[0], net.condition.noise, net.predict.blocks[0], net.predict)]
+    assert parts[:4] == [143_999_491, 10_628_352, 787_968, 9_447_168]
+    assert parts[4] < 0.5 * parts[0] and len(net.predict.tokens) == 259      # Appendix C
+    for options, parameters in [
+            (dict(size=32, num_classes=10, self_attention=False), 129_829_891),
+            (dict(groups=128), 144_188_419), (dict(groups=256), 144_581_635),
+            (dict(head_dim=64), 143_991_811),                        # 12 heads of 64, as always
+            (dict(head_dim=32), 143_991_811 - 6 * 2 * 4 * 768 * 384)]:
+        assert count(FunctionGenerator, GeneratorConfig(**options)) == parameters
 
 
 def test_cm_position_code_has_the_given_frequencies():
@@ -1992,15 +1816,15 @@ def test_cm_pretraining_trains_everything_but_the_encoder_and_the_noise_level():
         assert (value.grad is not None and value.grad.abs().sum() > 0) == trained, name
 
 
-@pytest.mark.parametrize("build, shape, word", [
-    (FunctionGenerator, replace(CM_TINY, size=30), "patch 4 must divide size 30"),
-    (FunctionGenerator, replace(CM_TINY, groups=5), "groups 5 must divide hidden 16"),
-    (DiT, replace(CM_VIT, patch=7), "patch 7 must divide size 16"),
-    (UViT, replace(CM_VIT, depth=4), "depth must be odd"),
-    (UViT, replace(CM_VIT, patch=7), "patch divide size")])
-def test_cm_generators_refuse_what_cannot_be_built(build, shape, word):
-    with pytest.raises(ValueError, match=word):
-        build(shape)
+def test_cm_generators_refuse_what_cannot_be_built():
+    for build, shape, word in [
+            (FunctionGenerator, replace(CM_TINY, size=30), "patch 4 must divide size 30"),
+            (FunctionGenerator, replace(CM_TINY, groups=5), "groups 5 must divide hidden 16"),
+            (DiT, replace(CM_VIT, patch=7), "patch 7 must divide size 16"),
+            (UViT, replace(CM_VIT, depth=4), "depth must be odd"),
+            (UViT, replace(CM_VIT, patch=7), "patch divide size")]:
+        with pytest.raises(ValueError, match=word):
+            build(shape)
 
 
 # ---- golden: schedules, loss, samplers, loop ----
@@ -2027,17 +1851,19 @@ def cm_config(g, **changes):
 
 
 def cm_golden_unet(name):
-    g = golden(f"cm/{name}")
-    unet = UNet(ldm_unet_config(g["config"]))
-    unet.load_state_dict(g["state_dict"])
-    return unet
+    config, weights, _, _ = reference(f"cm/{name}")
+    return loaded(lambda: UNet(ldm_unet_config(config)), weights)
+
+
+def cm_golden_gradients(net, case):
+    for name in ("W", "b", "v"):
+        cm_close(getattr(net, name).grad, case[f"grad_{name}"])
 
 
 def test_cm_golden_karras():
-    g = golden("cm/karras.pt")
-    c, i, out = ldm_parts(g)
+    c, weights, i, out = reference("cm/karras.pt")
     sigma = i["sigma"]
-    toy = CmToy(g["state_dict"])
+    toy = CmToy(weights)
     for name, boundary in (("boundary", True), ("edm", False)):
         cfg = cm_config(c, boundary=boundary)
         for ours, part in zip(cfg.scalings(sigma), ("c_skip", "c_out", "c_in")):
@@ -2058,10 +1884,10 @@ def test_cm_golden_karras():
         cm_close(ours, stored[name], dict(rtol=1e-5, atol=0))
 
 
-def cm_golden_metric(name, g):
+def cm_golden_metric(name, weights, layers):
     """The four metrics of ct_loss.pt; l1 and l2-32 show that a metric is any callable."""
     if name == "lpips":
-        return ResizedLPIPS(CmTinyLPIPS(g["state_dict"], g["config"]["lpips_layers"]))
+        return ResizedLPIPS(CmTinyLPIPS(weights, layers))
 
     def l1(a, b):
         return (a - b).abs().mean((1, 2, 3))
@@ -2074,18 +1900,17 @@ def cm_golden_metric(name, g):
 
 
 def test_cm_golden_ct_loss():
-    g = golden("cm/ct_loss.pt")
+    config, weights, _, out = reference("cm/ct_loss.pt")
     cfg = ConsistencyConfig()
-    for case in g["outputs"]["cases"]:
-        student, target = (ConsistencyModel(CmToy(g["state_dict"][who]), cfg)
+    for case in out["cases"]:
+        student, target = (ConsistencyModel(CmToy(weights[who]), cfg)
                            for who in ("student", "target"))
         sigmas = cfg.karras_sigmas(case["num_scales"])
         t = sigmas[case["indices"]]
         r = sigmas[case["indices"] + 1]
-        cm_close(t, case["sigma_t"])
-        cm_close(r, case["sigma_t2"])
+        agree(case, CM_NETWORK, sigma_t=t, sigma_t2=r)
         x = case["x_start"]
-        metric = cm_golden_metric(case["loss_norm"], g)
+        metric = cm_golden_metric(case["loss_norm"], weights, config["lpips_layers"])
         distance = consistency_loss(student, target, x, case["noise"], t, r, metric)
         loss = CM_WEIGHTINGS[case["weight_schedule"]](t, cfg.sigma_data) * distance
         for who, model, level in (("student", student, t), ("target", target, r)):
@@ -2093,17 +1918,14 @@ def test_cm_golden_ct_loss():
             cm_close(call["x"], case[f"{who}_in"], CM_CHAIN)
             cm_close(call["t"], case[f"{who}_cnoise"])
             cm_close(model(x + per_image(level) * case["noise"], level), case[f"{who}_out"])
-        cm_close(loss, case["loss_per_sample"])
+        agree(case, CM_NETWORK, loss_per_sample=loss, loss=loss.mean())
         loss.mean().backward()
-        cm_close(loss.mean().detach(), case["loss"])
-        for name in ("W", "b", "v"):
-            cm_close(getattr(student.net, name).grad, case[f"grad_{name}"])
+        cm_golden_gradients(student.net, case)
 
 
 def test_cm_golden_lpips_at_224():
-    g = golden("cm/lpips_tiny.pt")
-    c, i, out = ldm_parts(g)
-    lpips = CmTinyLPIPS(g["state_dict"], c["layers"])
+    c, weights, i, out = reference("cm/lpips_tiny.pt")
+    lpips = CmTinyLPIPS(weights, c["layers"])
     cm_close(ResizedLPIPS(lpips)(i["a"], i["b"]), out["avgpool_224"])
     cm_close(lpips(i["a"], i["b"]).flatten(), out["maxpool"])            # a copy was changed
     kept = ResizedLPIPS(lpips, average_pool=False)(i["a"], i["b"])
@@ -2111,12 +1933,11 @@ def test_cm_golden_lpips_at_224():
 
 
 def test_cm_golden_samplers():
-    g = golden("cm/samplers.pt")
-    cfg = cm_config(g["config"])
-    for run in g["outputs"]["runs"]:
+    config, weights, _, out = reference("cm/samplers.pt")
+    cfg = cm_config(config)
+    for run in out["runs"]:
         toy = run["model"] == "toy"
-        net = CmToy(g["state_dict"]) if toy else cm_golden_unet("unet_plain.pt")
-        f = ConsistencyModel(net, cfg)
+        f = ConsistencyModel(CmToy(weights) if toy else cm_golden_unet("unet_plain.pt"), cfg)
         if run["sampler"] == "onestep":
             image = sample_onestep(f, run["noises"][0])
         else:
@@ -2134,15 +1955,14 @@ def test_cm_golden_train_loop():
     mixed-precision loop, 2^20 and growing, so only its direction is compared; a wrong size would
     show in the weights.
     """
-    g = golden("cm/train_loop.pt")
-    c = g["config"]
+    c, weights, _, out = reference("cm/train_loop.pt")
     cfg = ConsistencyConfig()
     schedule = Schedule(s0=c["start_scales"], s1=c["end_scales"], mu0=c["start_ema"])
-    f = ConsistencyModel(CmToy(g["state_dict"]), cfg)
+    f = ConsistencyModel(CmToy(weights), cfg)
     target = deepcopy(f).requires_grad_(False)
     averages = [deepcopy(f).requires_grad_(False) for _ in c["ema_rates"]]
     opt = torch.optim.RAdam(f.parameters(), lr=c["lr"], betas=(0.9, 0.999), eps=1e-8)
-    for k, step in enumerate(g["outputs"]["steps"]):
+    for k, step in enumerate(out["steps"]):
         logs = schedule.log(k, c["total_steps"])
         assert logs["N"] == step["num_scales"]
         assert logs["mu"] == pytest.approx(step["mu"], rel=1e-12)
@@ -2163,13 +1983,12 @@ def test_cm_golden_train_loop():
                     old.lerp_(new, 1 - mu)
         for net, stored in zip([f, target, *averages],
                                [step["params"], step["target"], *step["ema"]]):
-            for name in c["param_order"]:
-                cm_close(net.net.state_dict()[name], stored[name], CM_CHAIN)
+            agree(stored, CM_CHAIN, **{name: net.net.state_dict()[name]
+                                       for name in c["param_order"]})
 
 
 def test_cm_golden_ect():
-    g = golden("cm/ect.pt")
-    c, i, out = ldm_parts(g)
+    c, weights, i, out = reference("cm/ect.pt")
     for table in out["t_to_r"]:
         widen = table["k"] if table["adj"] == "sigmoid" else 0.0
         ect = ECT(q=table["q"], k=widen, b=table["b"])
@@ -2179,21 +1998,20 @@ def test_cm_golden_ect():
     ect = ECT(P_mean=c["P_mean"], P_std=c["P_std"], k=c["k"], b=c["b"])
     cfg = replace(CM_ECT_MODEL, sigma_data=c["sigma_data"], sigma_min=c["eval_sigma_min"])
     for boundary, field in ((False, "precond_train"), (True, "precond_eval")):
-        f = ConsistencyModel(CmToy(g["state_dict"]), replace(cfg, boundary=boundary))
+        f = ConsistencyModel(CmToy(weights), replace(cfg, boundary=boundary))
         cm_close(f(i["precond_x"], i["precond_sigma"]), out[field])
     for case in out["losses"]:
         t = torch.exp(ect.P_mean + ect.P_std * case["rnd_normal"].flatten())
         r = replace(ect, q=case["q"]).tightened(t, case["stage"])
         cm_close(t, case["t"].flatten())
         cm_close(r, case["r"].flatten())
-        f = ConsistencyModel(CmToy(g["state_dict"]), cfg)
+        f = ConsistencyModel(CmToy(weights), cfg)
         metric = functools.partial(pseudo_huber, c=case["c"])
         distance = consistency_loss(f, f, case["images"], case["eps"], t, r, metric)
         loss = ect.weight(t, r) * distance
         cm_close(loss, case["loss_per_sample"])
         loss.mean().backward()
-        for name in ("W", "b", "v"):
-            cm_close(getattr(f.net, name).grad, case[f"grad_{name}"])
+        cm_golden_gradients(f.net, case)
 
 
 # ---- golden: transformers ----
@@ -2249,41 +2067,36 @@ def cm_head_dim(state, heads):
 
 
 def test_cm_golden_dit_block():
-    g = golden("cm/dit_block.pt")
-    c, i, out = ldm_parts(g)
+    c, weights, i, out = reference("cm/dit_block.pt")
     block = AdaLNBlock(c["hidden_size"], c["num_heads"], c["mlp_ratio"])
-    block.load_state_dict(cm_renamed(g["state_dict"], CM_DIT_BLOCK))
-    cm_close(block(i["x"], i["c"]), out["out"])
-    cm_close(block.modulation(i["c"]), out["modulation"])
-    cm_close(block.attn(i["x"]), out["attn_of_x"])
+    block.load_state_dict(cm_renamed(weights, CM_DIT_BLOCK))
+    agree(out, CM_NETWORK, out=block(i["x"], i["c"]), modulation=block.modulation(i["c"]),
+          attn_of_x=block.attn(i["x"]))
 
 
 @pytest.mark.parametrize("name", ["dit_tiny", "dit_tiny_cond"])
 def test_cm_golden_dit(name):
-    g = golden(f"cm/{name}.pt")
-    c, i, out = ldm_parts(g)
-    rows = len(g["state_dict"]["y_embedder.embedding_table.weight"])     # with a null class, if any
+    c, weights, i, out = reference(f"cm/{name}.pt")
+    rows = len(weights["y_embedder.embedding_table.weight"])     # with a null class, if any
     net = DiT(TransformerConfig(c["input_size"], c["patch_size"], c["hidden_size"], c["depth"],
                                 c["num_heads"], c["mlp_ratio"], num_classes=rows))
-    net.load_state_dict(cm_renamed(g["state_dict"], CM_DIT))
+    net.load_state_dict(cm_renamed(weights, CM_DIT))
     cm_close(net.embed.position, out["pos_embed"][0], dict(rtol=0, atol=1e-6))
-    cm_close(timestep_embedding(i["t"], 256), out["timestep_embedding"], CM_FREQUENCY)
-    cm_close(net.condition(i["t"], i["y"]), out["cond"], CM_FREQUENCY)
-    cm_close(net.embed(i["x"]), out["tokens_in"])
-    cm_close(net.blocks[0](out["tokens_in"], out["cond"]), out["block0_out"])
-    cm_close(net(i["x"], i["t"], i["y"]), out["out"], CM_FREQUENCY)
+    agree(out, CM_NETWORK, tokens_in=net.embed(i["x"]),
+          block0_out=net.blocks[0](out["tokens_in"], out["cond"]))
+    agree(out, CM_FREQUENCY, timestep_embedding=timestep_embedding(i["t"], 256),
+          cond=net.condition(i["t"], i["y"]), out=net(i["x"], i["t"], i["y"]))
 
 
 @pytest.mark.parametrize("name", ["uvit_tiny", "uvit_tiny_cond"])
 def test_cm_golden_uvit(name):
-    g = golden(f"cm/{name}.pt")
-    c, i, out = ldm_parts(g)
+    c, weights, i, out = reference(f"cm/{name}.pt")
     if not (c["conv"] and c["skip"]):
         pytest.skip("U-ViT without its final convolution or its long skips is not used here")
     net = UViT(TransformerConfig(c["img_size"], c["patch_size"], c["embed_dim"], c["depth"],
                                  c["num_heads"], c["mlp_ratio"], max(c["num_classes"], 0),
                                  c["mlp_time_embed"], c["qkv_bias"]))
-    state = cm_renamed(g["state_dict"], CM_UVIT)
+    state = cm_renamed(weights, CM_UVIT)
     net.load_state_dict({**state, "position": state["position"][0]})
     cm_close(net.down[0](out["block0_in"]), out["block0_out"])
     seen = {}
@@ -2294,9 +2107,9 @@ def test_cm_golden_uvit(name):
     net.down[0].register_forward_hook(keep("block0_in", True))
     net.up[0].register_forward_hook(keep("out_block0", False))
     net.out.register_forward_hook(keep("decoder_pred", False))
-    cm_close(net(i["x"], i["timesteps"], i.get("y")), out["out"], CM_FREQUENCY)
-    for key, value in seen.items():
-        cm_close(value, out[key], CM_FREQUENCY)
+    seen["out"] = net(i["x"], i["timesteps"], i.get("y"))
+    assert len(seen) == 4
+    agree(out, CM_FREQUENCY, **seen)
 
 
 # ---- golden: function generator ----
@@ -2321,10 +2134,10 @@ def test_cm_golden_inr_hyponet():
         if not c["use_pe"]:
             continue                                     # raw coordinates are not used here
         function = cm_function_from(case["params"], c)
-        code = positional_encoding(case["coords_free"], c["pe_dim"], c["pe_sigma"])
-        cm_close(code, case["posenc_free"], CM_FREQUENCY)
-        cm_close(function(case["coords"]) + c["out_bias"], case["rgb"], CM_FREQUENCY)
-        cm_close(function(case["coords_free"]) + c["out_bias"], case["rgb_free"], CM_FREQUENCY)
+        free = case["coords_free"]
+        agree(case, CM_FREQUENCY, rgb=function(case["coords"]) + c["out_bias"],
+              rgb_free=function(free) + c["out_bias"],
+              posenc_free=positional_encoding(free, c["pe_dim"], c["pe_sigma"]))
 
 
 def cm_prediction(hyponet, groups, decoder, depth, head_dim):
@@ -2339,17 +2152,15 @@ def cm_prediction(hyponet, groups, decoder, depth, head_dim):
 
 def cm_compare_params(weights, params):
     assert len(weights) == len(params)
-    for i, wb in enumerate(weights):
-        cm_close(wb, params[f"wb{i}"])
+    agree(params, CM_NETWORK, **{f"wb{i}": wb for i, wb in enumerate(weights)})
 
 
 def test_cm_golden_transinr_from_the_weight_tokens():
-    g = golden("cm/transinr_full.pt")
-    c, i, out = ldm_parts(g)
+    c, weights, i, out = reference("cm/transinr_full.pt")
     hyponet = c["hyponet"]["args"]
     args = c["transformer_encoder"]["args"]
     predict = cm_prediction(hyponet, c["n_groups"], args, depth=0, head_dim=args["head_dim"])
-    ours = cm_renamed(g["state_dict"], cm_anr_rules(True))
+    ours = cm_renamed(weights, cm_anr_rules(True))
     predict.load_state_dict({key: ours[key] for key in predict.state_dict()})
     ends = list(itertools.accumulate(predict.groups))
     assert [list(part) for part in c["wtoken_ranges"].values()] == [
@@ -2363,31 +2174,29 @@ def test_cm_golden_transinr_from_the_weight_tokens():
 
 
 def test_cm_golden_anr_decoder():
-    g = golden("cm/anr_decoder.pt")
-    c, i, out = ldm_parts(g)
+    c, weights, i, out = reference("cm/anr_decoder.pt")
     x = i["x"]
-    width = cm_head_dim(g["state_dict"], c["n_head"])
+    width = cm_head_dim(weights, c["n_head"])
     assert width == c["head_dim"]
     blocks = nn.ModuleList(Block(c["dim"], c["n_head"], c["ff_dim"], True, True, head_dim=width)
                            for _ in range(c["depth"]))
-    state = cm_renamed(g["state_dict"], cm_anr_rules(True))
+    state = cm_renamed(weights, cm_anr_rules(True))
     blocks.load_state_dict({key.removeprefix("blocks."): value for key, value in state.items()})
     first = blocks[0]
-    cm_close(first.attn_self(first.norm_self(x)), out["self_attn0"])
     x1 = x + out["self_attn0"]
-    cm_close(first.attn_data(first.norm_data(x1), i["to"]), out["cross_attn0"])
-    cm_close(first.mlp(first.norm_mlp(x1 + out["cross_attn0"])), out["ff0"])
+    agree(out, CM_NETWORK, self_attn0=first.attn_self(first.norm_self(x)),
+          cross_attn0=first.attn_data(first.norm_data(x1), i["to"]),
+          ff0=first.mlp(first.norm_mlp(x1 + out["cross_attn0"])))
     for block in blocks:
         x = block(x, i["to"])
     cm_close(x, out["out"])
 
 
 def test_cm_golden_anr_hypernet_from_the_data_tokens():
-    g = golden("cm/anr_hypernet.pt")
-    c, i, out = ldm_parts(g)
+    c, weights, i, out = reference("cm/anr_hypernet.pt")
     args = c["tinr_dec"]["args"]
     hyponet = c["hyponet"]["args"]
-    decoder = {key: value for key, value in g["state_dict"].items()
+    decoder = {key: value for key, value in weights.items()
                if not key.startswith(("tinr_enc", "tokenizer"))}
     predict = cm_prediction(hyponet, c["n_groups"], args, args["depth"],
                             cm_head_dim(decoder, args["n_head"]))
@@ -2405,10 +2214,10 @@ def test_cm_golden_anr_hypernet_from_the_data_tokens():
 
 
 def test_cm_golden_variational_coords():
-    g = golden("cm/variational_coords.pt")
+    _, _, i, out = reference("cm/variational_coords.pt")
     hyponet = golden("cm/anr_hypernet.pt")["config"]["hyponet"]["args"]
-    function = cm_function_from(g["inputs"]["params"], hyponet)
-    for case in g["outputs"]["cases"]:
+    function = cm_function_from(i["params"], hyponet)
+    for case in out["cases"]:
         coord = variational_coord(pixel_coord((case["h"], case["w"])), case["raw_normal"])
         cm_close(coord, case["coords"], dict(rtol=0, atol=1e-6))
         cm_close(function(case["coords"]).movedim(-1, 1), case["rgb"], CM_FREQUENCY)
@@ -2448,17 +2257,14 @@ def test_cm_golden_composed_generator():
         noisy = (i["x_t"], i["sigma"], i.get("y"))
         fed = (per_image(f.cfg.scalings(i["sigma"])[2]) * i["x_t"], noise_condition(i["sigma"]),
                i.get("y"))
-        cm_close(net.extract(*fed), out["data_tokens"], CM_FREQUENCY)
         cm_close(net.predict.fuse(out["data_tokens"]), out["inr_tokens"])
         cm_compare_params(net.predict.weights(out["inr_tokens"]), out["params"])
-        cm_close(net(*fed), out["F"], CM_FREQUENCY)
-        cm_close(f(*noisy), out["f"], CM_FREQUENCY)
         res = out["F_2n_by_n_plus_4"].shape[-2:]
-        cm_close(net.function(*fed).draw(res), out["F_2n_by_n_plus_4"], CM_FREQUENCY)
-        cm_close(f.function(*noisy).draw(res), out["f_noskip_2n_by_n_plus_4"], CM_FREQUENCY)
         rgb = net.reconstruct(2 * i["x0"]).draw(net.cfg.size)
-        cm_close(rgb, out["pretrain_rgb"], CM_FREQUENCY)
-        cm_close(F.mse_loss(rgb, i["x0"]), out["pretrain_loss"], CM_FREQUENCY)
+        agree(out, CM_FREQUENCY, data_tokens=net.extract(*fed), F=net(*fed), f=f(*noisy),
+              F_2n_by_n_plus_4=net.function(*fed).draw(res),
+              f_noskip_2n_by_n_plus_4=f.function(*noisy).draw(res),
+              pretrain_rgb=rgb, pretrain_loss=F.mse_loss(rgb, i["x0"]))
 
 
 # ==================================================================================================
@@ -7878,7 +7684,7 @@ def test_preset_sd_is_the_published_autoencoder_and_the_last_steps_are_at_the_or
     assert (mountains.steps - mountains.original_from, mountains.p_original) == (400_000, 0.5)
     assert cfg.frozen_encoder and cfg.reg_weight == 1e-6
     with torch.device("meta"):           # all but the last norm and convolution, and CLIF of J.1
-        assert field_params(FieldAutoencoder(cfg.ae)) == 83_653_863 - 3_715 + 2_674_179
+        assert count(FieldAutoencoder, cfg.ae) == 83_653_863 - 3_715 + 2_674_179
 
 
 def test_latents_of_a_published_file_are_drawn_by_its_converted_autoencoder(tmp_path, capsys):
