@@ -853,7 +853,7 @@ def test_ldm_loss_is_the_mean_square_of_each_sample_and_passes_the_class_on():
     assert seen[0][0] is t and seen[0][1] is y
 
 
-@pytest.mark.parametrize("steps, eta", itertools.product([5, 200], [0.0, 0.3, 1.0]))
+@pytest.mark.parametrize("steps, eta", [*itertools.product([5, 200], [0.0, 0.3, 1.0])])
 def test_ldm_ddim_keeps_the_variance_of_every_timestep(steps, eta):
     # If all data are 0, x_t is N(0, 1 - alpha_bar_t) and eps = x_t / sqrt(1 - alpha_bar_t). A step
     # is then linear in x_t and in the noise, and must end on 1 - alpha_bar at the timestep it goes
