@@ -6222,7 +6222,8 @@ def test_a_walk_between_pictures_starts_and_turns_at_them(sample_runs, tmp_path)
         frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(movie)]
     exact = models.load(run).functions([5, 6, 7], labels=1)
     for i, frame in enumerate((0, 2, 4)):
-        assert np.array_equal(frames[frame], to_uint8(exact[i].draw(24)[0]))
+        alone = to_uint8(exact[i].draw(24)[0])               # not in a batch: other roundings
+        assert np.abs(frames[frame].astype(int) - alone).max() <= 1
     assert all(np.array_equal(frames[i], frames[8 - i]) for i in (1, 2, 3))
 
 
