@@ -87,6 +87,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def centre_square(image: Image.Image) -> Image.Image:
+    """Crop an image to the largest square in its middle."""
+    side = min(image.size)
+    left = (image.width - side) // 2
+    top = (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
 def decode(content: bytes, name: str = "picture",
            convert: Callable[[Image.Image], Image.Image] = to_rgb) -> Image.Image:
     """Decode a PNG, JPEG or WEBP, or raise BadImage."""
@@ -108,11 +116,7 @@ class Photo:
     @functools.cached_property
     def image(self) -> Image.Image:
         with reading(self.name, BadImage):
-            image = self.read()
-        side = min(image.size)
-        left = (image.width - side) // 2
-        top = (image.height - side) // 2
-        return image.crop((left, top, left + side, top + side))
+            return centre_square(self.read())
 
     @property
     def size(self) -> int:

@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 import runs
 from commandline import Parser
-from data import (PIXELS, Files, Photo, Photos, Prepared, fingerprint, import_torchvision, reading,
-                  shown, to_uint8)
+from data import (PIXELS, Files, Photo, Photos, Prepared, centre_square, fingerprint,
+                  import_torchvision, reading, shown, to_uint8)
 
 HUB = {
     "inception": "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -140,11 +140,14 @@ class Squeeze(nn.Module):
 def load_features(name: str = "inception") -> Inception | Squeeze:
     """Load the network of FID ("inception") or FD-squeeze ("squeeze"), frozen; its name ends in
     the first digits of the file's SHA-256. Another Inception than the published one is refused."""
-    net = Squeeze() if name == "squeeze" else Inception()
     with weights_of(name, "use other --features"):
-        if name != "squeeze":
-            net.load_state_dict(torch.hub.load_state_dict_from_url(
-                HUB[name], map_location="cpu", check_hash=True, weights_only=True))
+        if name == "squeeze":
+            net = Squeeze()
+        else:
+            weights = torch.hub.load_state_dict_from_url(HUB[name], map_location="cpu",
+                                                         check_hash=True, weights_only=True)
+            net = Inception()
+            net.load_state_dict(weights)
         digest = hashlib.sha256(hub_file(name).read_bytes()).hexdigest()[:8]
         if name != "squeeze" and digest not in HUB[name]:
             raise ValueError("not the published file")
@@ -225,12 +228,9 @@ class ImageSet:
             raise ValueError(f"{self.name} was prepared with size and filter {self.prepared}: "
                              f"choose the same, or give the images")
         image = self.pictures[i].read()
-        if size and image.size != (size, size):
-            side = min(image.size)
-            x = (image.width - side) // 2
-            y = (image.height - side) // 2       # resize(box=...) would read beyond the square
-            square = image.crop((x, y, x + side, y + side))
-            image = square.resize((size, size), Image.Resampling[protocol.filter.upper()])
+        if size:
+            resampling = Image.Resampling[protocol.filter.upper()]
+            image = centre_square(image).resize((size, size), resampling)
         return np.asarray(image).transpose(2, 0, 1)
 
 
@@ -239,22 +239,19 @@ Images = str | Path | ImageSet | Iterable[Tensor]            # tensors: (B, 3, H
 
 def image_batches(source: ImageSet | Iterable[Tensor], protocol: Protocol,
                   batch: int = 32) -> Iterator[Tensor]:
-    """Yield pictures in order, uint8 (B, 3, H, W); threads decode the next batch meanwhile."""
+    """Yield pictures in order, uint8 (B, 3, H, W), decoded by threads."""
     if not isinstance(source, ImageSet):
         for images in source:
             yield torch.from_numpy(to_uint8(images)).movedim(-1, 1)
         return
-    ahead = []
-    n = len(source.pictures)
+    numbers = range(len(source.pictures))
+    read = partial(source.read, protocol=protocol)
     with ThreadPoolExecutor() as pool:
-        for start in tqdm(range(0, n + batch, batch), source.name, disable=None, leave=False):
-            images = [future.result() for future in ahead]
-            ahead = [pool.submit(source.read, i, protocol)
-                     for i in range(start, min(start + batch, n))]   # at the last start none
+        for start in tqdm(numbers[::batch], source.name, disable=None, leave=False):
+            images = list(pool.map(read, numbers[start:start + batch]))
             if len({image.shape for image in images}) > 1:
                 raise ValueError(f"{source.name} holds images of several sizes: use --size")
-            if images:
-                yield torch.from_numpy(np.stack(images))
+            yield torch.from_numpy(np.stack(images))
 
 
 def crop_patches(images: Tensor, first: int, patch: int, seed: int) -> Tensor:
@@ -312,8 +309,8 @@ def statistics(source: Images, net: nn.Module, protocol: Protocol = Protocol(),
     source = ImageSet(source) if isinstance(source, (str, Path)) else source
     device = next(net.parameters()).device
     sums = {}
-    kept = {layer: bytearray() for layer in rows}        # grows in place: 50,000 x 2048 are 400 MB,
-    count = 0                                            # and a list of tensors fragments the heap
+    kept = {layer: [] for layer in rows}
+    count = 0
     sizes = set()
     with torch.no_grad():
         for images in image_batches(source, protocol):
@@ -328,12 +325,11 @@ def statistics(source: Images, net: nn.Module, protocol: Protocol = Protocol(),
                 if layer in net.layers:
                     sums.setdefault(layer, Moments(x.shape[1])).add(x)
                 if layer in kept:
-                    kept[layer] += x.float().numpy().tobytes()
+                    kept[layer].append(x.float())
     if count < 2 or len(sizes) > 1:
         raise ValueError(f"{count} images of {len(sizes)} sizes: two of one (--size) are needed")
     moments = {layer: (total.mean, total.covariance()) for layer, total in sums.items()}
-    whole = {layer: torch.frombuffer(content, dtype=torch.float32).view(count, -1)
-             for layer, content in kept.items()}
+    whole = {layer: torch.cat(parts) for layer, parts in kept.items()}       # (count, D)
     name = f"{getattr(source, 'name', 'images')} ({count})"
     return Statistics(name, count, sizes.pop(), moments, whole)
 
@@ -490,7 +486,7 @@ def measure(name: str, ours: Statistics, theirs: Statistics | None) -> dict[str,
 
 def evaluate(names: Sequence[str], samples: Images, reference: str | Path | None = None,
              protocol: Protocol = Protocol(), net: nn.Module | None = None,
-             cache: str | Path | None = None) -> list[Score]:
+             cache: str | Path | None = None, device: torch.device | str = "cpu") -> list[Score]:
     """Score a set of pictures in one pass: any of "fid", "sfid", "kid", "is", "pr" (two scores).
 
     With protocol.patch, "fid" is the patch FID of INFD (Table 2). `net` saves loading it. Raises
@@ -504,7 +500,7 @@ def evaluate(names: Sequence[str], samples: Images, reference: str | Path | None
         raise ValueError("sfid and is are defined on Inception alone: use --features inception")
     if protocol.patch and set(names) != {"fid"}:
         raise ValueError("only fid has a form on patches")
-    net = net or load_features(protocol.features)
+    net = (net or load_features(protocol.features)).to(device)
     rows = {layer for name in names for layer in ROWS[name]}
     ours = statistics(samples, net, protocol, rows)
     theirs = None
@@ -521,12 +517,6 @@ def evaluate(names: Sequence[str], samples: Images, reference: str | Path | None
             title = f"p{title}-{protocol.patch}/{ours.pixels}" if protocol.patch else title
             scores.append(Score(f"{title}@{ours.count}", value, line))
     return scores
-
-
-def fid(samples: Images, reference: str | Path, protocol: Protocol = Protocol(),
-        **options) -> Score:
-    """Measure FID (Heusel et al. 2017), FD-squeeze or patch FID: `evaluate` for one score."""
-    return evaluate(["fid"], samples, reference, protocol, **options)[0]
 
 
 def per_image(title: str, score: Callable[..., Tensor], sets: list[ImageSet], protocol: Protocol,
@@ -618,6 +608,9 @@ def parser() -> Parser:
 def scores(args: argparse.Namespace) -> Iterator[Score]:
     """Yield the scores that the command line asks for, each as soon as it is there."""
     names = ["fid"] if args.metric in ("fd", "pfid") else args.metric.split(",")
+    if not (set(names) <= ROWS.keys() or set(names) <= {"psnr", "lpips", *IQA}):
+        raise ValueError(f"{args.metric} is not fd, pfid, or some of {', '.join(ROWS)}, or some of "
+                         f"psnr, lpips, {', '.join(IQA)}")
     if args.metric == "pfid" and not args.patch:
         raise ValueError("pfid needs the side of its squares: --patch 256")
     if min(args.size, args.patch, args.limit) < 0:
@@ -628,9 +621,8 @@ def scores(args: argparse.Namespace) -> Iterator[Score]:
         raise ValueError(f"{args.metric} needs a REFERENCE to compare with")
     device = runs.pick_device(args.device)
     samples = ImageSet(args.samples, args.limit)
-    if not set(names) <= {"psnr", "lpips", *IQA}:
-        net = load_features(features).to(device)
-        yield from evaluate(names, samples, args.reference, protocol, net, args.cache)
+    if set(names) <= ROWS.keys():
+        yield from evaluate(names, samples, args.reference, protocol, None, args.cache, device)
         return
     for name in names:
         if name in IQA:

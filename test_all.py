@@ -4267,11 +4267,6 @@ def test_text_golden_full_size_unet():
 # ==================================================================================================
 
 
-# ==================================================================================================
-# Scores
-# ==================================================================================================
-
-
 METRICS_NETWORK = {"rtol": 1e-4, "atol": 2e-5}       # the golden README's tolerance for networks
 
 
@@ -4352,9 +4347,6 @@ def metrics_error(capsys, *arguments: object) -> str:
     line, = captured.err.splitlines()
     assert line.startswith("error: ") and not captured.out
     return line
-
-
-# ---- golden ----
 
 
 def test_metrics_golden_frechet_distance():
@@ -4517,39 +4509,21 @@ def test_metrics_golden_lpips_tiny(metrics_squeeze_home):
     torch.testing.assert_close(got, want, **METRICS_NETWORK)
 
 
-# ---- known answers ----
-
-
-def test_metrics_frechet_distance_of_equal_covariances_is_the_squared_distance_of_means():
+def test_metrics_frechet_distance_has_closed_forms():
+    """Of equal covariances, the distance of the means; of diagonal ones, that of their roots."""
     mu, sigma = metrics_random_moments(40, rank=60, seed=0)
     shift = torch.linspace(-1, 1, 40, dtype=torch.float64)
     got = metrics.frechet_distance(mu, sigma, mu + shift, sigma)
     assert got == pytest.approx(shift.square().sum().item(), rel=1e-9)
-
-
-def test_metrics_frechet_distance_of_diagonal_covariances():
-    a = torch.rand(30, dtype=torch.float64)
-    b = torch.rand(30, dtype=torch.float64)
-    zero = torch.zeros(30, dtype=torch.float64)
+    a, b = torch.rand(2, 30, dtype=torch.float64)
     want = (a.sqrt() - b.sqrt()).square().sum().item()
-    got = metrics.frechet_distance(zero, a.diag(), zero, b.diag())
-    assert got == pytest.approx(want, rel=1e-9)
+    assert metrics.frechet_distance(a, a.diag(), a, b.diag()) == pytest.approx(want, rel=1e-9)
 
 
-@pytest.mark.parametrize("rank", [300, 200, 20, 1])
+@pytest.mark.parametrize("rank", [300, 20, 1])
 def test_metrics_frechet_distance_of_a_set_to_itself_is_zero(rank):
     mu, sigma = metrics_random_moments(200, rank, seed=rank)
     assert metrics.frechet_distance(mu, 100 * sigma, mu, 100 * sigma) < 1e-6
-
-
-def test_metrics_frechet_distance_is_symmetric_and_turns_with_the_axes():
-    mu1, s1 = metrics_random_moments(24, 30, seed=1)
-    mu2, s2 = metrics_random_moments(24, 10, seed=2)
-    q = torch.linalg.qr(metrics_random_moments(24, 24, seed=3)[1]).Q
-    d = metrics.frechet_distance(mu1, s1, mu2, s2)
-    assert metrics.frechet_distance(mu2, s2, mu1, s1) == pytest.approx(d, rel=1e-9)
-    turned = metrics.frechet_distance(q @ mu1, q @ s1 @ q.T, q @ mu2, q @ s2 @ q.T)
-    assert turned == pytest.approx(d, rel=1e-9)
 
 
 def test_metrics_moments_streamed_equal_the_whole():
@@ -4561,16 +4535,6 @@ def test_metrics_moments_streamed_equal_the_whole():
     torch.testing.assert_close(moments.mean, x.mean(0), rtol=1e-9, atol=0)
     want = torch.from_numpy(np.cov(x.numpy(), rowvar=False))
     torch.testing.assert_close(moments.covariance(), want, rtol=1e-9, atol=1e-9)
-
-
-def test_metrics_kid_closed_forms():
-    x = torch.tensor([[1.0], [2.0]])                 # (1 * 2 + 1)^3 = 27 within; with 0 always 1
-    zeros = torch.zeros(3, 1)
-    assert metrics.kid(x, zeros) == pytest.approx(27 + 1 - 2)
-    assert metrics.kid(zeros, x) == pytest.approx(27 + 1 - 2)
-    assert metrics.kid(x, x) == pytest.approx(2 * 27 - (8 + 27 + 27 + 125) / 2)      # below 0
-    # the mean over dimensions: repeating all of them changes nothing
-    assert metrics.kid(x.repeat(1, 5), zeros.repeat(1, 5)) == pytest.approx(26)
 
 
 @pytest.mark.parametrize("n, m, d", [(2, 2, 1), (9, 5, 3), (1001, 13, 7)])
@@ -4599,7 +4563,7 @@ def test_metrics_precision_recall_of_disjoint_and_collapsed_sets():
     collapsed = x[:1].expand(50, 8)                  # one real image again and again
     precision, recall = metrics.precision_recall(collapsed, x)
     assert precision == 1 and recall == 1 / 50       # radius 0 still holds the point itself
-    for seed in range(20):                           # with a twin of each, all radii are 0
+    for seed in range(5):                            # with a twin of each, all radii are 0
         g = torch.Generator().manual_seed(seed)
         x = torch.randn(50, 100, generator=g) * 3 + 50
         twins = torch.cat([x, x[torch.randperm(50, generator=g)]])
@@ -4622,19 +4586,15 @@ def test_metrics_psnr():
     assert metrics.psnr(a, a).isinf().all()
 
 
-# ---- sets of images ----
-
-
 def test_metrics_folder_zip_and_npz_hold_the_same_images(tmp_path):
     pictures = metrics_pictures(7)
     folder = metrics_folder(tmp_path / "a", pictures)
-    (folder / "notes.txt").write_text("not an image")
     archive = metrics_zip(tmp_path / "a.zip", folder)
     np.savez(tmp_path / "plain.npz", pictures)
     np.savez_compressed(tmp_path / "small.npz", pictures)
     for path in (folder, archive, tmp_path / "plain.npz", tmp_path / "small.npz"):
         images = metrics.ImageSet(path)
-        for batch in (1, 3, 7, 50):                  # in order, whatever the size of the batches
+        for batch in (3, 7, 50):                     # in order, whatever the size of the batches
             batches = list(metrics.image_batches(images, metrics.Protocol(), batch))
             assert np.array_equal(torch.cat(batches).movedim(1, -1).numpy(), pictures)
             assert max(map(len, batches)) <= batch
@@ -4680,19 +4640,6 @@ def test_metrics_patches_depend_on_seed_and_number_only():
     assert len(patches[:, 0, 0, 0].unique()) == 2 * 12       # all places, borders included
 
 
-def test_metrics_images_from_a_model_equal_their_files(tmp_path, metrics_stub):
-    pictures = metrics_pictures(20)
-    folder = metrics_folder(tmp_path / "a", pictures)
-    reference = metrics_folder(tmp_path / "b", metrics_pictures(24, seed=1))
-    batches = (torch.from_numpy(pictures).movedim(-1, 1) / 127.5 - 1 + 1e-3).split(8)
-    score = metrics.fid(batches, reference)
-    assert score.name == "FID@20"
-    assert score.value == pytest.approx(metrics.fid(folder, reference).value, rel=1e-12)
-
-
-# ---- scores ----
-
-
 def test_metrics_statistics_serve_their_own_pictures_and_protocol_only(tmp_path, metrics_stub):
     samples = metrics_folder(tmp_path / "samples", metrics_pictures(20))
     reference = metrics_folder(tmp_path / "reference", metrics_pictures(30, seed=1))
@@ -4724,6 +4671,13 @@ def test_metrics_statistics_serve_their_own_pictures_and_protocol_only(tmp_path,
     Image.fromarray(metrics_pictures(1, seed=9)[0]).save(reference / "0007.png")
     changed, n = seen(["fid", "sfid"])
     assert n == 50 and changed[0].value != first[0].value
+
+    # Tensors of a model count like the files that they would be saved to.
+    plain = metrics.Protocol()
+    made = (torch.from_numpy(metrics_pictures(20)).movedim(-1, 1) / 127.5 - 1 + 1e-3).split(8)
+    score, = metrics.evaluate(["fid"], made, reference, plain, cache=cache)
+    assert score.name == "FID@20"
+    assert score.value == pytest.approx(seen(["fid"], plain)[0][0].value, rel=1e-12)
 
 
 def test_metrics_command_line_prints_protocol_and_json(tmp_path, metrics_stub, capsys):
@@ -4818,7 +4772,7 @@ def test_metrics_fd_squeeze_orders_halves_before_a_blurred_copy(metrics_squeeze_
     archive = GOLDEN.parent / "data/cifar10-train.zip"
     if not archive.exists():
         pytest.skip(f"no {archive}")
-    images = metrics.ImageSet(archive, 60)
+    images = metrics.ImageSet(archive, 40)
     x = torch.cat(list(metrics.image_batches(images, metrics.Protocol()))) / 127.5 - 1
     blurred = F.avg_pool2d(F.pad(x[::2], (1, 1, 1, 1), mode="reflect"), 3, stride=1)
     net = metrics.load_features("squeeze")
@@ -4834,101 +4788,42 @@ def test_metrics_fd_squeeze_orders_halves_before_a_blurred_copy(metrics_squeeze_
     assert same < near < far and abs(near) < 0.3 * far               # which KID has not
 
 
-# ---- people's folders and machines ----
-
-
-METRICS_CALLS = """
-import json, sys, metrics
-from test_module import MetricsStub
-metrics.load_features = lambda *a: MetricsStub()
-for call in json.loads(sys.argv[1]):
-    code = metrics.main(call)
-    print(f"exit code {code}", flush=True)
-    print(f"exit code {code}", flush=True, file=sys.stderr)
-"""
-
-
-def metrics_calls(calls: list[tuple], *before: str, **environment: str) -> list[tuple]:
-    """Make several calls in one process of its own: (exit code, stdout, stderr) of each."""
-    code = METRICS_CALLS.replace("test_module", Path(__file__).stem)
-    path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    arguments = json.dumps([list(map(str, call)) for call in calls])
-    done = subprocess.run([*before, sys.executable, "-c", code, arguments], capture_output=True,
-                          env=os.environ | {"PYTHONPATH": path} | environment, timeout=300)
-    assert done.returncode == 0, done.stderr.decode()
-    texts = []
-    for text in (done.stdout, done.stderr):
-        parts = re.split(r"exit code (\d+)\n", text.decode())
-        texts.append(list(zip(parts[1::2], parts[::2])))
-    return [(int(code), out, err) for (code, out), (_, err) in zip(*texts, strict=True)]
-
-
-def test_metrics_read_linked_folders_and_say_what_they_passed_over(tmp_path, metrics_stub, capsys):
-    whole = metrics_folder(tmp_path / "set/x", metrics_pictures(8)).parent
-    metrics_folder(whole / "y", metrics_pictures(8, seed=1))
-    linked = tmp_path / "linked"
-    linked.mkdir()
-    for name in "xy":
-        (linked / name).symlink_to(whole / name)
-    (linked / "loop").symlink_to(linked)
-    record, = metrics_scores(capsys, "fid", linked, whole)
-    assert record["name"] == "FID@16" and record["value"] < 1e-6
-
-    for name in ("a.bmp", "b.tif"):
-        Image.fromarray(metrics_pictures(1)[0]).save(linked / name)
-    for name in (".hidden", "__MACOSX", ".git/sub"):
-        metrics_folder(linked / name, metrics_pictures(2))
-    assert metrics.main(["kid", str(linked), str(whole)]) == 0
+def test_metrics_say_what_they_passed_over(tmp_path, metrics_stub, capsys):
+    folder = metrics_folder(tmp_path / "set", metrics_pictures(6))
+    for name in ("a.bmp", "b.tif", ".hidden.png"):
+        (folder / name).write_bytes(b"")
+    assert metrics.main(["is", str(folder)]) == 0
     captured = capsys.readouterr()
-    note, = captured.err.splitlines()
-    passed_over = data.open_data(str(linked), "all").passed_over     # one lister
-    assert "2 .bmp, .tif" in passed_over and "6 hidden" in passed_over
-    assert note == f"{linked}: 16 pictures; passed over: {passed_over}"
-    assert captured.out.startswith("KID@16 = ")
+    passed_over = data.open_data(str(folder), "all").passed_over     # one lister
+    assert "2 .bmp, .tif" in passed_over and "1 hidden" in passed_over
+    assert captured.err == f"{folder}: 6 pictures; passed over: {passed_over}\n"
+    assert captured.out.startswith("IS@6 = ")
 
 
-def test_metrics_print_names_that_are_not_utf8(tmp_path):
-    good = metrics_folder(tmp_path / "set", metrics_pictures(6))
-    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
-    metrics_folder(odd, metrics_pictures(6))
-    broken = metrics_folder(tmp_path / "broken", metrics_pictures(2))
-    (broken / os.fsdecode(b"\xe9.png")).write_bytes(b"broken")
-    calls = [("fid", odd, good), ("fid", good, odd), ("psnr", odd, odd), ("psnr", broken, good),
-             ("fid", broken, good)]
-    *finished, unpaired, damaged = metrics_calls(calls, PYTHONIOENCODING="utf-8:strict")
-    for code, out, err in finished:
-        text, line = out.splitlines()
-        assert code == 0 and not err and "caf\\udce9" in text
-        assert json.loads(line)["name"] == text.split()[0]
-    assert unpaired[0] == damaged[0] == 2 and "images of one name" in unpaired[2]
-    assert damaged[2].startswith(f"error: {broken}/\\udce9.png: ") and damaged[2].count("\n") == 1
+def test_metrics_print_names_that_are_not_utf8(tmp_path, metrics_stub, capsys):
+    odd = metrics_folder(Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")), metrics_pictures(6))
+    for words in (("fid", odd, odd), ("psnr", odd, odd)):
+        assert metrics.main(list(map(str, words))) == 0      # capsys is strict UTF-8
+        text, line = capsys.readouterr().out.splitlines()
+        assert "caf\\udce9" in text and json.loads(line)["name"] == text.split()[0]
+    (odd / os.fsdecode(b"\xe9.png")).write_bytes(b"broken")
+    assert "caf\\udce9/\\udce9.png: " in metrics_error(capsys, "fid", odd, odd)
 
 
-def test_metrics_name_path_and_cause_of_what_the_system_refuses(tmp_path):
-    before = []
-    if os.geteuid() == 0:                            # permissions bind root only without these
-        before = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search,-fowner"]
-        if not shutil.which("setpriv"):
-            pytest.skip("root without setpriv passes all permissions")
+def test_metrics_name_path_and_cause_of_what_the_system_refuses(tmp_path, metrics_stub, capsys):
     good = metrics_folder(tmp_path / "set", metrics_pictures(6))
     archive = metrics_zip(tmp_path / "shut.zip", good)
     folder = metrics_folder(tmp_path / "shut", metrics_pictures(6))
     file = metrics_folder(tmp_path / "closed", metrics_pictures(6)) / "0003.png"
-    part = metrics_folder(good / "part", metrics_pictures(2))
     batch = tmp_path / "shut.npz"
     np.savez(batch, metrics_pictures(6))
-    shut = [archive, folder, file, batch]
-    for path in (*shut, part):
+    for path in (archive, folder, file, batch):
         path.chmod(0)
-    calls = [("fid", good, path.parent if path == file else path) for path in shut]
-    *refused, passed = metrics_calls([*calls, ("psnr", good, good)], *before)
-    for path, (code, out, err) in zip(shut, refused, strict=True):
-        line, = err.splitlines()[1:]                 # the first is of the folder `good`
-        assert code == 2 and line.startswith(f"error: {path}") and "ermission" in line
-    assert passed[0] == 0 and "PSNR@6 = inf" in passed[1]
-    assert passed[2].count("\n") == 2 and passed[2].count(f"without permission ({part})") == 2
-    for path in (*shut, part):
-        path.chmod(0o700)
+    with data_permissions():
+        for path in (archive, folder, file, batch):
+            line = metrics_error(capsys, "fid", good, path.parent if path == file else path)
+            assert line.startswith(f"error: {path}") and "ermission" in line
+    folder.chmod(0o700)
 
 
 def test_metrics_keep_the_score_where_statistics_cannot_be_kept(tmp_path, metrics_stub, capsys):
@@ -4939,9 +4834,6 @@ def test_metrics_keep_the_score_where_statistics_cannot_be_kept(tmp_path, metric
     assert captured.out.startswith("FID@6 = ")
     note, = captured.err.splitlines()
     assert note.startswith("reference statistics not kept") and "--cache" in note
-
-
-# ---- bad input ----
 
 
 def test_metrics_refuses_bad_sets_in_one_line(tmp_path, metrics_stub, capsys):
@@ -4955,15 +4847,14 @@ def test_metrics_refuses_bad_sets_in_one_line(tmp_path, metrics_stub, capsys):
     Image.fromarray(metrics_pictures(1, size=24)[0]).save(mixed / "0003.png")
     for words, arguments in (
             ("1 images", ("fid", one, good)),
-            ("1 images", ("kid", good, one)),
             ("more than 3 images", ("pr", three, good)),
             ("empty holds 0 images", ("fid", empty, good)),
             ("No such file", ("fid", tmp_path / "missing", good)),
             ("missing.npz: No such file", ("fid", good, tmp_path / "missing.npz")),
             ("holds 6 images, not 7", ("fid", good, good, "--limit", 7)),
             ("needs a REFERENCE", ("kid", good)),
-            ("needs a REFERENCE", ("psnr", good)),
-            ("unknown score in fidd", ("fidd", good, good)),
+            ("fidd is not fd, pfid, or some of fid,", ("fidd", tmp_path / "missing", good)),
+            ("fid,psnr is not", ("fid,psnr", good, good)),
             ("--patch", ("pfid", good, good)),
             ("form on patches", ("fid,kid", good, good, "--patch", 8)),
             ("--device nowhere", ("fid", good, good, "--device", "nowhere")),
@@ -4979,9 +4870,8 @@ def test_metrics_refuses_bad_sets_in_one_line(tmp_path, metrics_stub, capsys):
 
     broken = metrics_folder(tmp_path / "broken", metrics_pictures(6))
     content = (broken / "0004.png").read_bytes()
-    for bad in (content[:60], b"", b"no picture at all"):
-        (broken / "0004.png").write_bytes(bad)
-        assert "broken/0004.png" in metrics_error(capsys, "fid", broken, good)
+    (broken / "0004.png").write_bytes(content[:60])
+    assert "broken/0004.png" in metrics_error(capsys, "fid", broken, good)
 
 
 def test_metrics_refuses_bad_archives(tmp_path, capsys, metrics_stub):
@@ -5017,46 +4907,32 @@ def test_metrics_headers_cannot_claim_memory(tmp_path):
 
 
 def test_metrics_survive_damaged_npz_files(tmp_path):
-    """Bits flipped, ends cut off, numbers overwritten: read, or refused in one line."""
+    """Read, or refused in one line."""
     np.savez(tmp_path / "plain.npz", metrics_pictures(3, 8))
     np.savez_compressed(tmp_path / "small.npz", metrics_pictures(3, 8))
     victim = tmp_path / "victim.npz"
     refused = 0
     for path in (tmp_path / "plain.npz", tmp_path / "small.npz"):
-        content = path.read_bytes()
-        for seed in range(200):
-            gen = runs.rng("damage", seed)
-            damaged = bytearray(content)
-            start = int(gen.integers(len(damaged)))
-            if seed % 5 == 0:
-                del damaged[start:]
-            elif seed % 5 == 1:
-                damaged[start:start + 4] = b"\xff\xff\xff\xff"
-            else:
-                # most of such a file is numbers, whose checksums find all: aim at the headers too
-                tail = len(damaged) - int(gen.integers(1, min(len(damaged), 600)))
-                for place in (start, tail)[seed % 2:]:
-                    damaged[place] ^= 1 << int(gen.integers(8))
-            victim.write_bytes(damaged)
+        for n in range(80):
+            victim.write_bytes(data_damage(path.read_bytes(), n))
             try:
                 metrics.ImageSet(victim).read(0, metrics.Protocol())
             except ValueError as error:
                 refused += 1
                 assert "victim" in str(error) and "\n" not in str(error)
-    assert refused > 200
+    assert refused > 60
 
 
 def test_metrics_refuses_numbers_that_are_none(tmp_path):
     good = metrics_folder(tmp_path / "good", metrics_pictures(6))
-    with pytest.raises(ValueError, match="NaN"):
-        metrics.fid([torch.full((8, 3, 16, 16), math.nan)], good, net=MetricsStub())
     broken = MetricsStub()
     broken.map.data[0, 0] = math.nan
-    with pytest.raises(ValueError, match="feature is NaN"):
-        metrics.fid(good, good, net=broken)
-    batches = [torch.zeros(4, 3, 8, 8), torch.zeros(4, 3, 9, 9)]
-    with pytest.raises(ValueError, match="2 sizes"):
-        metrics.fid(batches, good, net=MetricsStub())
+    for samples, net, said in (
+            ([torch.full((8, 3, 16, 16), math.nan)], MetricsStub(), "NaN"),
+            (good, broken, "feature is NaN"),
+            ([torch.zeros(4, 3, 8, 8), torch.zeros(4, 3, 9, 9)], MetricsStub(), "2 sizes")):
+        with pytest.raises(ValueError, match=said):
+            metrics.evaluate(["fid"], samples, good, net=net)
 
 
 def test_metrics_names_missing_weights_and_packages(tmp_path, monkeypatch):
@@ -5076,13 +4952,13 @@ def test_metrics_names_missing_weights_and_packages(tmp_path, monkeypatch):
         assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
     hub = tmp_path / "hub/checkpoints"
     hub.mkdir(parents=True, exist_ok=True)
-    for content in (b"half of a download", b""):
-        for make, name, file in ((metrics.lpips_network, "squeeze", "squeezenet1_1-b8a52dc0.pth"),
-                                 (metrics.load_features, "inception", inception)):
-            (hub / file).write_bytes(content)
-            with pytest.raises(ValueError, match=f"cannot load .*{file}"):
-                make(name)
-    torch.save(metrics.Inception().state_dict(), hub / inception)
+    for make, name, file in ((metrics.lpips_network, "squeeze", "squeezenet1_1-b8a52dc0.pth"),
+                             (metrics.load_features, "inception", inception)):
+        (hub / file).write_bytes(b"half of a download")
+        with pytest.raises(ValueError, match=f"cannot load .*{file}"):
+            make(name)
+    monkeypatch.setattr(metrics, "Inception", nn.Flatten)    # without weights
+    torch.save({}, hub / inception)
     with pytest.raises(ValueError, match="not the published file"):
         metrics.load_features()
     with pytest.raises(ValueError, match="unknown LPIPS network"):
