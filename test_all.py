@@ -9458,7 +9458,14 @@ def test_torchrun_hands_on_what_the_readme_gives_it():
 
 
 def test_readme_python_runs_as_it_stands(monkeypatch, tmp_path, capsys):
-    """Five examples of at most 20 lines, each block a program of its own."""
+    """Five examples of at most 20 lines, each block a program of its own; the networks are small."""
+    configure = train.configure
+    small = {"ae": TINY_AE, "cm": TINY_CM}
+
+    def configured(stage, preset, texts):
+        return configure(stage, preset, texts=[*small[stage], "log_every=10", *texts])
+
+    monkeypatch.setattr(train, "configure", configured)
     monkeypatch.chdir(tmp_path)
     Path("weights").symlink_to(ROOT / "weights")
     shutil.copy(ROOT / "assets/top.jpg", "photo.jpg")
