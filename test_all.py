@@ -52,9 +52,7 @@ import torch.distributed.run
 import torch.nn.functional as F
 from PIL import Image, ImageSequence, PngImagePlugin
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import autoencoder
 import clif
 import data
 import experiments
@@ -447,8 +445,7 @@ def test_window_equals_slice(paper):
 
 @pytest.mark.parametrize("top, left", [(0, 0), (18, 44)])
 def test_a_deep_window_costs_its_own_pixels(top, left):
-    """1/64 of a side: only the window and the receptive field around it are drawn, and it is the
-    slice of the frame 64 times as large."""
+    """1/64 of a side: only the window and the receptive field around it are drawn."""
     spy = field_spy(field_clif())
     field = Field(spy, field_phi())
     window = field_window(64, 64, top, left, top + 1, left + 1)
@@ -457,15 +454,6 @@ def test_a_deep_window_costs_its_own_pixels(top, left):
     (height, width), = spy.drawn
     assert height <= 52 and width <= 68
     field_equal(replace(field, tile=24).draw((40, 56), window), drawn)
-
-    up = max(top * 40 - 6, 0)
-    near = max(left * 56 - 6, 0)
-    y = coord_grid((2560, 1))[up:(top + 1) * 40 + 6, 0, 0]
-    x = coord_grid((1, 3584))[0, near:(left + 1) * 56 + 6, 1]
-    grid = torch.cartesian_prod(y, x).view(1, len(y), len(x), 2)
-    want = spy(field.phi, grid, torch.tensor([[2 / 2560, 2 / 3584]]), field.norm)
-    want = want[..., top * 40 - up:, left * 56 - near:]
-    field_equal(drawn, want[..., :40, :56])
 
 
 @pytest.mark.parametrize("paper", [False, True])
@@ -574,35 +562,6 @@ def test_golden_full_width(part, make, cfg):
         agree(o, render=model(i["z_dec"], i["coord"], i["cell"][:, 0, 0]))
     else:
         agree(o, disc_eval_logits=model(i["disc_x"]))
-
-
-def test_golden_keys_of_stage1():
-    """Every key of a published checkpoint has its place, and every parameter of ours its key."""
-    keys = golden("infd/state_dict_keys_full.json")
-    theirs = {k: shape for k, (shape, _) in keys.items() if not k.startswith(("z_dm", "perc_loss."))}
-    with torch.device("meta"):
-        ours = FieldAutoencoder(AutoencoderConfig()).state_dict()
-        disc = PatchDiscriminator(DiscriminatorConfig())
-        disc = nn.SyncBatchNorm.convert_sync_batchnorm(disc)         # as for several GPUs
-    ours |= {"disc." + k: v for k, v in disc.state_dict().items()}
-    assert field_rename(theirs) == {k: list(v.shape) for k, v in ours.items()}
-    assert count(Encoder, AutoencoderConfig(kl=True)) == 22_351_280
-    assert count(LIIF, LIIFConfig()) == 494_339
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_attention_runs_in_a_fused_kernel(device):
-    """And gives what the plain formula gives; where no fused kernel fits, sdpa_kernel raises."""
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA")
-    model = loaded(lambda: autoencoder.Attention(64, 8)).to(device)
-    x = randn(2, 64, 16, 20).to(device)
-    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
-                      SDPBackend.CUDNN_ATTENTION]):
-        got = model(x)
-    with sdpa_kernel(SDPBackend.MATH):
-        want = model(x)
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-5 if device == "cpu" else 1e-3)
 
 
 @pytest.mark.parametrize("legacy", [True, False])
@@ -838,21 +797,6 @@ def test_ldm_unet_refuses_what_does_not_fit():
 LDM_DIFFUSION = GaussianDiffusion(DiffusionConfig())
 
 
-def test_ldm_loss_is_the_mean_square_of_each_sample_and_passes_the_class_on():
-    t = torch.tensor([0, 500, 999])
-    y = torch.tensor([4, 5, 6])
-    seen = []
-
-    def model(x_t, *args):
-        seen.append(args)
-        return torch.tensor([2.0, 1.0, -1.0]).view(3, 1, 1, 1).expand_as(x_t)
-
-    x_0 = torch.zeros(3, 2, 4, 4)
-    loss = LDM_DIFFUSION.loss(model, x_0, t, torch.full_like(x_0, 2.0), y)
-    assert torch.equal(loss, torch.tensor([0.0, 1.0, 9.0]))
-    assert seen[0][0] is t and seen[0][1] is y
-
-
 @pytest.mark.parametrize("steps, eta", [*itertools.product([5, 200], [0.0, 0.3, 1.0])])
 def test_ldm_ddim_keeps_the_variance_of_every_timestep(steps, eta):
     # If all data are 0, x_t is N(0, 1 - alpha_bar_t) and eps = x_t / sqrt(1 - alpha_bar_t). A step
@@ -961,20 +905,6 @@ def test_ldm_samplers_converge_to_the_flow_of_a_gaussian_at_their_order(sampler,
         assert torch.allclose(states[-1], exact(x_T, first, -1), atol=errors[-1] + 2e-4)
     for coarse, fine in zip(errors, errors[1:]):
         assert 0.8 * 2**order < coarse / fine < 1.3 * 2**order, errors
-
-
-def test_ldm_first_order_dpm_solver_is_ddim_without_noise():
-    x_t, eps = randn(2, 1, 3, 2, 2, dtype=torch.float64)
-    for t, t_prev in [(999, 700), (700, 1), (3, 0), (0, -1)]:
-        alpha, sigma = LDM_DIFFUSION._alpha_sigma(t)
-        alpha_prev, sigma_prev = LDM_DIFFUSION._alpha_sigma(t_prev)
-        h = math.inf
-        if t_prev >= 0:
-            h = math.log(alpha_prev / sigma_prev) - math.log(alpha / sigma)
-        x, x_0 = LDM_DIFFUSION.ddim_step(x_t, eps, t, t_prev, eta=0.0)
-        dpm = sigma_prev / sigma * x_t - alpha_prev * math.expm1(-h) * x_0       # as printed
-        assert torch.allclose(x, dpm, atol=1e-12)
-        assert torch.allclose(x, LDM_DIFFUSION.flow_step(x_t, x_0, t, t_prev), atol=1e-12)
 
 
 def test_ldm_solver_timesteps_are_distinct_and_even_in_the_log_of_the_noise():
@@ -1156,48 +1086,6 @@ def test_ldm_golden_infd_ddim_trajectory():
     clipped = diffusion.ddim_sample(model, i["x_T"], len(noises), 1.0, noises.__getitem__,
                                     clip=True)
     close(clipped, out["eta1.0_clip_denoised_true_final"])
-
-
-def ldm_compare_step(step, params, averages, head):
-    """Gradients, parameters and averages after one step of AdamW."""
-    ours = {"grads": {k: p.grad for k, p in params.items()}, "params": params, "ema": averages}
-    for field, values in ours.items():
-        stored = adm_weights(step[field], head)
-        agree(stored, 1e-3, **{key: values[key] for key in stored})
-        for key, norm in step["grad_norms"].items():
-            # Where the gradient is zero but for rounding (k biases, biases in front of one channel
-            # per group), AdamW turns rounding into full steps: nothing can be compared.
-            if not key.endswith("qkv.bias") and norm >= 1e-5:
-                theirs = step[field.removesuffix("s") + "_norms"][key]
-                assert abs(values[key].norm().item() / theirs - 1) < 1e-3, (key, field)
-
-
-def test_ldm_golden_infd_stage2_steps():
-    config, _, i, out = reference("infd/stage2_step.pt")
-    checkpoint = golden("infd/" + config["checkpoint"])["model"]
-    args = checkpoint["args"]
-    model = ldm_infd_unet(args["z_dm"]["args"], checkpoint["sd"], "z_dm.").requires_grad_()
-    ema = ldm_infd_unet(args["z_dm"]["args"], checkpoint["sd"], "z_dm_ema.")
-    adam = config["optimizer"]
-    diffusion = GaussianDiffusion(ldm_diffusion_config(args["z_dp"]))
-    opt = torch.optim.AdamW(model.parameters(), adam["lr"], tuple(adam["betas"]), adam["eps"],
-                            adam["weight_decay"])
-
-    for k in range(2):
-        opt.zero_grad()
-        loss = diffusion.loss(model, i["z"], i["t"][k], i["noise"][k]).mean()
-        loss.backward()
-        opt.step()
-        with torch.no_grad():
-            for average, p in zip(ema.parameters(), model.parameters()):
-                average.lerp_(p, 1 - config["z_dm_ema_rate"])
-        assert abs(loss.item() / out["logs"][k]["z_dm_loss"] - 1) < 1e-4
-        ldm_compare_step(out[f"step{k + 1}"], dict(model.named_parameters()),
-                         dict(ema.named_parameters()), model.cfg.num_head_channels)
-
-    for k, (net, field) in enumerate([(model, "z_dm_loss"), (ema, "z_dm_ema_loss")]):
-        loss = diffusion.loss(net, i["z"], i["t"][0], i["noise"][k]).mean()      # t[0] for both
-        assert abs(loss.item() / out["eval_after"][field] - 1) < 1e-3, field
 
 
 # ---- golden: consistency models ----
@@ -3140,47 +3028,21 @@ def test_scene_classes_captions_and_splits():
 
 
 # ==================================================================================================
-# Text: text.py
+# From a prompt or a file of others to a picture: text.py, published.py
 # ==================================================================================================
-
-
-# ==================================================================================================
-# text.py, published.py: from a prompt or a file of others to a picture
-# ==================================================================================================
-
-
-def text_close(ours, theirs, tolerance=1e-4):
-    """Largest difference in units of the reference's standard deviation (golden/text/README)."""
-    assert ours.shape == theirs.shape
-    error = ((ours - theirs).abs().max() / theirs.std()).item()
-    assert error < tolerance, f"off by {error:.2e} std"
-
-
-def text_formula(key, shape, seed):
-    """The weights of golden/text/README, regenerated from the key."""
-    generator = torch.Generator().manual_seed((zlib.crc32(key.encode()) + seed) % 2**32)
-    u = torch.rand(shape, generator=generator).mul_(2).sub_(1)
-    if len(shape) >= 2:
-        return u.mul_(math.sqrt(3 / math.prod(shape[1:])))
-    return u.mul_(0.2).add_(1) if key.endswith("weight") else u.mul_(0.2)
-
-
-def text_formula_weights(module, seed=1):
-    return {k: text_formula(k, v.shape, seed) for k, v in module.state_dict().items()}
-
-
-def text_loaded(make, weights):
-    """The module in eval mode, without gradients, with these weights and no others."""
-    with torch.device("meta"):
-        module = make()
-    module.load_state_dict({name: value.float() for name, value in weights.items()}, assign=True)
-    return module.eval().requires_grad_(False)
-
 
 def text_meta(keys, prefix=""):
     """Tensors without storage from {name: [shape, dtype]}."""
     return {prefix + name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
             for name, (shape, dtype) in keys.items()}
+
+
+def text_fits(make, weights, parameters):
+    """make() has tensors of exactly these names and shapes, and so many numbers."""
+    with torch.device("meta"):
+        own = make().state_dict()
+    assert {k: v.shape for k, v in own.items()} == {k: v.shape for k, v in weights.items()}
+    assert sum(v.numel() for v in own.values()) == parameters
 
 
 def text_published_unet(config):
@@ -3196,7 +3058,7 @@ def text_published_unet(config):
 def text_autoencoder(weights):
     """The autoencoder of tensors with LDM's or diffusers' names."""
     ours = our_autoencoder(weights)
-    return text_loaded(lambda: FieldAutoencoder(autoencoder_config(ours)), ours)
+    return loaded(lambda: FieldAutoencoder(autoencoder_config(ours)), ours)
 
 
 def text_decoded(autoencoder, z):
@@ -3206,7 +3068,7 @@ def text_decoded(autoencoder, z):
 
 # ---- words ----
 
-def test_text_clean_and_split_follow_clip():
+def test_text_words_and_pieces_follow_clip():
     assert clean("  A\u00a0&amp;amp; B\n\tC ") == "a & b c"
     assert clean("cafe\u0301 \u0130") == "caf\u00e9 i\u0307"
     assert clean("a\x1cb") == "a\x1cb"                               # no white space to Unicode
@@ -3215,12 +3077,9 @@ def test_text_clean_and_split_follow_clip():
     assert split("<|endoftext|>a <|end") == ["<|endoftext|>", "a", "<|", "end"]
     assert split("") == []
 
-
-def test_text_pieces_join_the_lowest_pair_everywhere_from_the_left():
     tokenizer = CLIPTokenizer([("a", "a"), ("b", "c</w>"), ("aa", "aa")])
-    assert tokenizer.pieces("aaaaab") == ["aaaa", "a", "b</w>"]
+    assert tokenizer.pieces("aaaaab") == ["aaaa", "a", "b</w>"]      # the lowest pair everywhere
     assert tokenizer.pieces("aabc") == ["aa", "bc</w>"]
-    assert CLIPTokenizer([("a", "b"), ("b", "c")]).pieces("abcd") == ["ab", "c", "d</w>"]
     assert CLIPTokenizer([("b", "c"), ("a", "b")]).pieces("abcd") == ["a", "bc", "d</w>"]
     assert len(tokenizer) == 512 + 3 + 2
 
@@ -3244,8 +3103,8 @@ def test_text_golden_clip_bpe():
     except FileNotFoundError as error:
         pytest.skip(str(error))
     tokenizer = CLIPTokenizer(read_merges(path), config["context_length"])
-    assert len(tokenizer) == config["vocab_size"]
-    assert (tokenizer.start, tokenizer.end) == (config["start_id"], config["end_id"])
+    assert (len(tokenizer), tokenizer.start, tokenizer.end) == (
+        config["vocab_size"], config["start_id"], config["end_id"])
     for case in data["cases"]:
         assert tokenizer.encode(case["text"]) == case["differs"].get("html_nfc", case["ids"])
         if not {"html_nfc", "hf_slow"} & set(case["differs"]):
@@ -3257,32 +3116,27 @@ def test_text_golden_clip_bpe_tiny():
     config = data["config"]
     tokenizer = CLIPTokenizer(data["merges"], config["context_length"])
     again = tokenizer_from(json.loads(json.dumps(tokenizer.state())))
-    assert len(tokenizer) == config["vocab_size"]
-    assert (tokenizer.start, tokenizer.end) == (config["start_id"], config["end_id"])
+    assert (len(tokenizer), tokenizer.start, tokenizer.end) == (
+        config["vocab_size"], config["start_id"], config["end_id"])
     for case in data["cases"]:
         pieces = map(tokenizer.pieces, split(clean(case["text"])))
         assert list(itertools.chain.from_iterable(pieces)) == case["pieces"]
         assert tokenizer.encode(case["text"]) == case["ids"]
-        assert tokenizer([case["text"]])[0].tolist() == case["sd77"]
-        assert torch.equal(again([case["text"]]), tokenizer([case["text"]]))
+        assert again([case["text"]])[0].tolist() == case["sd77"]
         assert bool(tokenizer.remark(case["text"])) == (case["n"] > config["context_length"] - 2)
 
 
 def test_text_long_prompts_are_cut_and_said():
     tokenizer = CLIPTokenizer([("a", "b</w>")], length=5)
-    assert tokenizer(["ab ab ab"])[0].tolist() == [513, 512, 512, 512, 514]
-    assert tokenizer([""])[0].tolist() == [513, 514, 514, 514, 514]
+    assert tokenizer(["ab ab ab", ""]).tolist() == [[513, 512, 512, 512, 514], [513] + 4 * [514]]
     assert tokenizer.remark("ab ab ab") == ""
     assert tokenizer.remark("ab ab cd ab") == \
         'the text has 5 pieces and this model reads 3: it is cut at "cd"'
 
-
-def test_text_a_prompt_of_a_megabyte_takes_seconds():
-    started = time.time()
+    started = time.time()                                            # one of a megabyte
     text = "".join(np.random.default_rng(0).choice(list("abcdefgh"), 1_000_000).tolist())
     tokenizer = CLIPTokenizer([(a, b) for a in "abcdefgh" for b in "abcdefgh"])
-    assert tokenizer([text]).shape == (1, 77)
-    assert tokenizer.remark(text)
+    assert tokenizer([text]).shape == (1, 77) and tokenizer.remark(text)
     assert time.time() - started < 10
 
 
@@ -3298,18 +3152,15 @@ def test_text_merges_are_named_where_missing_and_refused_where_wrong(tmp_path):
         read_merges(path)
 
 
-def test_text_word_tokenizer_learns_the_words_of_captions():
+def test_text_word_tokenizer_learns_the_words_of_captions_and_names_others():
     tokenizer = WordTokenizer.learn(["A lake, a hill.", "a HILL at dusk", ""])
     assert tokenizer.words == ["a", "hill", "at", "dusk", "lake"]
     assert (tokenizer.length, len(tokenizer)) == (4, 7)
-    assert tokenizer(["a lake; at DUSK!", "one hill", ""]).tolist() == \
+    again = tokenizer_from(json.loads(json.dumps(tokenizer.state())))
+    assert again(["a lake; at DUSK!", "one hill", ""]).tolist() == \
         [[2, 6, 4, 5], [1, 3, 0, 0], [0, 0, 0, 0]]
     assert WordTokenizer.learn(["b b a a c"], length=2, most=2).words == ["a", "b"]
-    again = tokenizer_from(json.loads(json.dumps(tokenizer.state())))
-    assert torch.equal(again(["a lake"]), tokenizer(["a lake"]))
 
-
-def test_text_word_tokenizer_names_what_it_does_not_know():
     tokenizer = WordTokenizer(["a", "lake", "hill"], length=3)
     assert tokenizer.remark("a hill, a") == ""
     assert tokenizer.remark("a fog lake fog") == \
@@ -3319,6 +3170,13 @@ def test_text_word_tokenizer_names_what_it_does_not_know():
     assert many.remark("x").endswith(" and 20 more")
 
 
+def text_first_block(**other):
+    """The beginning of a UNet, whose first block has as many channels as its first layer."""
+    return {"input_blocks.0.0.weight": torch.zeros(32, 4, 3, 3),
+            "input_blocks.1.0.in_layers.2.weight": torch.zeros(32, 32, 3, 3),
+            "out.2.weight": torch.zeros(4, 32, 3, 3)} | other
+
+
 @pytest.mark.parametrize("make, said", [
     (lambda: WordTokenizer([], 3), "different words"),
     (lambda: WordTokenizer(["a"], 0), "different words"),
@@ -3326,99 +3184,41 @@ def test_text_word_tokenizer_names_what_it_does_not_know():
     (lambda: WordTokenizer.learn(["", " ... "]), "no caption has a word"),
     (lambda: TextConfig(width=32, heads=5), "heads is 5; it must divide the width 32"),
     (lambda: TextConfig(layers=0), "layers is 0"),
-    (lambda: text_small(20, 6)(torch.zeros(2, 7, dtype=torch.int64)), "expected .B, N., N up to 6"),
-    (lambda: text_small(20, 6)(torch.zeros(2, 0, dtype=torch.int64)), "expected .B, N., N up to 6"),
+    (lambda: TextTransformer(TextConfig(32, 1, 4, 64, 20, 6))(torch.zeros(2, 7).long()), "up to 6"),
     (lambda: autoencoder_config({}), "encoder.conv_in.weight is missing"),
-    (lambda: unet_config({}), "differ within a level"),
     (lambda: text_config({}), "token_embedding.weight is missing"),
-    (lambda: unet_config(text_pair(32, 40)), "no multiples of 32"),
-    (lambda: unet_config(text_pair(32, 32) | {"out.2.weight": torch.zeros(())}), "another form"),
+    (lambda: unet_config({}), "differ within a level"),
+    (lambda: unet_config(text_first_block(**{"out.2.weight": torch.zeros(())})), "another form"),
+    (lambda: unet_config(text_first_block(**{"input_blocks.1.0.in_layers.2.weight":
+                                             torch.zeros(40, 32, 3, 3)})), "no multiples of 32"),
 ])
 def test_text_mistakes_are_named(make, said):
     with pytest.raises(ValueError, match=said):
         make()
 
 
-def text_small(vocabulary, positions):
-    torch.manual_seed(0)
-    return TextTransformer(TextConfig(32, 2, 4, 64, vocabulary, positions)).eval()
-
-
-def text_pair(width, other):
-    """The beginning of a UNet whose first block has `other` channels."""
-    return {"input_blocks.0.0.weight": torch.zeros(width, 4, 3, 3),
-            "input_blocks.1.0.in_layers.2.weight": torch.zeros(other, width, 3, 3),
-            "out.2.weight": torch.zeros(4, width, 3, 3)}
-
-
-# ---- the text transformer ----
-
 def test_text_golden_clip_transformer():
-    data = golden("text/clip_text.pt")
-    config = data["config"]
-    weights = split_weights(data["state_dict"]).text
+    config, weights, given, out = reference("text/clip_text.pt")
+    weights = split_weights(weights).text
     cfg = text_config(weights, config["heads"])
     assert cfg == TextConfig(config["width"], config["layers"], config["heads"],
                              config["intermediate"], config["vocab"], config["positions"])
-    model = text_loaded(lambda: TextTransformer(cfg), weights)
-    assert sum(p.numel() for p in model.parameters()) == config["n_params"]
+    model = loaded(lambda: TextTransformer(cfg), weights)
+    assert count(TextTransformer, cfg) == config["n_params"]
 
-    ids = data["inputs"]["ids"]
-    out = data["outputs"]
+    ids = given["ids"]
     context = model(ids)
-    text_close(context, out["last_hidden_state"])
-    text_close(context[range(len(ids)), data["inputs"]["first_end"]], out["pooled"])
-    text_close(model(data["inputs"]["ids_short"]), out["last_hidden_state_short"])
-    text_close(model(data["inputs"]["ids_zero_padded_row2"])[0],
-               out["row2_zero_padded_last_hidden_state"])
-
-    row = model.embed(ids[2:3])
-    text_close(row[0], out["row2_embeddings"])
-    for i, layer in enumerate(model.text_model["encoder"]["layers"]):
-        before = row
-        row = layer(row)
-        if i == 0:
-            text_close(row[0], out["row2_after_layer_1"])
-    text_close(row[0], out["row2_before_final_norm"])
-    text_close(model.text_model["final_layer_norm"](before)[0],
-               out["row2_skip_last_layer_then_final_norm"])
+    agree(out, last_hidden_state=context, pooled=context[range(len(ids)), given["first_end"]],
+          last_hidden_state_short=model(given["ids_short"]),
+          row2_zero_padded_last_hidden_state=model(given["ids_zero_padded_row2"])[0])
+    rows = [model.embed(ids[2:3])]
+    for layer in model.text_model["encoder"]["layers"]:
+        rows.append(layer(rows[-1]))
+    skipped = model.text_model["final_layer_norm"](rows[-2])[0]
+    agree(out, row2_embeddings=rows[0][0], row2_after_layer_1=rows[1][0],
+          row2_before_final_norm=rows[-1][0], row2_skip_last_layer_then_final_norm=skipped)
     contrast = out["row2_contrast_exact_gelu"]                       # what a wrong GELU would give
     assert (context[2] - contrast).abs().max() > 1e-3 * contrast.std()
-
-
-def test_text_golden_sd_v1_text_encoder_keys_and_parameters():
-    data = golden("text/sd_v1_keys.json")["text"]
-    weights = split_weights(text_meta(data["keys"])).text
-    cfg = text_config(weights)
-    assert cfg == TextConfig()
-    with torch.device("meta"):
-        model = TextTransformer(cfg)
-    own = model.state_dict()
-    assert {k: v.shape for k, v in own.items()} == {k: v.shape for k, v in weights.items()}
-    assert sum(p.numel() for p in model.parameters()) == data["parameters"] == 123_060_480
-
-
-def test_text_transformer_looks_only_back():
-    model = text_small(20, 6)
-    ids = torch.randint(20, (2, 6))
-    later = ids.clone()
-    later[:, 4:] = (later[:, 4:] + 1) % 20
-    difference = (model(ids) - model(later)).abs().amax(dim=(0, 2))
-    assert difference[:4].max() == 0 and difference[4:].min() > 0
-    assert torch.allclose(model(ids[:, :3]), model(ids)[:, :3], atol=1e-6)
-    loss = model(ids).square().sum()
-    loss.backward()
-    assert all(p.grad is not None for p in model.parameters())
-
-
-def test_text_a_dropped_caption_is_the_empty_one():
-    tokenizer = WordTokenizer(["a", "lake"], 3)
-    model = text_small(len(tokenizer), tokenizer.length)
-    ids = tokenizer(["a lake", "a"])
-    ids[1] = tokenizer([""])[0]
-    assert torch.equal(model(ids), model(tokenizer(["a lake", ""])))
-    clip = CLIPTokenizer([])
-    assert clip([""])[0].tolist() == [512] + 76 * [513]
 
 
 # ---- safetensors ----
@@ -3457,11 +3257,9 @@ def test_text_golden_safetensors_cases(tmp_path):
 
 
 def test_text_safetensors_round_trip(tmp_path):
-    torch.manual_seed(0)
-    tensors = {"a": torch.randn(3, 4), "b": torch.randn(2, 1, 3).half(),
-               "c": torch.randn(5).bfloat16(), "d": torch.tensor([True, False, True]),
-               "e": torch.tensor(7), "f": torch.empty(0, 4),
-               "g": torch.randn(2).double(), "\u5c71": torch.arange(3, dtype=torch.uint8)}
+    tensors = {"a": randn(3, 4), "b": randn(2, 1, 3).half(), "c": randn(5).bfloat16(),
+               "d": torch.tensor([True, False, True]), "e": torch.tensor(7),
+               "f": torch.empty(0, 4), "\u5c71": torch.arange(3, dtype=torch.uint8)}
     path = tmp_path / "model.safetensors"
     path.write_bytes(text_safetensors(tensors, format="pt"))
     read = read_safetensors(path)
@@ -3469,7 +3267,6 @@ def test_text_safetensors_round_trip(tmp_path):
     for name, value in tensors.items():
         assert read[name].dtype == value.dtype and torch.equal(read[name], value)
     read["a"].add_(1)                                                # a tensor to write to
-    assert torch.equal(read_safetensors(path)["a"], tensors["a"])
     for missing in (tmp_path / "none.safetensors", tmp_path):
         with pytest.raises(FileNotFoundError, match="no file at"):
             read_safetensors(missing)
@@ -3478,12 +3275,8 @@ def test_text_safetensors_round_trip(tmp_path):
 @pytest.mark.parametrize("header", [
     '{"a":{"dtype":"F32","shape":[true],"data_offsets":[0,4]}}',
     '{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4.0]}}',
-    '{"a":{"dtype":"F32","shape":[1],"data_offsets":[false,4]}}',
     '{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4,4]}}',
-    '{"a":{"dtype":"F32","shape":1,"data_offsets":[0,4]}}',
     '{"a":{"dtype":["F32"],"shape":[1],"data_offsets":[0,4]}}',
-    '{"a":{"dtype":"F8_E4M3","shape":[4],"data_offsets":[0,4]}}',
-    '{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32"}}',
     '{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4],"dtype":"F32"}}',
     '{"\\ud800":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
     '{"' + 2000 * "a" + '":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
@@ -3491,8 +3284,7 @@ def test_text_safetensors_round_trip(tmp_path):
     '{"b":{"dtype":"F32","shape":[0,9223372036854775807,4],"data_offsets":[0,0]},'
     '"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
     '{"a":{"dtype":"F32","shape":[' + 5000 * "9" + '],"data_offsets":[0,4]}}',
-    '{"__metadata__":[],"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
-    '{"a":[0,4]}', '{"a":null}', '{"a":Infinity}', '{}', '{"a":' * 100_000,
+    '{"a":[0,4]}', '{"a":Infinity}', '{}', '{"a":' * 100_000,
 ])
 def test_text_safetensors_refuses_a_header(tmp_path, header):
     path = tmp_path / "model.safetensors"
@@ -3502,43 +3294,35 @@ def test_text_safetensors_refuses_a_header(tmp_path, header):
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
-def test_text_a_thousand_damaged_safetensors_files_raise_nothing_but_value_errors(tmp_path):
-    whole = text_safetensors({"a.weight": torch.randn(4, 3), "a.bias": torch.zeros(4).half(),
+def test_text_damaged_safetensors_files_raise_nothing_but_value_errors(tmp_path):
+    whole = text_safetensors({"a.weight": randn(4, 3), "a.bias": torch.zeros(4).half(),
                               "n": torch.tensor(3), "mask": torch.ones(5, dtype=torch.bool)}, k="v")
     header = struct.unpack("<Q", whole[:8])[0]
     path = tmp_path / "model.safetensors"
     rng = np.random.default_rng(0)
     refused = 0
-    for i in range(1000):
+    for i in range(300):
         damaged = bytearray(whole)
-        kind = i % 4
-        if kind == 0:                                                # bytes of the header replaced
-            for at in rng.integers(8 + header, size=rng.integers(1, 4)):
-                damaged[at] = rng.integers(256)
-        elif kind == 1:                                              # a digit or bracket exchanged
-            at = 8 + int(rng.integers(header))
-            damaged[at] = int(rng.choice(list(b'0123456789{}[]",:-.eE ')))
-        elif kind == 2:                                              # cut short
-            del damaged[int(rng.integers(len(whole))):]
-        else:                                                        # a piece repeated or lost
-            start, end = sorted(int(n) for n in rng.integers(len(whole), size=2))
-            damaged[start:end] = b"" if i % 8 == 3 else bytes(damaged[start:end]) * 2
+        at = int(rng.integers(8 + header))
+        if i % 3 == 0:
+            damaged[at] = int(rng.choice(list(b'0123456789{}[]",:-.eE \xff')))
+        elif i % 3 == 1:
+            del damaged[at:]
+        else:                                                        # a piece twice
+            damaged[at:at] = whole[at:at + int(rng.integers(1, 99))]
         path.write_bytes(damaged)
         try:
             read_safetensors(path)
         except ValueError as error:
             assert "\n" not in str(error)
             refused += 1
-    assert refused > 700                     # what remains has another name or type of equal size
+    assert refused > 200                     # what remains has another name or type of equal size
 
 
 # ---- files of Stable Diffusion v1 ----
 
 class TextCallback:
     """A class that the reader of a checkpoint does not know."""
-
-    def __init__(self, monitor):
-        self.monitor = monitor
 
 
 class TextCommand:
@@ -3554,13 +3338,11 @@ class TextCommand:
 def test_text_ckpt_with_unknown_classes_is_read_and_nothing_runs(tmp_path):
     path = tmp_path / "model.ckpt"
     weights = {"a": torch.ones(2), "b": torch.zeros(1)}
-    torch.save({"state_dict": weights, "callbacks": {TextCallback: TextCallback("loss")}}, path)
-    read = read_weights(path)
-    assert sorted(read) == ["a", "b"] and torch.equal(read["a"], weights["a"])
-
     victim = tmp_path / "victim"
-    torch.save({"state_dict": weights, "callbacks": TextCommand(str(victim))}, path)
-    assert sorted(read_weights(path)) == ["a", "b"]
+    for strange in ({TextCallback: TextCallback()}, TextCommand(str(victim))):
+        torch.save({"state_dict": weights, "callbacks": strange}, path)
+        read = read_weights(path)
+        assert sorted(read) == ["a", "b"] and torch.equal(read["a"], weights["a"])
     assert not victim.exists()
 
     torch.save({"epoch": 3, "state_dict": [1, 2]}, path)
@@ -3575,6 +3357,8 @@ def test_text_ckpt_with_unknown_classes_is_read_and_nothing_runs(tmp_path):
 
 TEXT_AE = AutoencoderConfig(ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=4, kl=True,
                             renderer="pixels")
+TEXT_UNET = UNetConfig(in_channels=4, out_channels=4, model_channels=320, channel_mult=(1, 2, 4, 4),
+                       attention_ds=(1, 2, 4), num_head_channels=0, num_heads=8, context_dim=768)
 
 
 def test_text_golden_sd_v1_keys():
@@ -3584,39 +3368,21 @@ def test_text_golden_sd_v1_keys():
     for part in ("unet", "first_stage", "text"):
         keys |= data[part]["keys"]
     parts = split_weights(text_meta(keys))
-    assert parts.unknown == ()
-    assert parts.schedule == SD_V1 and not parts.averaged
+    assert (parts.unknown, parts.schedule, parts.averaged) == ((), SD_V1, False)
+    assert unet_config(parts.unet) == TEXT_UNET and autoencoder_config(parts.autoencoder) == TEXT_AE
+    assert text_config(parts.text) == TextConfig()
+    text_fits(lambda: UNet(TEXT_UNET), parts.unet, 859_520_964)
+    text_fits(lambda: FieldAutoencoder(TEXT_AE), parts.autoencoder, 83_653_863)
+    text_fits(lambda: TextTransformer(TextConfig()), parts.text, 123_060_480)
 
-    cfg = unet_config(parts.unet)
-    assert cfg == UNetConfig(in_channels=4, out_channels=4, model_channels=320,
-                             channel_mult=(1, 2, 4, 4), attention_ds=(1, 2, 4),
-                             num_head_channels=0, num_heads=8, context_dim=768)
-    ae_cfg = autoencoder_config(parts.autoencoder)
-    assert ae_cfg == TEXT_AE
-    with torch.device("meta"):
-        unet = UNet(cfg)
-        autoencoder = FieldAutoencoder(ae_cfg)
-    for module, weights, part in ((unet, parts.unet, "unet"),
-                                  (autoencoder, parts.autoencoder, "first_stage")):
-        own = module.state_dict()
-        assert {k: v.shape for k, v in own.items()} == {k: v.shape for k, v in weights.items()}
-        assert sum(v.numel() for v in own.values()) == data[part]["parameters"]
-        assert len(own) == data[part]["n_keys"]
-    assert (data["unet"]["parameters"], data["first_stage"]["parameters"]) == (859520964, 83653863)
-
-
-def test_text_golden_parameters_of_other_unets():
-    others = golden("text/sd_v1_keys.json")["other_unets"]
-    sd = UNetConfig(in_channels=4, out_channels=4, model_channels=320, channel_mult=(1, 2, 4, 4),
-                    attention_ds=(1, 2, 4), num_head_channels=0, num_heads=8, context_dim=768)
     small = UNetConfig(model_channels=192, channel_mult=(1, 2, 3, 5), context_dim=640)
-    for cfg, name in ((replace(sd, context_dim=1280), "ldm_text2img_large_1p4B"),
-                      (small, "ldm_text2img256"), (replace(sd, in_channels=9),
-                                                   "sd_v1_inpainting_9_channels")):
+    for cfg, name in ((replace(TEXT_UNET, context_dim=1280), "ldm_text2img_large_1p4B"),
+                      (small, "ldm_text2img256"),
+                      (replace(TEXT_UNET, in_channels=9), "sd_v1_inpainting_9_channels")):
         with torch.device("meta"):
-            unet = UNet(cfg)
-        assert sum(p.numel() for p in unet.parameters()) == others[name]["parameters"]
-        assert unet_config(unet.state_dict()) == cfg
+            weights = UNet(cfg).state_dict()
+        assert unet_config(weights) == cfg
+        assert sum(v.numel() for v in weights.values()) == data["other_unets"][name]["parameters"]
 
 
 def test_text_golden_names_of_diffusers():
@@ -3672,140 +3438,119 @@ def test_text_schedule_is_read_from_the_betas():
     for cfg in (SD_V1, DiffusionConfig(ddim_start=1), replace(SD_V1, steps=500)):
         assert schedule({"betas": GaussianDiffusion(cfg).betas.float()}) == cfg
     for betas in (torch.tensor([0.001, 0.002, 0.02]), torch.ones(1), torch.full((3, 3), 0.1),
-                  -torch.ones(10), torch.tensor([0.1, float("nan")])):
+                  torch.tensor([0.1, float("nan")])):
         with pytest.raises(ValueError, match="betas of this file"):
             schedule({"betas": betas})
 
 
-# ---- the autoencoder ----
+# ---- the autoencoder, the UNet and guidance ----
 
 def test_text_golden_autoencoder_kl():
-    for name, group in golden("text/autoencoder_kl.pt").items():
+    for group in golden("text/autoencoder_kl.pt").values():
         config = group["config"]
         weights = group.get("state_dict")
         if weights is None:
-            weights = {k: text_formula(k, s, config["seed"]) for k, s in group["shapes"].items()}
+            shapes = {k: torch.empty(s, device="meta") for k, s in group["shapes"].items()}
+            weights = formula(shapes, config["seed"])
         model = text_autoencoder(weights)
-        text_check_autoencoder(model, group)
+        text_check_autoencoder(model, group["inputs"], group["outputs"])
         assert sum(p.numel() for p in model.parameters()) == config["n_params"]
         if "diffusers_state_dict" in group:
-            again = text_autoencoder(group["diffusers_state_dict"])
-            for key, value in model.state_dict().items():
-                assert torch.equal(again.state_dict()[key], value)
+            again = text_autoencoder(group["diffusers_state_dict"]).state_dict()
+            assert all(torch.equal(again[key], v) for key, v in model.state_dict().items())
 
 
-def text_check_autoencoder(model, group):
+def text_check_autoencoder(model, given, out):
     """Encode, decode and the numbers between, against a group of autoencoder_kl.pt."""
-    given = group["inputs"]
-    out = group["outputs"]
     moments = model.encoder(given["image"])
     mean, logvar = split_moments(moments)
-    text_close(moments, out["moments"])
-    text_close(mean, out["mean"])
-    text_close(logvar, out["logvar"])
-    sample = mean + (0.5 * logvar).exp() * given["noise"]
-    text_close(sample, out["sample"])
-    text_close(SCALE * sample, out["latent_scaled"])
-    text_close(model.encoder(given["image_lowvar"]), out["moments_lowvar"])
-
-    text_close(text_decoded(model, given["z"]), out["decoded"])
-    text_close(text_decoded(model, given["z"] / SCALE), out["decoded_scaled"])
-    text_close(text_decoded(model, given["z_lowvar"]), out["decoded_lowvar"])
-    text_close(text_decoded(model, mean), out["reconstruction_of_mean"])
-    pixels = ((text_decoded(model, given["z"]) + 1) / 2).clamp(0, 1).mul(255).to(torch.uint8)
+    sample = model.encode(given["image"], given["noise"])
+    decoded = text_decoded(model, given["z"])
+    agree(out, moments=moments, mean=mean, logvar=logvar, sample=sample,
+          latent_scaled=SCALE * sample, moments_lowvar=model.encoder(given["image_lowvar"]),
+          decoded=decoded, decoded_scaled=text_decoded(model, given["z"] / SCALE),
+          decoded_lowvar=text_decoded(model, given["z_lowvar"]),
+          reconstruction_of_mean=text_decoded(model, mean))
+    pixels = ((decoded + 1) / 2).clamp(0, 1).mul(255).to(torch.uint8)
     assert (pixels.int() - out["uint8_of_decoded"].int()).abs().max() <= 1
 
 
 def test_text_golden_vae_of_diffusers_as_a_file():
-    path = GOLDEN / "text/vae_diffusers_tiny.safetensors"
-    if not path.is_file():
-        pytest.skip(f"no reference numbers at {path}")
-    parts = split_weights(read_weights(path))
+    parts = split_weights(read_weights(golden_file("text/vae_diffusers_tiny.safetensors")))
     assert not parts.unet and not parts.text and not parts.unknown
     cfg = autoencoder_config(parts.autoencoder)
-    model = text_loaded(lambda: FieldAutoencoder(cfg), parts.autoencoder)
-    text_check_autoencoder(model, golden("text/autoencoder_kl.pt")["tiny"])
+    model = loaded(lambda: FieldAutoencoder(cfg), parts.autoencoder)
+    tiny = golden("text/autoencoder_kl.pt")["tiny"]
+    text_check_autoencoder(model, tiny["inputs"], tiny["outputs"])
 
-
-# ---- the UNet and guidance ----
 
 def test_text_golden_spatial_transformer():
-    for name, group in golden("text/spatial_transformer.pt").items():
+    for group in golden("text/spatial_transformer.pt").values():
         config = group["config"]
-        model = text_loaded(lambda: SpatialTransformer(
+        model = loaded(lambda: SpatialTransformer(
             config["in_channels"], config["n_heads"], config["d_head"], config["context_dim"] or 0,
             config["depth"], config["groups"]), group["state_dict"])
-        assert list(model.state_dict()) == list(group["state_dict"])
-
         given = group["inputs"]
         out = group["outputs"]
         context = given.get("context")
-        text_close(model(given["x"], context), out["y"])
-        text_close(model(given["x_lowvar"], context), out["y_lowvar"])
+        agree(out, y=model(given["x"], context), y_lowvar=model(given["x_lowvar"], context))
         if context is not None:
-            text_close(model(given["x"], context[:, :1]), out["y_context_first_token_only"])
+            agree(out, y_context_first_token_only=model(given["x"], context[:, :1]))
 
         block = model.transformer_blocks[0]
         tokens = model.proj_in(model.norm(given["x"])).flatten(2).transpose(1, 2)
-        text_close(tokens, out["tokens_in"])
         h = block.norm1(tokens)
-        tokens = tokens + block.attn1(h, h)
-        text_close(tokens, out["after_self"])
-        h = block.norm2(tokens)
-        tokens = tokens + block.attn2(h, h if context is None else context)
-        text_close(tokens, out["after_cross"])
-        text_close(tokens + block.ff["net"](block.norm3(tokens)), out["after_ff"])
-        text_close(block(given["tokens_lowvar"], context), out["block_lowvar"])
-        text_close(block.ff["net"][0](given["geglu_in"]), out["geglu"])
+        after_self = tokens + block.attn1(h, h)
+        h = block.norm2(after_self)
+        after_cross = after_self + block.attn2(h, h if context is None else context)
+        agree(out, tokens_in=tokens, after_self=after_self, after_cross=after_cross,
+              after_ff=after_cross + block.ff["net"](block.norm3(after_cross)),
+              block_lowvar=block(given["tokens_lowvar"], context),
+              geglu=block.ff["net"][0](given["geglu_in"]))
 
 
 def test_text_golden_unet():
-    data = golden("text/unet_text.pt")
-    cfg = text_published_unet(data["config"])
-    assert unet_config(data["state_dict"], data["config"]["num_heads"]) == cfg
-    unet = text_loaded(lambda: UNet(cfg), data["state_dict"])
-    assert sum(p.numel() for p in unet.parameters()) == data["config"]["n_params"]
-    given = data["inputs"]
-    out = data["outputs"]
-    t = given["t"]
-    text_close(unet(given["x"], t, None, given["context"]), out["eps"])
-    text_close(unet(given["x"], t, None, given["context_77"]), out["eps_77_tokens"])
-    text_close(unet(given["x_lowvar"], t, None, given["context"]), out["eps_lowvar"])
-    text_close(unet(given["x"], given["t_float"], None, given["context"]), out["eps_float_t"])
-
-    width = data["config"]["num_head_channels_variant"]
-    other = text_loaded(lambda: UNet(replace(cfg, num_head_channels=width)), data["state_dict"])
-    text_close(other(given["x"], t, None, given["context"]), out["eps_num_head_channels"])
+    config, weights, given, out = reference("text/unet_text.pt")
+    cfg = text_published_unet(config)
+    assert unet_config(weights, config["num_heads"]) == cfg
+    assert count(UNet, cfg) == config["n_params"]
+    unet = loaded(lambda: UNet(cfg), weights)
+    width = config["num_head_channels_variant"]
+    other = loaded(lambda: UNet(replace(cfg, num_head_channels=width)), weights)
+    x, t, context = given["x"], given["t"], given["context"]
+    agree(out, eps=unet(x, t, None, context),
+          eps_77_tokens=unet(x, t, None, given["context_77"]),
+          eps_lowvar=unet(given["x_lowvar"], t, None, context),
+          eps_float_t=unet(x, given["t_float"], None, context),
+          eps_num_head_channels=other(x, t, None, context))
 
 
 def test_text_golden_schedule_and_ddim_grids():
-    data = golden("text/ddim_cfg.pt")
-    config = data["config"]
+    config, _, given, out = reference("text/ddim_cfg.pt")
     cfg = DiffusionConfig(config["steps"], config["linear_start"], config["linear_end"],
                           sqrt_beta=True, ddim_start=1)
     diffusion = GaussianDiffusion(cfg)
-    assert torch.allclose(diffusion.betas, data["outputs"]["betas"], rtol=1e-12, atol=0)
-    assert torch.allclose(diffusion.alpha_bar, data["outputs"]["alpha_bar"], rtol=1e-12, atol=0)
-    for steps, grid in data["outputs"]["grids"].items():
+    alpha_bar = diffusion.alpha_bar
+    assert torch.allclose(diffusion.betas, out["betas"], rtol=1e-12, atol=0)
+    assert torch.allclose(alpha_bar, out["alpha_bar"], rtol=1e-12, atol=0)
+    for steps, grid in out["grids"].items():                         # the file's are from float32
         timesteps = diffusion.ddim_timesteps(int(steps))
         assert timesteps == grid["timesteps"].tolist()
         before = [0, *timesteps[:-1]]
-        alpha_bar = diffusion.alpha_bar                              # the file's are from float32
         assert torch.allclose(alpha_bar[timesteps], grid["alpha_bar"], rtol=1e-6)
         assert torch.allclose(alpha_bar[before], grid["alpha_bar_prev"], rtol=1e-6)
         sigmas = [diffusion.ddim_sigma(t, t_prev, 1.0) for t, t_prev in zip(timesteps, before)]
         assert sigmas == pytest.approx(grid["sigma_eta1"].tolist(), rel=1e-4)
 
     timesteps = diffusion.ddim_timesteps(config["img2img_grid"])
-    x_0 = data["inputs"]["img2img_x0"]
+    x_0 = given["img2img_x0"]
     t = torch.full((len(x_0),), timesteps[config["img2img_index"]])
-    noised = diffusion.q_sample(x_0, t, data["inputs"]["img2img_noise"])
-    text_close(noised, data["outputs"]["img2img_noised"])
+    agree(out, img2img_noised=diffusion.q_sample(x_0, t, given["img2img_noise"]))
 
 
 def test_text_golden_guidance():
-    data = golden("text/ddim_cfg.pt")
-    known = data["outputs"]["known_numbers"]
+    _, _, given, out = reference("text/ddim_cfg.pt")
+    known = out["known_numbers"]
 
     def guide(eps_u, eps_c, scale):
         """A model whose eps is eps_c where the context is 1, and eps_u where it is 0."""
@@ -3821,90 +3566,57 @@ def test_text_golden_guidance():
     for scale, expected in ((known["scale"], known["guided"]), (7.5, known["scale_7.5"])):
         pair = guide(known["eps_uncond"][None], known["eps_cond"][None], scale)
         assert torch.equal(pair[0], expected)
-    for scale, expected in data["outputs"]["guided"].items():
-        ours = guide(data["inputs"]["eps_uncond"], data["inputs"]["eps_cond"], float(scale))
-        text_close(ours, expected)
+    for scale, expected in out["guided"].items():
+        close(guide(given["eps_uncond"], given["eps_cond"], float(scale)), expected)
 
 
 def test_text_golden_guided_ddim_of_a_toy_network():
-    data = golden("text/ddim_cfg.pt")
-    given = data["inputs"]
+    _, _, given, out = reference("text/ddim_cfg.pt")
     noises = given["toy_noises"]
 
     def network(x, t, y, context):
         strength = torch.tanh(context.mean(dim=(1, 2)))[:, None, None, None]
         return 0.6 * x + 0.3 * strength * torch.cos(t.float() / 100)[:, None, None, None]
 
-    for name, expected in data["outputs"]["toy"].items():
+    for name, expected in out["toy"].items():
         scale, eta = (float(number) for number in re.findall(r"[\d.]+", name))
         model = guided(network, scale, given["toy_context"], given["toy_context_uncond"])
         walk = GaussianDiffusion(SD_V1).ddim_loop(model, given["toy_x_T"], len(noises), eta,
                                                   lambda i: noises[i])
         for i, (x, x_0) in enumerate(walk):
-            text_close(x, expected["x"][i])
-            text_close(x_0, expected["pred_x0"][i])
+            close(x, expected["x"][i])
+            close(x_0, expected["pred_x0"][i])
 
 
 def text_random_unet(**options):
     """A small UNet that depends on all its inputs."""
-    cfg = UNetConfig(in_channels=4, out_channels=4, model_channels=32, channel_mult=(1, 2),
-                     num_res_blocks=1, attention_ds=(1, 2), num_head_channels=16, **options)
-    weights = text_formula_weights(UNet(cfg))
-    return text_loaded(lambda: UNet(cfg), weights)
+    return loaded(lambda: UNet(replace(LDM_TINY, in_channels=4, out_channels=4, **options)))
 
 
-def text_walks(model, x_T, y=None):
-    """The last x_t of every sampler."""
-    diffusion = GaussianDiffusion(SD_V1)
-    ddim = diffusion.ddim_sample(model, x_T, 4, 1.0, lambda i: torch.full_like(x_T, 0.1 * i), y)
-    dpm = [x for x, _ in diffusion.dpm_loop(model, x_T, 4, y)][-1]
-    return ddim, dpm
-
-
-@pytest.mark.parametrize("scale", [1.0, 0.0])
-def test_text_guidance_of_one_and_zero_are_the_two_models_bit_for_bit(scale):
-    torch.manual_seed(0)
-    x_T = torch.randn(2, 4, 8, 8)
-    context = torch.randn(2, 5, 24)
-    null = torch.randn(1, 5, 24)
-    unet = text_random_unet(context_dim=24)
-    alone = functools.partial(unet, context=context if scale else null.expand(2, 5, 24))
-    guide = guided(unet, scale, context, null)
-    for ours, plain in zip(text_walks(guide, x_T), text_walks(alone, x_T)):
-        assert torch.equal(ours, plain)
-
-    unet = text_random_unet(num_classes=3, null_class=True)
-    y = torch.tensor([2, 0])
-    guide = guided(unet, scale, null_class=3)
-    classes = y if scale else torch.tensor([3, 3])
-    for ours, plain in zip(text_walks(guide, x_T, y), text_walks(unet, x_T, classes)):
-        assert torch.equal(ours, plain)
-
-
-def test_text_guidance_by_class_text_or_both_runs_one_batch():
-    torch.manual_seed(0)
-    x = torch.randn(2, 4, 8, 8)
+@pytest.mark.parametrize("options", [{"context_dim": 24}, {"num_classes": 3, "null_class": True},
+                                     {"context_dim": 24, "num_classes": 3, "null_class": True}])
+def test_text_guidance_by_class_text_or_both_runs_one_batch(options):
+    """And by scale 1 or 0 it is one of the two models, bit for bit, at the cost of one."""
+    x = randn(2, 4, 8, 8)
     t = torch.tensor([5, 900])
-    y = torch.tensor([2, 0])
-    none = torch.tensor([3, 3])
-    context = torch.randn(2, 5, 24)
-    null = torch.randn(2, 5, 24)
+    y, context, null = torch.tensor([2, 0]), randn(2, 5, 24), randn(1, 5, 24, seed=1)
+    y = y if "num_classes" in options else None
+    context = context if "context_dim" in options else None
     calls = []
-    by_class = {"num_classes": 3, "null_class": True}
-    by_text = {"context_dim": 24}
-    for options, classes, tokens in ((by_text, None, context), (by_class, y, None),
-                                     (by_text | by_class, y, context)):
-        unet = text_random_unet(**options)
-        unet.register_forward_hook(lambda module, inputs, out: calls.append(len(out)))
-        eps_c = unet(x, t, classes, tokens)
-        eps_u = unet(x, t, None if classes is None else none, None if tokens is None else null)
-        calls.clear()
-        places = {} if tokens is None else {"context": tokens, "null_context": null}
-        places |= {} if classes is None else {"null_class": 3}
-        eps = guided(unet, 3.0, **places)(x, t, classes)
-        assert calls == [4]
-        text_close(eps, eps_u + 3 * (eps_c - eps_u), 3e-5)
-        assert (eps_c - eps_u).abs().max() > 0.1 * eps_u.std()
+    unet = text_random_unet(**options)
+    unet.register_forward_hook(lambda module, inputs, out: calls.append(len(out)))
+    eps_c = unet(x, t, y, context)
+    eps_u = unet(x, t, None if y is None else torch.tensor([3, 3]),
+                 None if context is None else null.expand(2, 5, 24))
+    assert (eps_c - eps_u).abs().max() > 0.1 * eps_u.std()
+
+    places = {} if context is None else {"context": context, "null_context": null}
+    places |= {} if y is None else {"null_class": 3}
+    calls.clear()
+    close(guided(unet, 3.0, **places)(x, t, y), eps_u + 3 * (eps_c - eps_u), 3e-5)
+    assert torch.equal(guided(unet, 1.0, **places)(x, t, y), eps_c)
+    assert torch.equal(guided(unet, 0.0, **places)(x, t, y), eps_u)
+    assert calls == [4, 2, 2]
 
 
 def test_text_guidance_and_conditions_that_do_not_fit():
@@ -3923,20 +3635,6 @@ def test_text_guidance_and_conditions_that_do_not_fit():
         text_random_unet()(x, t, None, context)
     with pytest.raises(ValueError, match="null_class is one class more"):
         UNetConfig(null_class=True)
-    with pytest.raises(ValueError, match="ddim_start is 2"):
-        DiffusionConfig(ddim_start=2)
-
-
-def test_text_unet_is_its_skip_at_the_start_and_takes_gradients_into_the_context():
-    cfg = UNetConfig(in_channels=4, out_channels=4, model_channels=32, channel_mult=(1, 2),
-                     num_res_blocks=1, attention_ds=(1, 2), num_head_channels=16, context_dim=24)
-    x = torch.randn(1, 4, 8, 8)
-    context = torch.randn(1, 3, 24, requires_grad=True)
-    assert UNet(cfg)(x, torch.zeros(1), None, context).abs().max() == 0
-    transformer = SpatialTransformer(32, 2, 16, 24)
-    assert torch.equal(transformer(torch.ones(1, 32, 4, 4), context), torch.ones(1, 32, 4, 4))
-    text_random_unet(context_dim=24)(x, torch.zeros(1), None, context).sum().backward()
-    assert context.grad.abs().min() > 0
 
 
 # ---- whole models ----
@@ -3959,21 +3657,13 @@ def text_tiny(monkeypatch, tmp_path):
 
 
 def text_tiny_file(name):
-    path = GOLDEN / "text" / name
-    if not path.is_file():
-        pytest.skip(f"no reference numbers at {path}")
-    return path
+    return golden_file(f"text/{name}")
 
 
-TEXT_FILES = ["sd_ckpt_tiny.pt", "sd_ckpt_tiny.safetensors"]
-
-
-@pytest.mark.parametrize("name", TEXT_FILES)
+@pytest.mark.parametrize("name", ["sd_ckpt_tiny.pt", "sd_ckpt_tiny.safetensors"])
 def test_text_golden_stable_diffusion_from_prompt_to_picture(text_tiny, name):
     data, merges = text_tiny
-    config = data["config"]
-    given = data["inputs"]
-    out = data["outputs"]
+    config, given, out = data["config"], data["inputs"], data["outputs"]
     model = models.load(text_tiny_file(name), merges=str(merges))
     assert model.weights == ("published EMA" if name.endswith(".pt") else "published weights")
     assert model.unet.cfg == text_published_unet(config["unet"])
@@ -3984,48 +3674,35 @@ def test_text_golden_stable_diffusion_from_prompt_to_picture(text_tiny, name):
     assert torch.equal(model.tokenizer(given["negative_prompts"]), given["ids_negative"])
     context = model.text(ids)
     null = model.text(given["ids_negative"])
-    text_close(context, out["context"])
-    text_close(null, out["context_negative"])
-    text_close(model.unet(given["x"], given["t"], None, context), out["eps_ema"])
-    text_close(model.unet(given["x"], given["t"], None, null), out["eps_ema_negative"])
-
-    moments = model.autoencoder.encoder(given["image"])
-    text_close(moments, out["moments"])
-    z = model.autoencoder.encode(given["image"], given["noise"])
-    text_close(model.scale(z), out["latent_scaled"])
+    latent = model.scale(model.autoencoder.encode(given["image"], given["noise"]))
+    agree(out, context=context, context_negative=null, latent_scaled=latent,
+          eps_ema=model.unet(given["x"], given["t"], None, context),
+          eps_ema_negative=model.unet(given["x"], given["t"], None, null),
+          moments=model.autoencoder.encoder(given["image"]))
 
     steps = config["ddim_steps"]
+    x_T = given["x_T"]
     assert model.diffusion.ddim_timesteps(steps)[::-1] == out["ddim_timesteps"]
     guide = model.guide(range(2), 0, given["prompts"], given["negative_prompts"][0],
                         config["guidance_scale"])
-    walk = model.diffusion.ddim_loop(guide, given["x_T"], steps, config["eta"])
-    for i, (z, z_0) in enumerate(walk):
-        text_close(z, out["ddim_x"][i])
-        text_close(z_0, out["ddim_pred_x0"][i])
-    text_close(z, out["z"])
-
+    for i, (z, z_0) in enumerate(model.diffusion.ddim_loop(guide, x_T, steps, config["eta"])):
+        close(z, out["ddim_x"][i])
+        close(z_0, out["ddim_pred_x0"][i])
     picture = model.decode(model.scale.inverse(z)).draw(tuple(out["image"].shape[2:]))
-    text_close(picture, out["image"])
     pixels = torch.from_numpy(to_uint8(picture)).movedim(-1, 1).int()
     assert (pixels - out["image_uint8"].int()).abs().max() <= 1
 
     plain = model.guide(range(2), 0, given["prompts"], "", 1.0)
-    text_close(model.diffusion.ddim_sample(plain, given["x_T"], steps, 0.0), out["z_scale_1"])
     noises = given["noises_eta1"]
-    noisy = model.diffusion.ddim_sample(guide, given["x_T"], steps, 1.0, noises.__getitem__)
-    text_close(noisy, out["z_eta1"])
+    agree(out, z=z, image=picture, z_scale_1=model.diffusion.ddim_sample(plain, x_T, steps, 0.0),
+          z_eta1=model.diffusion.ddim_sample(guide, x_T, steps, 1.0, noises.__getitem__))
 
-
-def test_text_golden_stable_diffusion_raw_weights(text_tiny):
-    data, merges = text_tiny
-    given = data["inputs"]
-    out = data["outputs"]
-    model = models.load(text_tiny_file("sd_ckpt_tiny.pt"), raw=True, merges=str(merges))
-    assert model.weights == "published weights"
-    text_close(model.unet(given["x"], given["t"], None, model.text(given["ids"])), out["eps_raw"])
-    guide = model.guide(range(2), 0, given["prompts"], "", data["config"]["guidance_scale"])
-    z = model.diffusion.ddim_sample(guide, given["x_T"], data["config"]["ddim_steps"], 0.0)
-    text_close(z, out["z_raw_weights"])
+    if name.endswith(".pt"):                                 # which also has the trained weights
+        model = models.load(text_tiny_file(name), raw=True, merges=str(merges))
+        assert model.weights == "published weights"
+        guide = model.guide(range(2), 0, given["prompts"], "", config["guidance_scale"])
+        agree(out, eps_raw=model.unet(given["x"], given["t"], None, context),
+              z_raw_weights=model.diffusion.ddim_sample(guide, x_T, steps, 0.0))
 
 
 # ---- the command line ----
@@ -4035,22 +3712,18 @@ def text_png(path):
         return np.asarray(image), json.loads(image.info["parameters"])
 
 
-@pytest.mark.parametrize("name", TEXT_FILES)
-def test_text_golden_a_prompt_is_drawn_by_the_command_line(text_tiny, tmp_path, monkeypatch, name):
+def test_text_golden_a_prompt_is_drawn_by_the_command_line(text_tiny, tmp_path, monkeypatch):
     """From the golden x_T, with the numbers' guidance and steps: the golden pictures."""
     data, merges = text_tiny
     given = data["inputs"]
     config = data["config"]
     monkeypatch.setattr(models, "torch_noise", lambda shape, seed, kind, i: given["x_T"][i])
     (tmp_path / "prompts.txt").write_text("\n".join(given["prompts"]) + "\n\n", "utf-8")
-    ckpt = shutil.copy(text_tiny_file(name), tmp_path)
-    if name.endswith(".pt"):                                         # as the published files end
-        ckpt = Path(ckpt).rename(tmp_path / "tiny.ckpt")
-    side = given["x_T"].shape[-1]
-    args = ["--ckpt", str(ckpt), "--merges", str(merges), "--latent-size", str(side),
-            "--steps", str(config["ddim_steps"]), "--guidance", str(config["guidance_scale"])]
-    assert sample.main([*args, "--prompts", str(tmp_path / "prompts.txt"),
-                        "--out", str(tmp_path / "out")]) == 0
+    ckpt = shutil.copy(text_tiny_file("sd_ckpt_tiny.pt"), tmp_path / "tiny.ckpt")
+    args = ["--ckpt", str(ckpt), "--merges", str(merges), "--out", str(tmp_path / "out"),
+            "--latent-size", str(given["x_T"].shape[-1]), "--steps", str(config["ddim_steps"]),
+            "--guidance", str(config["guidance_scale"])]
+    assert sample.main([*args, "--prompts", str(tmp_path / "prompts.txt")]) == 0
     want = data["outputs"]["image_uint8"].movedim(1, -1).numpy().astype(int)
     res = f"{want.shape[1]}x{want.shape[2]}"
     assert len(list(tmp_path.glob("out/*"))) == len(given["prompts"])
@@ -4059,11 +3732,10 @@ def test_text_golden_a_prompt_is_drawn_by_the_command_line(text_tiny, tmp_path, 
         assert np.abs(pixels - want[i]).max() <= 1
         assert info["prompt"] == prompt and info["negative"] == "" and info["eta"] == 0
         assert info["guidance"] == config["guidance_scale"]
-    # Nothing more is drawn where all is there; image 2 has prompt 0 again.
+
     both = [word for prompt in given["prompts"] for word in ("--prompt", prompt)]
-    assert sample.main([*args, *both, "--out", str(tmp_path / "out")]) == 0
     monkeypatch.setattr(models, "torch_noise", lambda shape, seed, kind, i: given["x_T"][i - 2])
-    assert sample.main([*args, *both, "--start", "2", "--out", str(tmp_path / "out")]) == 0
+    assert sample.main([*args, *both, "--start", "2"]) == 0          # image 2 has prompt 0 again
     again, info = text_png(tmp_path / f"out/seed0-000002-{res}.png")
     assert np.abs(again - want[0]).max() <= 1 and info["prompt"] == given["prompts"][0]
 
@@ -4071,17 +3743,16 @@ def test_text_golden_a_prompt_is_drawn_by_the_command_line(text_tiny, tmp_path, 
 def test_text_defaults_and_negative_prompt_reach_the_picture(text_tiny, tmp_path, capsys):
     _, merges = text_tiny
     args = ["--ckpt", str(text_tiny_file("sd_ckpt_tiny.safetensors")), "--merges", str(merges),
-            "--latent-size", "8", "--prompt", "\u5c71 " * 80, "--out"]
-    assert sample.main([*args, str(tmp_path / "a"), "--steps", "2"]) == 0
+            "--latent-size", "4", "--steps", "2", "--prompt", "\u5c71 " * 80, "--out"]
+    assert sample.main([*args, str(tmp_path / "a")]) == 0
     warned, = capsys.readouterr().err.splitlines()
     assert warned.startswith('warning: prompt "\u5c71 ') and "it is cut at" in warned
-    plain, info = text_png(tmp_path / "a/seed0-000000-64x64.png")
+    plain, info = text_png(tmp_path / "a/seed0-000000-32x32.png")
     assert (info["guidance"], info["eta"], info["sampler"]) == (7.5, 0.0, "ddim")
     assert info["prompt"] == "\u5c71 " * 80
-    assert sample.main([*args, str(tmp_path / "b"), "--steps", "2", "--negative", "fog"]) == 0
-    other, info = text_png(tmp_path / "b/seed0-000000-64x64.png")
+    assert sample.main([*args, str(tmp_path / "b"), "--negative", "fog"]) == 0
+    other, info = text_png(tmp_path / "b/seed0-000000-32x32.png")
     assert info["negative"] == "fog" and (other != plain).any()
-    assert sample.main([*args, str(tmp_path / "c"), "--sampler", "dpm++", "--steps", "2"]) == 0
     model = models.load(args[1], merges=str(merges))
     assert (model.steps_of("ddim"), model.steps_of("dpm++"), model.size) == (50, 20, 512)
     wide = model.decode(torch.zeros(1, 4, 2, 3)).draw((32, 48))      # twice its size: each pixel
@@ -4103,11 +3774,9 @@ def test_text_options_that_do_not_fit_are_named(text_tiny, tmp_path, capsys):
     (tmp_path / "blank.txt").write_text("\n \n")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
     infd = ["--out", tmp_path / "out"]
-    cm = [*infd, "--model", "cm"]
     with_merges = [*tiny, "--merges", merges]
     drawn = [*with_merges, "--prompt", "a lake"]
     for args, said in (
-            (with_merges, "give one that is not empty"),
             ([*with_merges, "--prompt", " "], "give one that is not empty"),
             ([*drawn, "--label", 1], "a label: this model has no classes"),
             ([*drawn, "--guidance", "nan"], "guidance is nan"),
@@ -4116,18 +3785,17 @@ def test_text_options_that_do_not_fit_are_named(text_tiny, tmp_path, capsys):
             ([*tiny, "--prompts", tmp_path / "bytes.txt"], "is no text (UTF-8)"),
             ([*tiny, "--prompts", tmp_path / "none.txt"], "none.txt: No such file"),
             ([*tiny, "--prompt", "a"], f"{MERGES_FILE} (1,356,917 bytes, sha256 924691ac"),
-            ([*tiny, "--prompt", "a", "--merges", tmp_path / "blank.txt"], "is not CLIP's"),
             ([*infd, "--ckpt", ROOT / "weights/infd.pt", "--prompt", "a"],
              "a prompt: this model does not read text"),
             ([*infd, "--negative", "a"], "--negative means nothing to a model of the kind INFD"),
             ([*infd, "--guidance", 2], "never learned to draw without its condition"),
-            ([*cm, "--prompt", "a", "--guidance", 2], "--prompt, --guidance means nothing")):
+            ([*infd, "--model", "cm", "--prompt", "a", "--guidance", 2],
+             "--prompt, --guidance means nothing")):
         assert said in text_error(capsys, *args), args
     assert not list(tmp_path.glob("out/*"))
 
 
 def test_text_guidance_of_classes_where_the_checkpoint_dropped_them():
-    torch.manual_seed(0)
     ae = FieldAutoencoder(AutoencoderConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1, z_channels=4,
                                             kl=True, renderer="pixels"))
     unet = text_random_unet(num_classes=3, null_class=True)
@@ -4143,22 +3811,21 @@ def test_text_guidance_of_classes_where_the_checkpoint_dropped_them():
 def test_text_other_files_are_refused_by_the_command_line(text_tiny, tmp_path, capsys):
     _, merges = text_tiny
     weights = read_safetensors(text_tiny_file("sd_ckpt_tiny.safetensors"))
-    path = tmp_path / "model.safetensors"
+    path = tmp_path / "model.ckpt"
     call = ["--ckpt", path, "--prompt", "a", "--merges", merges]
     first = "model.diffusion_model.input_blocks.0.0.weight"
     for more, said in (({first: torch.zeros(32, 9, 3, 3)}, "this is an inpainting model"),
-                       ({"lora_up.weight": torch.zeros(1)}, "this is a LoRA"),
                        ({first: torch.full((32, 4, 3, 3), math.nan)}, "is not finite")):
-        path.write_bytes(text_safetensors(weights | more))
+        torch.save({"state_dict": weights | more}, path)
         line = text_error(capsys, *call)
         assert said in line and str(path) in line
     for prefix, said in (("cond_stage_model.", "no text encoder"),
                          ("first_stage_model.", "no autoencoder"), ("model.", "is an autoencoder"),
                          ("model.diffusion_model.out.", "out.2")):
         some = {name: value for name, value in weights.items() if not name.startswith(prefix)}
-        path.write_bytes(text_safetensors(some))
+        torch.save({"state_dict": some}, path)
         assert said in text_error(capsys, *call)
-    path.write_bytes(text_safetensors(weights | {"stray": torch.zeros(1)}))
+    torch.save({"state_dict": weights | {"stray": torch.zeros(1)}}, path)
     models.load(path, merges=str(merges))
     assert "left out 1 tensors that no part of a model takes: stray" in capsys.readouterr().err
     line = text_error(capsys, "--ckpt", path, "--export", tmp_path / "small.pt")
@@ -4184,7 +3851,7 @@ TEXT_LDM = (UNetConfig(model_channels=32, channel_mult=(1, 2), num_res_blocks=1,
 def text_ldm_file(path):
     """A file of LDM, by VQ and without text; returns its UNet's weights by our names."""
     cfg, ae_cfg = TEXT_LDM
-    ours = text_formula_weights(UNet(cfg))
+    ours = loaded(lambda: UNet(cfg)).state_dict()
     unet = {}
     for name, value in ours.items():
         if ".qkv." in name:
@@ -4193,10 +3860,10 @@ def text_ldm_file(path):
         attention = ".qkv." in name or ".proj_out." in name
         unet["model.diffusion_model." + name] = value[..., 0] if attention and value.dim() == 4 \
             else value
-    autoencoder = text_published_names(text_formula_weights(FieldAutoencoder(ae_cfg)))
+    autoencoder = text_published_names(loaded(lambda: FieldAutoencoder(ae_cfg)).state_dict())
     autoencoder = {"first_stage_model." + name: value for name, value in autoencoder.items()}
-    torch.save({"state_dict": unet | autoencoder | {"betas": GaussianDiffusion(
-        DiffusionConfig(sqrt_beta=True)).betas.float()}}, path)
+    betas = GaussianDiffusion(DiffusionConfig(sqrt_beta=True)).betas.float()
+    torch.save({"state_dict": unet | autoencoder | {"betas": betas}}, path)
     return ours
 
 
@@ -4217,24 +3884,19 @@ def test_text_a_model_of_ldm_without_text_is_drawn(tmp_path):
 
 # ---- full size ----
 
-def text_full(make, seed, names):
+def text_full(make, seed, names=str):
     """A module of full size with formula weights; `names` maps its names to the published ones."""
     with torch.device("meta"):
-        module = make()
-    weights = {k: text_formula(names(k), v.shape, seed) for k, v in module.state_dict().items()}
-    module.load_state_dict(weights, assign=True)
-    return module.eval().requires_grad_(False)
+        ours = make().state_dict()
+    weights = formula({names(key): value for key, value in ours.items()}, seed)
+    return loaded(make, {key: weights[names(key)] for key in ours})
 
 
 @slow
 def test_text_golden_full_size_text_encoder_and_autoencoder():
-    data = golden("text/full_text_probe.pt")
-    seed = data["config"]["seed"]
-    given = data["inputs"]
-    out = data["outputs"]
-    text = text_full(lambda: TextTransformer(TextConfig()), seed, str)
+    config, _, given, out = reference("text/full_text_probe.pt")
+    text = text_full(lambda: TextTransformer(TextConfig()), config["seed"])
     context = text(given["ids"])
-    text_close(context[0, [0, 1, 5, 19, 20, 76]], out["last_hidden_state_rows_0_1_5_19_20_76"])
     mean_std = torch.stack([context.mean(), context.std()])
     assert torch.allclose(mean_std, out["last_hidden_state_mean_std"], atol=1e-4)
 
@@ -4243,23 +3905,21 @@ def test_text_golden_full_size_text_encoder_and_autoencoder():
         name = name.replace("decoder.post_quant_conv", "post_quant_conv")
         return name.replace("renderer.", "decoder.")
 
-    autoencoder = text_full(lambda: FieldAutoencoder(TEXT_AE), seed, theirs)
-    text_close(autoencoder.encoder(given["image"]), out["moments"])
-    text_close(text_decoded(autoencoder, given["z"]), out["decoded"])
+    autoencoder = text_full(lambda: FieldAutoencoder(TEXT_AE), config["seed"], theirs)
+    agree(out, moments=autoencoder.encoder(given["image"]),
+          decoded=text_decoded(autoencoder, given["z"]),
+          last_hidden_state_rows_0_1_5_19_20_76=context[0, [0, 1, 5, 19, 20, 76]])
 
 
 @slow
 def test_text_golden_full_size_unet():
     """3.4 GB of weights."""
-    data = golden("text/full_text_probe.pt")
-    given = data["inputs"]
-    keys = golden("text/sd_v1_keys.json")["unet"]["keys"]
-    cfg = unet_config(split_weights(text_meta(keys)).unet)
-    unet = text_full(lambda: UNet(cfg), data["config"]["seed"], str)
+    config, _, given, out = reference("text/full_text_probe.pt")
+    unet = text_full(lambda: UNet(TEXT_UNET), config["seed"])
     generator = torch.Generator().manual_seed(given["unet_context_seed"])
     context = torch.randn(given["unet_context_shape"], generator=generator)
     assert torch.equal(context.flatten()[:8], given["unet_context_first_values"])
-    text_close(unet(given["unet_x"], given["unet_t"], None, context), data["outputs"]["eps"])
+    agree(out, eps=unet(given["unet_x"], given["unet_t"], None, context))
 
 
 # ==================================================================================================
@@ -7474,7 +7134,7 @@ CONVERT = ["steps=2", "batch=2", "size=16", "patch=16", "max_size=32", "ae.hidde
 
 def main_published(path, cfg):
     """An autoencoder of LDM with random weights, written as a published file."""
-    theirs = text_loaded(lambda: FieldAutoencoder(cfg), text_formula_weights(FieldAutoencoder(cfg)))
+    theirs = loaded(lambda: FieldAutoencoder(cfg))
     path.write_bytes(text_safetensors(text_published_names(theirs.state_dict())))
     return theirs
 
@@ -7523,8 +7183,8 @@ def test_text_golden_conversion_of_a_file_of_diffusers():
                          if k.startswith("renderer.")})
     with torch.no_grad():
         phi = stage.net.decode(group["inputs"]["z"])
-        text_close(end.conv_out(F.silu(end.norm_out(phi))), group["outputs"]["decoded"])
-        text_close(stage.net.encoder(group["inputs"]["image"]), group["outputs"]["moments"])
+        close(end.conv_out(F.silu(end.norm_out(phi))), group["outputs"]["decoded"])
+        close(stage.net.encoder(group["inputs"]["image"]), group["outputs"]["moments"])
 
 
 def test_conversion_refuses_what_does_not_fit(tmp_path, capsys):
@@ -7651,9 +7311,9 @@ def test_text_golden_stable_diffusion_goes_on_learning_from_captions(text_tiny, 
     assert main_stage("ldm", tmp_path / "ldm", *args) == 0
     same, new = models.load(tmp_path / "same"), models.load(tmp_path / "ldm")
     context = same.text(same.tokenizer(given["prompts"]))
-    text_close(context, out["context"])
-    text_close(same.unet(given["x"], given["t"], None, context), out["eps_ema"])
-    text_close(same.scale(same.autoencoder.encode(given["image"], given["noise"])),
+    close(context, out["context"])
+    close(same.unet(given["x"], given["t"], None, context), out["eps_ema"])
+    close(same.scale(same.autoencoder.encode(given["image"], given["noise"])),
                out["latent_scaled"])
     assert main_same(new.text.state_dict(), same.text.state_dict())
     assert not torch.equal(new.unet.out[2].weight, same.unet.out[2].weight)
