@@ -41,8 +41,8 @@ from pictures import contact_sheet
 from runs import (Meter, cli, convert, flatten, option_types, parse_options, pick_device,
                   read_log, set_tf32, unflatten, write_checkpoint)
 from sample import bundled
-from stages import Stage, drawn_at, ema_update
-from train import STAGES, configure, train
+from stages import drawn_at
+from train import STAGES, configure, step, train
 
 # The function generator learns as the bundled one did (weights/README.md): to reconstruct, to
 # denoise (r = 0), and, distilled from that denoiser, to do it in one step. It cannot draw the white
@@ -297,14 +297,6 @@ def bench_samples(files: Sequence[str], n: int, device: torch.device) -> Rows:
                 yield f"{name} {size}px", cost(call, 1, n, device)
 
 
-def iterate(made: Stage, batch: dict, k: int) -> Tensor:
-    """One iteration of training as `train.fit` has it; returns the loss."""
-    logs = made.step(batch, k)
-    if made.ema is not None:
-        ema_update(made.ema, made.net, made.cfg.ema)
-    return logs["loss"]
-
-
 def bench(what: str, preset: str, data_name: str, texts: Sequence[str], n: int,
           device: torch.device) -> Rows:
     """What a step of a stage costs (ae: with its GAN); of stage cm by generator=func,dit.
@@ -321,11 +313,11 @@ def bench(what: str, preset: str, data_name: str, texts: Sequence[str], n: int,
         made = STAGES[what](configure(what, preset, data_name, own), device)
         k = getattr(cfg, "gan_start", 0)
         stream = made.batches(k)
-        row = cost(functools.partial(iterate, made, next(stream), k), cfg.batch, n, device)
+        row = cost(functools.partial(step, made, next(stream), k), cfg.batch, n, device)
         meter = Meter()
         for _ in range(n):
-            loss = iterate(made, meter.wait_for(stream), k)
-        float(loss)                                          # waits for the device
+            logs = step(made, meter.wait_for(stream), k)
+        float(logs["loss"])                                  # waits for the device
         row["data_wait"] = meter.waited / (time.perf_counter() - meter.since)
         row["parameters"] = sum(p.numel() for p in made.net.parameters())
         if what == "cm":
@@ -377,7 +369,7 @@ def bench_curves(preset: str, data_name: str, texts: Sequence[str], n: int, out:
                 set_tf32(cfg.tf32, device)
                 made = STAGES[what](cfg, device)
                 batches = itertools.islice(made.batches(0), n)
-                losses = [iterate(made, batch, k) for k, batch in enumerate(batches)]
+                losses = [step(made, batch, k)["loss"] for k, batch in enumerate(batches)]
                 row[way] = [round(float(loss), 6) for loss in losses]
             here, exact = row.values()
             parts = zip(np.array_split(here, min(n, 10)), np.array_split(exact, min(n, 10)))

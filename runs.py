@@ -100,12 +100,8 @@ def all_mean(tensors: list[Tensor]) -> list[Tensor]:
     flat = torch.cat([t.detach().flatten() for t in tensors])
     dist.all_reduce(flat)
     parts = (flat / world).split([t.numel() for t in tensors])
-    return [laid_out_like(t, part.view_as(t)) for part, t in zip(parts, tensors)]
-
-
-def laid_out_like(like: Tensor, value: Tensor) -> Tensor:
-    """Give `value` the memory layout of `like`: fused optimisers take it for granted, unchecked."""
-    return value if value.stride() == like.stride() else torch.empty_like(like).copy_(value)
+    # In the layout of each: fused optimisers take that for granted, unchecked.
+    return [torch.empty_like(t).copy_(part.view_as(t)) for part, t in zip(parts, tensors)]
 
 
 def together(flag: int) -> int:
@@ -242,6 +238,12 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
     ends = [k for k in known if k.rpartition(".")[2] == name.rpartition(".")[2]]
     like = [*ends, *difflib.get_close_matches(name, known)]
     return f"; did you mean {', '.join(dict.fromkeys(like))}?" if like else ""
+
+
+def choose(name: str, value: str, *known: str) -> None:
+    """Raise ValueError where the value of an option is none of those known."""
+    if value not in known:
+        raise ValueError(f"{name}={value}: choose {', '.join(known[:-1])} or {known[-1]}")
 
 
 def check_names(what: str, names: typing.Iterable[str], known: dict[str, type]) -> None:
@@ -462,7 +464,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)      # L
 
 
 class RunFolder:
-    """Holds the folder of one run: its lock, log and checkpoints. `with RunFolder(...)` owns it.
+    """The folder of one run: its lock, log and checkpoints. `with RunFolder(...).owned()` holds it.
 
     Every rank makes one; rank 0 alone writes. free: names of options that may change in a continued
     run; data: what is trained on, {"pictures": n, "digest": hex}. The first SIGTERM or SIGINT makes
@@ -470,31 +472,24 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, stage: str, cfg, free: frozenset[str] = frozenset(),
-                 data: dict | None = None, keep_every: int = 0):
+                 data: dict | None = None):
         self.path = path
         self.stage = stage
         self.cfg = cfg
         self.free = free
         self.data = data
-        self.keep_every = keep_every
-        self.meter = Meter()
         self.signalled = 0
-        self.held = contextlib.ExitStack()
 
-    def __enter__(self) -> RunFolder:
-        with contextlib.ExitStack() as stack:
-            self.path.mkdir(parents=True, exist_ok=True)
-            if ranks()[0] == 0:
-                stack.enter_context(locked(self.path))
-                for part in self.path.glob("*.part"):        # of a run that was killed in writing
-                    part.unlink()
-            stack.enter_context(on_signals(self._note))
-            self.held = stack.pop_all()
-        barrier()                                            # rank 0 holds it before any reads
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.held.close()
+    @contextlib.contextmanager
+    def owned(self) -> Iterator[RunFolder]:
+        """Make the folder, hold it, and note signals, within the block."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        first = ranks()[0] == 0
+        with locked(self.path) if first else contextlib.nullcontext(), on_signals(self._note):
+            for part in self.path.glob("*.part") if first else ():
+                part.unlink()                                # of a run that was killed in writing
+            barrier()                                        # rank 0 holds it before any reads
+            yield self
 
     def _note(self, number: int, frame: object) -> None:
         if self.signalled:
@@ -510,7 +505,7 @@ class RunFolder:
     def resume(self, state: dict) -> int:
         """Restore the newest checkpoint; returns the step to go on from, 0 without one.
 
-        state: name -> module, optimiser, or list of optimisers. Raises ValueError where the folder
+        state: name -> module or list of optimisers. Raises ValueError where the folder
         holds a run of another stage, options or data.
         """
         step = 0
@@ -555,7 +550,7 @@ class RunFolder:
                 file.write(json.dumps(line) + "\n")
 
     def save(self, step: int, state: dict, extra: dict, last: bool) -> None:
-        """Write step-<number>.pt (rank 0); the last two stay, and those that keep_every divides.
+        """Write step-<number>.pt (rank 0); the last two stay, and those that cfg.keep_every divides.
 
         extra: plain values beside the state. A failure is a warning, NotSaved if it was the `last`
         chance. NotFinite where weights are no longer numbers: the older checkpoints are good.
@@ -577,8 +572,9 @@ class RunFolder:
             warnings.warn(f"{line}; training goes on and tries again at the next save; older "
                           f"checkpoints are untouched")
             return
+        every = self.cfg.keep_every
         for old in checkpoints(self.path)[2:]:
-            if not self.keep_every or int(old.stem.split("-")[1]) % self.keep_every:
+            if not every or int(old.stem.split("-")[1]) % every:
                 old.unlink()
 
 
@@ -603,29 +599,27 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def stored(part: nn.Module | torch.optim.Optimizer | list):
-    """Give the state of a module, an optimiser, or a list of optimisers, for a checkpoint."""
-    return [one.state_dict() for one in part] if isinstance(part, list) else part.state_dict()
+def stored(part: nn.Module | list[torch.optim.Optimizer]):
+    """Give the state of a module, or of a list of optimisers, for a checkpoint."""
+    return [opt.state_dict() for opt in part] if isinstance(part, list) else part.state_dict()
 
 
-def restore(part: nn.Module | torch.optim.Optimizer | list, content, what: str) -> None:
+def restore(part: nn.Module | list[torch.optim.Optimizer], content, what: str) -> None:
     """Load what `stored` gave; ValueError where weights do not fit."""
-    if isinstance(part, list):
-        for one, own in zip(part, content, strict=True):
-            restore(one, own, what)
-    elif isinstance(part, nn.Module):
+    if isinstance(part, nn.Module):
         load_weights(part, content, what)
-    else:
-        part.load_state_dict(content)
-        lay_out_state(part)
+        return
+    for opt, own in zip(part, content, strict=True):
+        opt.load_state_dict(own)
+        lay_out_state(opt)
 
 
 def lay_out_state(opt: torch.optim.Optimizer) -> None:
     """Lay out what an optimiser keeps of each weight as that weight is, and as gradients are."""
     for p, kept in opt.state.items():
         for name, value in kept.items():
-            if isinstance(value, Tensor) and value.shape == p.shape:
-                kept[name] = laid_out_like(p, value)
+            if value.shape == p.shape:
+                kept[name] = torch.empty_like(p).copy_(value)
 
 
 def all_finite(state: dict) -> bool:
@@ -676,8 +670,7 @@ def autocast_for(dtype: str, device: torch.device) -> Callable:
 
     bf16 needs no loss scaling; fp16 is not offered, since it overflows.
     """
-    if dtype not in ("auto", "bf16", "fp32"):
-        raise ValueError(f"option dtype={dtype}: choose auto, bf16 or fp32")
+    choose("dtype", dtype, "auto", "bf16", "fp32")
     auto = device.type == "cuda" and torch.cuda.is_bf16_supported()
     if dtype == "bf16" or (dtype == "auto" and auto):
         return functools.partial(torch.autocast, device.type, torch.bfloat16)
@@ -693,8 +686,7 @@ def set_tf32(on: bool, device: torch.device) -> None:
 
 def wants_compile(option: str, device: torch.device) -> bool:
     """Say whether to compile. auto: on a CUDA GPU under Linux. graphs: with CUDA graphs, too."""
-    if option not in ("auto", "on", "off", "graphs"):
-        raise ValueError(f"compile={option}: choose auto, on, off or graphs")
+    choose("compile", option, "auto", "on", "off", "graphs")
     auto = device.type == "cuda" and sys.platform == "linux"
     return option in ("on", "graphs") or (option == "auto" and auto)
 
@@ -705,8 +697,7 @@ def wants_channels_last(option: str, device: torch.device, compiles: bool) -> bo
     There they are 1.2 to 2 times faster, but PyTorch's own GroupNorm is 1.8 times slower, so that
     without the compiler, which writes the norms, it loses (docs/results.md).
     """
-    if option not in ("auto", "true", "false"):
-        raise ValueError(f"channels_last={option}: choose auto, true or false")
+    choose("channels_last", option, "auto", "true", "false")
     return option == "true" or (option == "auto" and compiles and device.type == "cuda")
 
 

@@ -1,7 +1,6 @@
 """What the four stages of training share: options, gradients, optimisers, held-out scores.
 
-stages_infd.py has ae and ldm, stages_func.py has pretrain and cm. train.py calls a stage's `step`:
-forward and loss (`objective`), `backward`, `descend`.
+stages_infd.py has ae and ldm, stages_func.py has pretrain and cm. `train.step` is what they are for.
 """
 from __future__ import annotations
 
@@ -26,8 +25,9 @@ from inr_generator import AdaLNBlock, Block
 from ldm import SelfAttention, TimeResBlock
 from metrics import psnr
 from pictures import contact_sheet
-from runs import (all_mean, autocast_for, compiled, lay_out_state, newest_checkpoint, print_once,
-                  ranks, read_checkpoint, torch_noise, wants_channels_last, wants_compile)
+from runs import (all_mean, autocast_for, choose, compiled, lay_out_state, newest_checkpoint,
+                  print_once, ranks, read_checkpoint, torch_noise, wants_channels_last,
+                  wants_compile)
 
 
 @dataclass(frozen=True)
@@ -79,16 +79,16 @@ def optimisers(net: nn.Module, cfg: Run, kind: Callable = ADAMW, muon: float = 0
     return opts
 
 
-def backward(batch: dict, accum: int, objective: Callable) -> dict[str, Tensor]:
-    """Add up gradients over `accum` parts of a batch; objective(part) -> (loss, what to log)."""
-    logs: dict = {}
+def micro_batches(batch: dict[str, Tensor], accum: int) -> Iterator[dict[str, Tensor]]:
+    """Cut a batch into `accum` parts, over which gradients add up."""
     for i in range(accum):
-        part = {name: value.chunk(accum)[i] for name, value in batch.items()}
-        loss, terms = objective(part)
-        (loss / accum).backward()
-        for name, value in terms.items():            # stays on the device
-            logs[name] = logs.get(name, 0) + value.detach() / accum
-    return logs
+        yield {name: value.chunk(accum)[i] for name, value in batch.items()}
+
+
+def add_up(logs: dict[str, Tensor], terms: dict[str, Tensor], accum: int) -> None:
+    """Add what one of `accum` parts has to log to the mean over all; stays on the device."""
+    for name, value in terms.items():
+        logs[name] = logs.get(name, 0) + value.detach() / accum
 
 
 def descend(opts: list[torch.optim.Optimizer], wanted: Tensor | bool = True) -> Tensor:
@@ -117,28 +117,17 @@ def ema_update(ema: nn.Module, model: nn.Module, rate: float) -> None:
             mine.copy_(theirs)
 
 
-def lay_out(nets: Sequence[nn.Module], opts: Sequence[torch.optim.Optimizer],
-            memory_format: torch.memory_format = torch.contiguous_format) -> None:
-    """Lay out networks in memory, and what optimisers keep of their weights."""
-    for net in nets:
-        net.to(memory_format=memory_format)
-    for opt in opts:
-        lay_out_state(opt)
-
-
-def speed_up(cfg: Run, nets: list[nn.Module], calls: list[tuple], compiles: bool,
-             otherwise: Callable | None = None) -> None:
-    """Apply checkpoint to networks, and compile calls (object, method name) of theirs."""
-    for block in itertools.chain(*(net.modules() for net in nets)):
-        if cfg.checkpoint and isinstance(block, BLOCKS):
+def keep_only_inputs(net: nn.Module) -> None:
+    """Let the blocks of a network compute twice what the backward pass needs: option checkpoint."""
+    for block in net.modules():
+        if isinstance(block, BLOCKS):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-    for owner, name in calls if compiles else ():
-        quick = compiled(getattr(owner, name), cfg.compile, otherwise=otherwise)
-        setattr(owner, name, quick)
 
 
 class Stage:
     """What `fit` trains. A stage has build, batches, objective, validate and preview of its own.
+
+    objective(part of a batch, k) -> (loss, what to log). See `train.step`.
 
     source, held_out: pictures, as `data.as_source` takes them; by default what option `data` names.
     loss: the caller's own, in place of what a stage says: two (B, 3, h, w) -> (), in stage cm (B,).
@@ -170,17 +159,28 @@ class Stage:
                              "the gradients of the part before")
         self.net = net
         self.state = {"model": net, "opt": self.opts, **parts}
-        nets = [part for part in self.state.values() if isinstance(part, nn.Module)]
+        self.frozen = frozen
         compiles = wants_compile(cfg.compile, self.device)
         if wants_channels_last(cfg.channels_last, self.device, compiles):
-            lay_out([*nets, *frozen], [], torch.channels_last)
+            self.lay_out(torch.channels_last)
         self.ema = copy.deepcopy(net).requires_grad_(False).eval() if cfg.ema else None
         self.shown = net if self.ema is None else self.ema
+        for part in self.state.values():
+            if cfg.checkpoint and isinstance(part, nn.Module):
+                keep_only_inputs(part)
         if self.ema is not None:
             self.state["ema"] = self.ema
-        opts = itertools.chain(*(part for part in self.state.values() if isinstance(part, list)))
-        plain = functools.partial(lay_out, [*nets, *frozen, self.shown], list(opts))
-        speed_up(cfg, nets, calls, compiles, plain if cfg.channels_last == "auto" else None)
+        otherwise = self.lay_out if cfg.channels_last == "auto" else None
+        for owner, name in calls if compiles else ():
+            setattr(owner, name, compiled(getattr(owner, name), cfg.compile, otherwise=otherwise))
+
+    def lay_out(self, memory_format: torch.memory_format = torch.contiguous_format) -> None:
+        """Lay out the networks in memory, and what optimisers keep of their weights."""
+        for part in (*self.frozen, *self.state.values()):
+            if isinstance(part, nn.Module):
+                part.to(memory_format=memory_format)
+        for opt in itertools.chain(*(v for v in self.state.values() if isinstance(v, list))):
+            lay_out_state(opt)
 
     @classmethod
     def implied(cls, given: dict) -> dict[str, object]:
@@ -193,19 +193,20 @@ class Stage:
     def scores(self) -> dict:
         return {}
 
-    def step(self, batch: dict, k: int) -> dict[str, Tensor]:
-        """One iteration; returns what to log, and "taken": whether the weights moved."""
-        logs = backward(batch, self.cfg.accum, functools.partial(self.objective, k=k))
-        return logs | {"taken": descend(self.opts)}
+    def prepare(self, k: int) -> None:
+        """What comes before the forward pass of step k."""
+
+    def follow(self, batch: dict, k: int, taken: Tensor) -> dict[str, Tensor]:
+        """What comes after the optimiser's step k; returns what else to log."""
+        return {}
 
     def tell_classes(self) -> int:
         """Note the classes that the network is told: those of the data, unless labels=false."""
         known = list(self.source.classes)
-        labels = self.cfg.labels
-        if labels not in ("auto", "true", "false") or labels == "true" and not known:
-            raise ValueError(f"labels={labels}: choose auto, true or false; {self.cfg.data} has "
-                             f"{len(known) or 'no'} classes")
-        self.extra["classes"] = [] if labels == "false" else known
+        choose("labels", self.cfg.labels, "auto", "true", "false")
+        if self.cfg.labels == "true" and not known:
+            raise ValueError(f"labels=true: {self.cfg.data} has no classes")
+        self.extra["classes"] = [] if self.cfg.labels == "false" else known
         return len(self.extra["classes"])
 
     def loaded(self, start: int, make_item: Callable | None = None, source: Source | None = None,
@@ -279,10 +280,11 @@ class Reconstruction(Stage):
                 rgb = to_tensor(to_uint8(drawn.draw(res)[0]))[None].to(self.device)
                 bicubic = F.interpolate(base.to(truth), (res, res), mode="bicubic").clamp(-1, 1)
                 row["n"] += 1
-                for name, ours in itertools.product(judges, ("render", "bicubic")):
-                    score = judges[name](rgb if ours == "render" else bicubic, truth).item()
-                    mean = row.get(f"{name}_{ours}", 0.0)
-                    row[f"{name}_{ours}"] = mean + (score - mean) / row["n"]
+                for name, judge in judges.items():
+                    for kind, made in (("render", rgb), ("bicubic", bicubic)):
+                        mean = row.get(f"{name}_{kind}", 0.0)
+                        score = judge(made, truth).item()
+                        row[f"{name}_{kind}"] = mean + (score - mean) / row["n"]
         return scores
 
     def validate(self) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from inr_generator import (FunctionGenerator, GeneratorConfig, ImageFunction, Tr
 from ldm import UNetConfig
 from metrics import lpips_network
 from models import GENERATORS, OneStep, build_generator, load
-from runs import load_weights, rng, unflatten
+from runs import choose, load_weights, rng, unflatten
 from stages import Reconstruction, Run, Stage, ema_update, optimisers, starting_point
 
 
@@ -71,6 +71,11 @@ class PretrainStage(Reconstruction):
     def batches(self, start: int) -> Iterator[dict]:
         return self.loaded(start, coord_noise=(self.cfg.size, self.cfg.size, 2))
 
+    def prepare(self, k: int) -> None:
+        drop = 0.1 if self.cfg.lr_drop and k >= 0.8 * self.cfg.steps else 1
+        for opt, rate in zip(self.opts, (self.cfg.lr, self.cfg.muon)):
+            opt.param_groups[0]["lr"] = rate * drop
+
     def objective(self, part: dict, k: int) -> tuple[Tensor, dict]:
         """The squared error of M: the encoder is skipped, and sigma is 0."""
         x = part["image"]                                        # (B, 3, S, S)
@@ -79,12 +84,6 @@ class PretrainStage(Reconstruction):
             rgb = self.func.redraw(x / ConsistencyConfig.sigma_data, coord)      # (B, 3, S, S)
         loss = self.loss(rgb, x)                                 # Eq. (10)
         return loss, {"loss": loss}
-
-    def step(self, batch: dict, k: int) -> dict[str, Tensor]:
-        drop = 0.1 if self.cfg.lr_drop and k >= 0.8 * self.cfg.steps else 1
-        for opt, rate in zip(self.opts, (self.cfg.lr, self.cfg.muon)):
-            opt.param_groups[0]["lr"] = rate * drop
-        return super().step(batch, k)
 
     def reconstruct(self, image: Tensor) -> ImageFunction:
         return self.drawer.reconstruct(image / ConsistencyConfig.sigma_data)
@@ -208,13 +207,12 @@ class CMStage(Stage):
         loss = (self.schedule.weight(t, r) * d).mean()           # Eq. (5)
         return loss, {"loss": loss, "difference": d.mean()}
 
-    def step(self, batch: dict, k: int) -> dict[str, Tensor]:
-        """One iteration; then the teacher: theta^- <- mu theta^- + (1 - mu) theta."""
-        logs = super().step(batch, k)
+    def follow(self, batch: dict, k: int, taken: Tensor) -> dict[str, Tensor]:
+        """The teacher: theta^- <- mu theta^- + (1 - mu) theta. To log: the place in the schedule."""
         if self.target is not self.f:
             ema_update(self.target, self.f, self.schedule.mu(k, self.cfg.K))
         place = self.schedule.log(k, self.cfg.K).items()
-        return logs | {name: torch.tensor(value) for name, value in place}
+        return {name: torch.tensor(value) for name, value in place}
 
     def validate(self) -> dict[str, Tensor]:
         """Denoising distance of the student (Section 4.1, Appendix B)."""
@@ -234,10 +232,9 @@ class CMStage(Stage):
 
 def cm_config(cfg: CMRun, classes: int) -> CMRun:
     """Fill in what follows from the data and from other options; ValueError for unknown names."""
-    for name, known in (("schedule", ("ct", "ict", "ect")), ("metric", ("lpips", "l2", "huber")),
-                        ("generator", tuple(GENERATORS))):
-        if getattr(cfg, name) not in known:
-            raise ValueError(f"unknown {name} {getattr(cfg, name)}; there are: {', '.join(known)}")
+    choose("schedule", cfg.schedule, "ct", "ict", "ect")
+    choose("metric", cfg.metric, "lpips", "l2", "huber")
+    choose("generator", cfg.generator, *GENERATORS)
     part = GENERATORS[cfg.generator][2]
     own = {"K": cfg.K or cfg.steps, f"{part}.num_classes": classes}
     if part != "unet":

@@ -27,8 +27,8 @@ from metrics import lpips_network
 from models import GUIDANCE, INFD, LatentScale, load, published_autoencoder, same_encoder
 from published import WEIGHT_FILES
 from runs import all_mean, flatten, load_weights, print_once, ranks, rng
-from stages import (Reconstruction, Run, Stage, backward, descend, drawn_at, optimisers,
-                    starting_point)
+from stages import (Reconstruction, Run, Stage, add_up, descend, drawn_at, micro_batches,
+                    optimisers, starting_point)
 from text import TextConfig, TextTransformer, WordTokenizer, clip_tokenizer
 
 
@@ -121,8 +121,14 @@ class AEStage(Reconstruction):
                                 part.get("latent_noise"))
         return rgb.float(), reg
 
-    def objective(self, part: dict, gan: bool) -> tuple[Tensor, dict]:
-        """L1 + LPIPS, VQ or KL, and the adversarial loss at its adaptive weight."""
+    def with_gan(self, k: int) -> bool:
+        return self.cfg.gan_weight > 0 and k >= self.cfg.gan_start
+
+    def prepare(self, k: int) -> None:
+        self.statistics = [b.clone() for b in self.disc.buffers()]
+
+    def objective(self, part: dict, k: int) -> tuple[Tensor, dict]:
+        """L1 + LPIPS, VQ or KL, and the adversarial loss at its adaptive weight (J.2)."""
         cfg = self.cfg
         rgb, reg = self.draw(part)                               # (B, 3, P, P), ()
         logs = {"reg": reg}
@@ -132,8 +138,9 @@ class AEStage(Reconstruction):
                 logs[name] = distance(rgb, part["patch"]).float().mean()         # ()
             nll = nll + weight * logs[name]
         loss = nll + cfg.reg_weight * reg
-        if not gan:
+        if not self.with_gan(k):
             return loss, logs | {"loss": loss}
+        self.disc.requires_grad_(False)
         with self.autocast():
             g = -self.disc(rgb).float().mean()
         nll = first_order(nll, rgb)
@@ -153,19 +160,18 @@ class AEStage(Reconstruction):
         loss = hinge_loss(real, fake)
         return loss, {"disc": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
 
-    def step(self, batch: dict, k: int) -> dict[str, Tensor]:
-        """One iteration (J.2): E, D and R; then the discriminator, if both gradients are finite."""
-        cfg = self.cfg
-        gan = cfg.gan_weight > 0 and k >= cfg.gan_start
-        statistics = [b.clone() for b in self.disc.buffers()]
-        self.disc.requires_grad_(False)
-        logs = backward(batch, cfg.accum, functools.partial(self.objective, gan=gan))
-        taken = descend(self.opts)
+    def follow(self, batch: dict, k: int, taken: Tensor) -> dict[str, Tensor]:
+        """The discriminator's turn (J.2); without finite gradients of both it stays as it was."""
+        if not self.with_gan(k):
+            return {}
+        logs: dict = {}
         self.disc.requires_grad_(True)
-        if gan:
-            logs |= backward(batch, cfg.accum, self.adversary)
-            taken = descend(self.opts_d, taken)
-        for b, old in zip(self.disc.buffers(), statistics):
+        for part in micro_batches(batch, self.cfg.accum):
+            loss, terms = self.adversary(part)
+            (loss / self.cfg.accum).backward()
+            add_up(logs, terms, self.cfg.accum)
+        taken = descend(self.opts_d, taken)
+        for b, old in zip(self.disc.buffers(), self.statistics):
             b.copy_(torch.where(taken, b, old))
         return logs | {"taken": taken}
 

@@ -23,20 +23,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import data
 from commandline import Parser
 from data import Source
-from runs import (RunFolder, Stopped, barrier, cli, flatten, nearest, option_types, parse_options,
+from runs import (Meter, RunFolder, Stopped, barrier, cli, flatten, option_types, parse_options,
                   pick_device, print_once, process_group, ranks, rng, set_tf32, unflatten,
                   wants_compile)
-from stages import Run, Stage, descend, ema_update
+from stages import Run, Stage, add_up, descend, ema_update, micro_batches
 from stages_func import CMRun, CMStage, PretrainRun, PretrainStage
 from stages_infd import AERun, AEStage, LDMRun, LDMStage
 from stages_onestep import LatentCMStage
 
 __all__ = ["AERun", "AEStage", "CMRun", "CMStage", "LDMRun", "LDMStage", "PretrainRun",
-           "PretrainStage", "configure", "descend", "fit", "main", "train"]
+           "PretrainStage", "configure", "fit", "main", "step", "train"]
 
 # A run may be continued with these changed; its data is compared by content.
 FREE = frozenset({"data", "init", "steps", "accum", "workers", "dtype", "tf32", "compile",
@@ -49,6 +50,23 @@ STAGES = {stage.name: stage for stage in (AEStage, LDMStage, PretrainStage, CMSt
 
 # ---- the loop ----
 
+def step(stage: Stage, batch: dict, k: int) -> dict[str, Tensor]:
+    """Take step k of training; returns what to log, and "taken": whether the weights moved."""
+    cfg = stage.cfg
+    logs: dict = {}
+    stage.prepare(k)
+    for part in micro_batches(batch, cfg.accum):
+        loss, terms = stage.objective(part, k)                   # forward, loss
+        (loss / cfg.accum).backward()                            # backward
+        add_up(logs, terms, cfg.accum)
+    logs["taken"] = descend(stage.opts)                          # optimiser
+    logs |= stage.follow(batch, k, logs["taken"])                # ae: discriminator; cm: teacher
+    if stage.ema is not None:                                    # moving average
+        warm = (1 + k) / (10 + k) if cfg.ema_warmup else 1
+        ema_update(stage.ema, stage.net, min(cfg.ema, warm))
+    return logs
+
+
 def fit(stage: Stage, out: Path) -> None:
     """Train from where the newest checkpoint in `out` stands to cfg.steps; log, draw and save.
 
@@ -56,21 +74,18 @@ def fit(stage: Stage, out: Path) -> None:
     """
     cfg = stage.cfg
     trained_on = data.fingerprint(stage.source)
-    with RunFolder(out, stage.name, cfg, FREE, trained_on, cfg.keep_every) as folder:
+    with RunFolder(out, stage.name, cfg, FREE, trained_on).owned() as folder:
         start = folder.resume(stage.state)
         if start == 0:
             stage.begin()
             stage.shown.load_state_dict(stage.net.state_dict())
         stream = stage.batches(start)
-        meter = folder.meter
+        meter = Meter()
 
         for k in range(start, cfg.steps):
             batch = meter.wait_for(stream)
             torch.manual_seed(int(rng(cfg.seed, "dropout", k, ranks()[0]).integers(2**62)))
-            logs = stage.step(batch, k)              # forward, loss, backward, optimiser
-            if stage.ema is not None:
-                warm = (1 + k) / (10 + k) if cfg.ema_warmup else 1
-                ema_update(stage.ema, stage.net, min(cfg.ema, warm))
+            logs = step(stage, batch, k)
 
             done = k + 1
             last = done == cfg.steps
@@ -315,9 +330,6 @@ def introduce(stage: Stage, out: Path) -> None:
 
 # ---- command line ----
 
-MOVED = ("demo", "compare", "bench")
-
-
 def parser() -> Parser:
     """Describe the command line."""
     p = Parser(description="Train. The same command again continues the run.", add_help=False,
@@ -339,20 +351,6 @@ def parser() -> Parser:
     return p
 
 
-def refuse_unknown(args: argparse.Namespace, unknown: list[str]) -> None:
-    """Raise ValueError for a flag or stage that there is not, with what to write instead."""
-    flag = unknown[0] if unknown else f"--stage {args.stage}"
-    name, _, value = flag.removeprefix("--stage ").lstrip("-").replace("-", "_").partition("=")
-    if name in MOVED:
-        raise ValueError(f"{flag} has moved: python experiments.py {name}")
-    known = option_types(options_of(args.stage))
-    loose = [text for text in (*args.options, *unknown[1:]) if "=" not in text]
-    if unknown and name in known:
-        raise ValueError(f"there is no flag {flag}; write {name}={value or [*loose, 'VALUE'][0]}")
-    if unknown:
-        raise ValueError(f"there is no flag {flag}{nearest(name, known)}")
-
-
 def check_data(name: str) -> int:
     """Decode everything there is and list what cannot be used; returns the exit code."""
     bad = []
@@ -369,11 +367,10 @@ def check_data(name: str) -> int:
 
 def run(argv: list[str]) -> int:
     """Do what the command line says; returns the exit code."""
-    args, unknown = parser().parse_known_intermixed_args(argv)
+    args = parser().read(argv, "options of a stage have no dashes, as steps=100: --help STAGE lists them")
     if args.help is not None:
         print(option_help(args.help) if args.help else parser().format_help())
         return 0
-    refuse_unknown(args, unknown)
     if args.check_data:
         return check_data(args.data)
     cfg = configure(args.stage, args.preset, args.data, args.options)
