@@ -261,10 +261,6 @@ class LDMStage(Stage):
         digest = hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in encoder)).hexdigest()
         n = base.latent_shape[0]
         self.started = Path(cfg.start).suffix in WEIGHT_FILES        # from a published file
-        if self.started and cfg.unet.in_channels != n:
-            raise ValueError(f"the UNet in {cfg.start} takes latents of {cfg.unet.in_channels} "
-                             f"channels, the autoencoder in {cfg.init} makes {n}; give "
-                             f"init={cfg.start}, or a run of stage ae that began with that")
         self.cfg = cfg = replace(self.learn_words(), encoder=digest[:16])
         classes = self.tell_classes()
         unet = replace(cfg.unet, in_channels=n, out_channels=n, num_classes=classes,

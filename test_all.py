@@ -52,6 +52,8 @@ import torch.distributed.run
 import torch.nn.functional as F
 from PIL import Image, ImageSequence, PngImagePlugin
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import clif
 import data
@@ -6184,11 +6186,6 @@ def test_sample_without_a_checkpoint_draws_with_the_bundled_weights(tmp_path, mo
 
 
 # ==================================================================================================
-# Training: train.py
-# ==================================================================================================
-
-
-# ==================================================================================================
 # Training: the loop, the stages, options and presets
 # ==================================================================================================
 
@@ -6271,6 +6268,12 @@ def main_log(run):
 def main_made(name, *options, **own):
     """A stage of preset tiny, ready to step."""
     return train.STAGES[name](train.configure(name, "tiny", "synthetic", options), CPU, **own)
+
+
+def main_saved(out, stage):
+    """A checkpoint of a stage that has not learned yet."""
+    out.mkdir()
+    runs.RunFolder(out, stage.name, stage.cfg).save(1, stage.state, stage.extra, last=True)
 
 
 def main_randn(*shape, seed=0):
@@ -6389,44 +6392,47 @@ def test_golden_stage2_step(tmp_path):
 
 def test_a_stopped_run_is_saved_and_continues(tmp_path):
     """A batch system signals all its processes; options come before and after flags."""
-    if not Path("/proc/self/stat").exists():
+    if not Path("/proc/thread-self/children").exists():
         pytest.skip("finds the loader processes in /proc")
     args = [*TINY_AE, "--stage", "ae", "--preset", "tiny", "workers=1", "--out",
             str(tmp_path / "run"), "save_every=100000"]
-    child = subprocess.Popen([sys.executable, train.__file__, *args, "steps=100000"],
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    child = fault_child([*args, "steps=100000"])
     log = tmp_path / "run" / "log.jsonl"
-    while child.poll() is None and not (log.exists() and log.read_text()):
+    while child.is_alive() and not (log.exists() and log.read_text()):
         time.sleep(0.05)
-    stats = Path("/proc").glob("[0-9]*/stat")
-    family = []
-    for name, rest in (p.read_text().rsplit(")", 1) for p in stats):
-        if int(rest.split()[1]) == child.pid:
-            family.append(int(name.split()[0]))
-    assert family
-    for pid in [*family, child.pid]:
+    children = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+    assert children
+    for pid in [*map(int, children), child.pid]:
         os.kill(pid, signal.SIGTERM)
-    assert child.wait(timeout=60) == 143, child.stdout.read()
+    child.join(60)
+    assert child.exitcode == 143
     step = runs.newest_checkpoint(tmp_path / "run")[1]["step"]
     assert step >= 2
     assert main_train(*args, f"steps={step + 2}") == 0
     assert runs.newest_checkpoint(tmp_path / "run")[1]["step"] == step + 2
 
 
-def test_the_first_lines_say_what_is_learned_from_and_the_last_what_comes_next(tmp_path, capsys):
-    """Without a terminal there is a line for each line of the log."""
-    assert main_stage("ae", tmp_path / "ae", *TINY_AE, "steps=4") == 0
+def test_a_run_says_what_it_learns_from_how_long_it_takes_and_what_comes_next(tmp_path, capsys):
+    """A line for each line of the log, and one after 20 steps."""
+    args = [*TINY_AE, "log_every=22", "save_every=100"]
+    assert main_stage("ae", tmp_path / "ae", *args, "steps=24") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("stage ae: 50,000 pictures of synthetic to train on and 10,000 held "
                                "out (their score says when to stop), centre squares at 16 px and 16 "
                                "px patches of them at 16 to 32 px, 4 classes (dawn, day, dusk, ")
-    assert "parameters, 4 steps of batch 2, cpu, into" in lines[1]
+    assert "parameters, 24 steps of batch 2, cpu, into" in lines[1]
     assert lines[2] == f"starting from step 0: no checkpoint in {tmp_path / 'ae'}"
+    assert lines[3].endswith(" minutes to go, by the first 20 steps")
     steps = [line for line in lines if line.startswith("step ")]
-    assert [line.partition(":")[0] for line in steps] == ["step 2 of 4", "step 4 of 4"]
+    assert [line.partition(":")[0] for line in steps] == ["step 22 of 24", "step 24 of 24"]
     assert "minutes to go" in steps[0] and "held_out_psnr" in steps[1]
     assert lines[-1] == (f"done; next: python train.py --stage ldm --preset tiny --out "
                          f"{tmp_path / 'ldm'} size=16")
+
+    (tmp_path / "ae/step-00000024.pt").unlink()
+    assert main_stage("ae", tmp_path / "ae", *args, "steps=1") == 0
+    assert f"starting over from step 0: no checkpoint in {tmp_path}" in capsys.readouterr().out
+    assert [line["step"] for line in main_log(tmp_path / "ae")] == [1]
 
 
 @pytest.mark.parametrize("before, after", [
@@ -6448,25 +6454,16 @@ def test_the_next_command_goes_on_from_this_run(before, after):
 @pytest.mark.parametrize("names, by", [
     ([f"a/{i}.png" for i in range(8)], "about 1 in 20, by path: "),
     (["train/1.png", "train/2.png", "val/1.png"], "folder val: "),
-    (["img_align_celeba/1.png", "img_align_celeba/2.png", "list_eval_partition.txt"],
-     "as published: ")])
+    (["img_align_celeba/1.png", "img_align_celeba/2.png"], "as published: ")])
 def test_the_first_line_says_how_the_held_out_pictures_were_chosen(tmp_path, capsys, names, by):
     for name in names:
-        (tmp_path / "my set" / name).parent.mkdir(parents=True, exist_ok=True)
-        if name.endswith(".txt"):
-            (tmp_path / "my set" / name).write_text("1.png 0\n2.png 1\n")
-        else:
-            Image.new("RGB", (32, 32)).save(tmp_path / "my set" / name)
-    assert main_stage("ae", tmp_path / "run", "--data", tmp_path / "my set", *TINY_AE,
-                      "steps=1") == 0
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / name)
+    if by.startswith("as"):
+        (tmp_path / "list_eval_partition.txt").write_text("1.png 0\n2.png 1\n")
+    cfg = train.configure("ae", "tiny", str(tmp_path), TINY_AE)
+    train.introduce(stages_infd.AEStage(cfg, CPU), tmp_path)
     assert f"1 held out ({by}their score says when to stop)" in capsys.readouterr().out
-
-
-def test_after_20_steps_a_run_says_how_long_it_will_take(tmp_path, capsys):
-    options = [*TINY_AE, "log_every=1000", "save_every=1000"]
-    assert main_stage("ae", tmp_path, *options, "steps=22") == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if "to go" in line]
-    assert lines[0].endswith(" minutes to go, by the first 20 steps") and len(lines) == 2
 
 
 def test_a_run_that_waits_for_pictures_says_what_helps():
@@ -6477,14 +6474,6 @@ def test_a_run_that_waits_for_pictures_says_what_helps():
     assert slow.endswith("(60% waiting for pictures: data.py prepare, or workers)")
 
 
-def test_a_run_that_starts_over_says_so(tmp_path, capsys):
-    assert main_stage("ae", tmp_path, *TINY_AE, "steps=2") == 0
-    (tmp_path / "step-00000002.pt").unlink()
-    assert main_stage("ae", tmp_path, *TINY_AE, "steps=2") == 0
-    assert f"starting over from step 0: no checkpoint in {tmp_path}" in capsys.readouterr().out
-    assert [line["step"] for line in main_log(tmp_path)] == [2]
-
-
 def test_a_longer_cm_run_explains_K_and_continues_with_it(stage_runs, tmp_path, capsys):
     shutil.copytree(stage_runs / "cm", tmp_path / "cm")
     args = [*TINY_CM, f"init={stage_runs / 'pretrain'}", "steps=8"]
@@ -6493,18 +6482,6 @@ def test_a_longer_cm_run_explains_K_and_continues_with_it(stage_runs, tmp_path, 
     assert "(K: 6 -> 8)" in line and line.endswith("add K=6 to train on at those of the end")
     assert main_stage("cm", tmp_path / "cm", *args, "K=6") == 0
     assert main_log(tmp_path / "cm")[-1]["step"] == 8
-
-
-def test_a_unet_whose_autoencoder_has_learned_since_is_not_continued(main_runs, tmp_path, capsys):
-    """Its latents are others: the encoder's weights are part of what the run is."""
-    shutil.copytree(main_runs, tmp_path / "runs")
-    assert main_stage("ae", tmp_path / "runs/ae", *TINY_AE, "steps=7") == 0
-    capsys.readouterr()
-    assert main_stage("ldm", tmp_path / "runs/ldm", *TINY_LDM, "steps=6") == 2
-    line = main_error(capsys)
-    assert "holds another run (encoder: " in line and "train a new UNet (start=RUN" in line
-    args = [*TINY_LDM, f"start={tmp_path / 'runs/ldm'}", f"init={tmp_path / 'runs/ae'}"]
-    assert main_stage("ldm", tmp_path / "anew", *args) == 0
 
 
 def test_held_out_scores_stand_in_the_log_every_grid_every_steps(main_runs, stage_runs):
@@ -6679,10 +6656,6 @@ def test_channels_last_goes_with_the_compiler_on_a_gpu():
         assert runs.wants_channels_last("auto", device, compiles) is expected
         assert runs.wants_channels_last("true", device, compiles)
         assert not runs.wants_channels_last("false", device, compiles)
-    with pytest.raises(ValueError, match="channels_last=yes: choose auto, true or false"):
-        runs.wants_channels_last("yes", cpu, False)
-    with pytest.raises(ValueError, match="compile=graphs goes with accum=1"):
-        main_made("ae", *TINY_AE, "compile=graphs", "accum=2")
 
 
 def test_a_failing_compiler_is_a_warning_and_eager_steps(tmp_path, monkeypatch):
@@ -6708,8 +6681,7 @@ def test_a_failing_compiler_is_a_warning_and_eager_steps(tmp_path, monkeypatch):
         runs.compiled(nn.Linear(1, 1), "on")(torch.ones(1, 1))
 
 
-@pytest.mark.parametrize("stage, dtype", [("pretrain", "fp32"), ("pretrain", "bf16"),
-                                          ("cm", "fp32")])
+@pytest.mark.parametrize("stage, dtype", [("pretrain", "bf16"), ("cm", "fp32")])
 def test_function_generator_compiles_as_one_graph(stage, dtype, tmp_path, monkeypatch, capsys):
     """Rendering included, without graph breaks, in bf16 too; and the run is the eager run."""
     compiler, graphs = torch.compile, []
@@ -6780,15 +6752,19 @@ def test_checkpointed_blocks_have_the_same_gradients(net):
     (["--steps", "300"], "options of a stage have no dashes, as steps=100: --help STAGE lists them"),
     (["data=cats"], "data=cats: write --data cats"),
     (["--data", "no/such/folder"], "synthetic"),
-    (["dtype=fp16"], "choose auto, bf16 or fp32"),
+    (["dtype=fp16"], "dtype=fp16: choose auto, bf16 or fp32"),
     (["compile=maybe"], "choose auto, on, off or graphs"),
+    (["compile=graphs", "accum=2"], "compile=graphs goes with accum=1"),
+    (["channels_last=yes"], "choose auto, true or false"),
     (["ae.renderer=mlp"], "choose clif or liif"),
+    (["frozen_encoder=true"], "goes with init=RUN"),
     (["--stage", "gan"], "there is no stage gan; there are: ae, ldm, pretrain, cm"),
     (["--preset", "huge"], "stage ae has no preset huge; there are: paper, small, sd, tiny"),
     (["--help", "gan"], "there is no stage gan"),
+    (["--out", __file__], f"{__file__}: "),
 ])
 def test_bad_training_options(tmp_path, capsys, args, said):
-    assert main_stage("ae", tmp_path / "run", "workers=0", *args) == 2
+    assert main_stage("ae", tmp_path / "run", *TINY_AE, *args) == 2
     assert said in main_error(capsys)
     assert not list(tmp_path.glob("run/step-*"))
 
@@ -6840,20 +6816,16 @@ def test_presets_hold_known_options_that_change_something():
     assert train.configure("ae", "small", "mountains").original_from == 0
 
 
-def main_gflop(call):
-    """Billions of multiply-adds of a call, times two: matrix products and convolutions."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        call()
-    return counter.get_total_flops() / 1e9
-
-
 @pytest.mark.parametrize("size, unet, uvit, dit, function", [
     (32, 80.38, 15.08, 13.90, 35.63), (64, 300.79, 61.90, 57.53, 62.53),
     (128, 613.59, 62.01, 57.64, 62.58)])
 def test_stage_cm_flops_of_the_paper_presets(size, unet, uvit, dit, function):
     """Forward GFLOP of the published modules at batch 1, counted without computing anything."""
+    def gflop(call):                                     # 2 for each multiply-add
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            call()
+        return counter.get_total_flops() / 1e9
+
     for name, expected in (("unet", unet), ("uvit", uvit), ("dit", dit), ("func", function)):
         options = [f"size={size}", f"generator={name}"]
         cfg = stages_func.cm_config(train.configure("cm", "paper", "celeba", options), 0)
@@ -6861,12 +6833,12 @@ def test_stage_cm_flops_of_the_paper_presets(size, unet, uvit, dit, function):
             net = models.build_generator(name, functools.partial(getattr, cfg))
             x, t = torch.empty(1, 3, size, size), torch.empty(1)
             if name != "func":
-                assert main_gflop(lambda: net(x, t)) == pytest.approx(expected, rel=2e-3)
+                assert gflop(lambda: net(x, t)) == pytest.approx(expected, rel=2e-3)
                 continue
-            assert main_gflop(lambda: net.function(x, t)) == pytest.approx(function, rel=2e-3)
+            assert gflop(lambda: net.function(x, t)) == pytest.approx(function, rel=2e-3)
             made = net.function(x, t)
             for res, render in ((32, 0.541), (64, 2.163), (128, 8.653)):    # biases as products
-                counted = main_gflop(lambda: made(torch.empty(1, res, res, 2)))
+                counted = gflop(lambda: made(torch.empty(1, res, res, 2)))
                 assert counted == pytest.approx(2e-9 * res**2 * (4 * 256 * 256 + 3 * 256))
                 assert counted == pytest.approx(render, rel=5e-3)
 
@@ -6910,29 +6882,19 @@ def test_a_unet_is_not_continued_after_its_autoencoder_has_changed(main_runs, tm
     assert main_stage("ae", tmp_path / "moved", *TINY_AE, "steps=8") == 0
     capsys.readouterr()
     assert main_stage("ldm", *args, "steps=3", f"init={tmp_path / 'moved'}") == 2
-    assert re.search(r"holds another run \(encoder: \w{16} -> \w{16}\)", main_error(capsys))
-
-
-@pytest.mark.parametrize("case", ["a file", "below a file"])
-def test_an_out_that_cannot_be_a_folder_is_one_line(tmp_path, capsys, case):
-    (tmp_path / "file").write_text("")
-    out = tmp_path / "file" / ("run" if case == "below a file" else "")
-    assert main_stage("pretrain", out, *TINY_PRETRAIN) == 2
-    assert str(tmp_path / "file") in main_error(capsys)
+    line = main_error(capsys)
+    assert re.search(r"holds another run \(encoder: \w{16} -> \w{16}\)", line)
+    assert "train a new UNet (start=RUN" in line
 
 
 # ---- stage ae and stage ldm ----
 
-def test_ldm_without_an_autoencoder(tmp_path, capsys):
-    assert main_stage("ldm", tmp_path / "ldm") == 2
-    assert "run --stage ae first" in main_error(capsys)
-
-
-def test_ldm_asks_what_kind_of_model_it_is_given(main_runs, tmp_path, capsys):
-    for init, said in ((ROOT / "weights/cm.pt", "cm.pt is a model of stage cm; give one of stage"),
-                       (main_runs / "ae", "was trained at size=16; give size=16")):
-        size = "size=16" if init.name == "cm.pt" else "size=32"
-        assert main_stage("ldm", tmp_path / "ldm", *TINY_LDM, f"init={init}", size) == 2
+def test_stage_ldm_asks_for_an_autoencoder_of_its_size(main_runs, tmp_path, capsys):
+    cm = ROOT / "weights/cm.pt"
+    for options, said in (([], "run --stage ae first"),
+                          ([f"init={cm}"], "is a model of stage cm; give one of stage ae"),
+                          ([f"init={main_runs / 'ae'}", "size=32"], "trained at size=16; give")):
+        assert main_stage("ldm", tmp_path / "ldm", *TINY_LDM, *options) == 2
         assert said in main_error(capsys)
 
 
@@ -6942,9 +6904,8 @@ def test_check_data_lists_what_is_bad(tmp_path, capsys):
     (tmp_path / "3.png").write_bytes((tmp_path / "3.png").read_bytes()[:40])
     (tmp_path / "words.jpg").write_text("no picture")
     assert main_train("--data", tmp_path, "--check-data") == 2
-    bad = [line for line in capsys.readouterr().out.splitlines() if line.startswith("bad: ")]
-    assert len(bad) == 2
-    assert any("3.png" in line for line in bad) and any("words.jpg" in line for line in bad)
+    bad = sorted(re.findall(r"^bad: .*?(\w+\.\w+): ", capsys.readouterr().out, re.MULTILINE))
+    assert bad == ["3.png", "words.jpg"]
 
 
 def test_cached_latents_are_those_of_the_pictures_that_would_be_drawn(main_runs):
@@ -6963,6 +6924,8 @@ def test_cached_latents_are_those_of_the_pictures_that_would_be_drawn(main_runs)
     assert [z.shape for z in part.latents] == 5 * [part.base.latent_shape]
     with pytest.raises(ValueError, match="and that with flip=false"):
         main_made("ldm", *options, "flip=true")
+    with pytest.raises(ValueError, match="stage ldm takes no loss of your own"):
+        main_made("ldm", *options, loss=l2)
 
 
 def test_the_sheet_of_a_run_without_moving_average_is_drawn_without_gradients(tmp_path):
@@ -7096,10 +7059,10 @@ def test_the_loss_of_a_caption_is_that_of_its_context(main_runs):
 def test_captions_that_cannot_be_learnt_from_are_named(main_runs, text_run, tmp_path, capsys):
     args = [*TINY_LDM, *TINY_TEXT, f"init={main_runs / 'ae'}"]
     main_set(tmp_path / "plain", 4)
-    for wrong, said in (((*args, "labels=true"), "not classes: leave labels=true out"),
-                        ((*args, "p_uncond=2"), "p_uncond=2 is a probability"),
-                        ((*args, "--data", tmp_path / "plain"), "plain has no captions; put name")):
-        assert main_stage("ldm", tmp_path / "b", *wrong) == 2
+    for wrong, said in ((["labels=true"], "not classes: leave labels=true out"),
+                        (["p_uncond=2"], "p_uncond=2 is a probability"),
+                        (["--data", tmp_path / "plain"], "plain has no captions; put name")):
+        assert main_stage("ldm", tmp_path / "b", *args, *wrong) == 2
         assert said in main_error(capsys)
     assert not (tmp_path / "b").exists()
     deaf = replace(models.load(text_run), guidance=1.0)          # trained with p_uncond=0
@@ -7117,10 +7080,8 @@ def test_fine_tuning_with_a_frozen_encoder_keeps_z_and_learns_the_rest(main_runs
             assert torch.equal(value, old[key]), key
     for key in ("renderer.conv_out.weight", "decoder.conv_in.weight"):
         assert not torch.equal(new[key], old[key])
-    for wrong, said in ((["frozen_encoder=true"], "goes with init=RUN"),
-                        ([f"init={main_runs / 'ldm'}"], "is no run of stage ae")):
-        assert main_stage("ae", tmp_path / "b", *options, *wrong) == 2
-        assert said in main_error(capsys)
+    assert main_stage("ae", tmp_path / "b", *options, f"init={main_runs / 'ldm'}") == 2
+    assert "is no run of stage ae" in main_error(capsys)
 
 
 CONVERT = ["steps=2", "batch=2", "size=16", "patch=16", "max_size=32", "ae.hidden=32",
@@ -7187,25 +7148,22 @@ def test_conversion_refuses_what_does_not_fit(tmp_path, capsys):
     file = tmp_path / "vae.safetensors"
     main_published(file, cfg)
     weights = read_safetensors(file)
-    for name, change in (("wide", {"encoder.down.1.block.0.conv1.weight": torch.ones(10**5, 0)}),
-                         ("nan", {"decoder.conv_in.bias": torch.full((32,), math.nan)})):
-        (tmp_path / f"{name}.safetensors").write_bytes(text_safetensors(weights | change))
-    unet = {"model.diffusion_model.time_embed.0.weight": torch.zeros(1)}
-    (tmp_path / "unet.safetensors").write_bytes(text_safetensors(unet))
-    for options, said in (
-            (["ae.ch=64"], "ae.ch=64: the file that the run starts from has 32; leave ae.ch out"),
-            (["ae.ch_mult=1,1,1"], "the file that the run starts from has (1, 1)"),
-            (["ae.kl=false"], "ae.kl=False: the file"),
-            (["ae.groups=5"], "GroupNorm needs multiples of groups=5"),
-            (["size=17"], "sides must be multiples of 2"),
-            ([f"init={tmp_path}/none.safetensors"], "no file at"),
-            ([f"init={tmp_path}/none.ckpt"], "No such file"),
-            ([f"init={tmp_path}/wide.safetensors"], "does not fit"),
-            ([f"init={tmp_path}/nan.safetensors"], "decoder.conv_in.bias is not finite"),
-            ([f"init={tmp_path}/unet.safetensors"], "unet.safetensors: it has no autoencoder")):
-        assert main_stage("ae", tmp_path / "ae", *CONVERT, f"init={file}", *options) == 2
-        assert said in main_error(capsys), options
-    assert main_stage("ae", tmp_path / "ae", *CONVERT, f"init={file}", "ae.ch=32") == 0
+    files = {"wide": weights | {"encoder.down.1.block.0.conv1.weight": torch.ones(10**5, 0)},
+             "nan": weights | {"decoder.conv_in.bias": torch.full((32,), math.nan)},
+             "unet": {"model.diffusion_model.time_embed.0.weight": torch.zeros(1)}}
+    for name, content in files.items():
+        (tmp_path / f"{name}.safetensors").write_bytes(text_safetensors(content))
+    for option, said in (
+            ("ae.ch=64", "ae.ch=64: the file that the run starts from has 32; leave ae.ch out"),
+            ("ae.ch_mult=1,1,1", "the file that the run starts from has (1, 1)"),
+            ("ae.groups=5", "GroupNorm needs multiples of groups=5"),
+            ("size=17", "sides must be multiples of 2"),
+            (f"init={tmp_path}/none.safetensors", "no file at"),
+            (f"init={tmp_path}/wide.safetensors", "does not fit"),
+            (f"init={tmp_path}/nan.safetensors", "decoder.conv_in.bias is not finite"),
+            (f"init={tmp_path}/unet.safetensors", "unet.safetensors: it has no autoencoder")):
+        assert main_stage("ae", tmp_path / "ae", *CONVERT, f"init={file}", option) == 2
+        assert said in main_error(capsys), option
 
 
 def test_preset_sd_is_the_published_autoencoder_and_the_last_steps_are_at_the_original_size():
@@ -7265,21 +7223,20 @@ def test_a_unet_may_start_from_that_of_a_published_file(tmp_path, capsys):
     made = models.load(tmp_path / "ldm")
     assert made.autoencoder.cfg.renderer == "clif" and made.unet.cfg == theirs.unet.cfg
     assert not torch.equal(made.unet(x, t), theirs.unet(x, t))
-    assert main_stage("ae", tmp_path / "four", *CONVERT, "ae.z_channels=4", "ae.ch=16") == 0
-    assert main_stage("ae", tmp_path / "own", *CONVERT, "ae.ch_mult=1,1,1", "ae.ch=16") == 0
-    capsys.readouterr()
     vae = tmp_path / "vae.safetensors"
     main_published(vae, replace(TEXT_LDM[1], kl=True))
+    own = ["size=16", "ae.ch=16", "ae.num_res_blocks=1", "ae.hidden=32", "ae.num_blocks=1"]
+    for name, z_channels in (("own", 3), ("four", 4)):
+        ae = main_made("ae", *own, "ae.ch_mult=1,1,1", f"ae.z_channels={z_channels}")
+        main_saved(tmp_path / name, ae)
     for more, said in (
-            (["unet.model_channels=64"], "the file that the run starts from has 32"),
-            (["latent_norm=true"], "latent_norm=True: the file that the run starts from has False"),
-            (["labels=true"], "leave labels out"),
-            (["text=true"], "leave text out"),
-            ([f"start={vae}"], "has no UNet"),
-            ([f"init={tmp_path / 'four'}"], "takes latents of 3 channels, the autoencoder in")):
-        assert main_stage("ldm", tmp_path / "b", *args, *more) == 2
+            ("unet.model_channels=64", "the file that the run starts from has 32"),
+            ("latent_norm=true", "latent_norm=True: the file that the run starts from has False"),
+            ("text=true", "leave text out"), (f"start={vae}", "has no UNet"),
+            (f"init={tmp_path / 'four'}", "does not fit")):
+        assert main_stage("ldm", tmp_path / "b", *args, more) == 2
         assert said in main_error(capsys), more
-    assert main_stage("ldm", tmp_path / "c", *args, f"init={tmp_path / 'own'}") == 0
+    main_made("ldm", *args, f"init={tmp_path / 'own'}").begin()
     assert "own has not the encoder of" in capsys.readouterr().out
 
 
@@ -7366,40 +7323,6 @@ def test_stage_cm_levels_belong_to_the_samples_whatever_the_micro_batches(levels
     assert not torch.equal(t, stage.levels(index + 4, 4)[0])
 
 
-class StageToy(nn.Module):
-    """A network that notes what it is called with."""
-
-    def __init__(self, seed):
-        super().__init__()
-        self.cfg = types.SimpleNamespace(num_classes=0)
-        self.mix = nn.Parameter(main_randn(3, 3, seed=seed))
-        self.calls = []
-
-    def forward(self, x, t, y=None, **extra):
-        self.calls.append(dict(x=x, t=t, y=y, **extra))
-        return torch.einsum("oc,bchw->bohw", self.mix, x).tanh()
-
-
-def test_stage_cm_shares_every_draw_between_student_and_target():
-    stage = stage_cm(*TINY_TEACHER, "labels=false")
-    student, teacher = StageToy(0), StageToy(5)
-    stage.net = student
-    stage.ema = None
-    stage.f = ConsistencyModel(student, stage.cfg.cm)
-    stage.target = ConsistencyModel(teacher, stage.cfg.cm).requires_grad_(False)
-    stage.opts = [torch.optim.SGD(student.parameters(), 0.1)]
-    batch = stage_batch(stage)
-    train.step(stage, batch, 0)
-    noise = []
-    (ours,), (theirs,) = student.calls, teacher.calls
-    for call in (ours, theirs):
-        sigma = torch.exp(call["t"] / 250)[:, None, None, None]
-        c_in = sigma.square().add(0.25).rsqrt()
-        noise.append((call["x"] / c_in - batch["image"]) / sigma)
-    assert torch.equal(ours["coord"], theirs["coord"]) and ours["coord"].shape == (4, 16, 16, 2)
-    torch.testing.assert_close(*noise, rtol=1e-2, atol=2e-3)
-
-
 @pytest.mark.parametrize("recipe", [TINY_TEACHER, [], ["ect.mu0=0.98"]])
 def test_stage_cm_moves_the_student_and_only_a_teacher_follows(recipe):
     stage = stage_cm(*recipe)
@@ -7446,44 +7369,6 @@ def test_stage_cm_muon_steps_along_orthogonal_matrices_inside_blocks_and_nowhere
 
 
 # ---- stages pretrain and cm: runs ----
-
-@pytest.mark.parametrize("stage, recipe", [
-    ("pretrain", ["muon=4e-3", "lr_drop=true"]), ("cm", []),
-    ("cm", ["muon=4e-3", "schedule=ict"])])
-def test_stage_resumed_run_equals_the_uninterrupted_one(stage_runs, tmp_path, monkeypatch, stage,
-                                                        recipe):
-    small = {"pretrain": TINY_PRETRAIN, "cm": [*TINY_CM, f"init={stage_runs / 'pretrain'}"]}[stage]
-    args = [*small, *recipe]
-    assert main_stage(stage, tmp_path / "whole", *args) == 0
-    calls, descend = [], stages.descend
-
-    def stop_in_step_3(*inputs):
-        calls.append(0)
-        if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return descend(*inputs)
-
-    monkeypatch.setattr(train, "descend", stop_in_step_3)
-    assert main_stage(stage, tmp_path / "parts", *args) == 143
-    monkeypatch.undo()
-    assert runs.newest_checkpoint(tmp_path / "parts")[1]["step"] == 3
-    assert main_stage(stage, tmp_path / "parts", *args) == 0
-    assert main_same(main_state(tmp_path / "parts"), main_state(tmp_path / "whole"))
-    ours, theirs = main_log(tmp_path / "parts"), main_log(tmp_path / "whole")
-    assert len(ours) == 3 and [ours[0], ours[2]] == [theirs[0], theirs[2]]      # stopped between
-
-
-def test_stage_cm_keeps_its_schedule_when_continued_for_longer(stage_runs, tmp_path, capsys):
-    """N(k) depends on the planned length: more steps are another plan, K=6 steps=8 goes on."""
-    args = [tmp_path / "run", *TINY_CM, f"init={stage_runs / 'pretrain'}"]
-    assert main_stage("cm", *args) == 0
-    capsys.readouterr()
-    assert main_stage("cm", *args, "steps=8") == 2
-    line = main_error(capsys)
-    assert "holds another run (K: 6 -> 8)" in line
-    assert main_stage("cm", *args, "steps=8", "K=6") == 0
-    assert runs.newest_checkpoint(tmp_path / "run")[1]["step"] == 8
-
 
 def test_stage_cm_distils_a_denoiser_that_stays_as_it_is(stage_runs, tmp_path, capsys, monkeypatch):
     """It follows the trajectories of that run, which is not trained and not kept beside it."""
@@ -7762,19 +7647,11 @@ def test_pairs_with_targets_are_pictures_with_classes(targets):
 @pytest.mark.parametrize("items, said", [
     (MainTensors(), r"MainTensors\[0\] is a pair with a Tensor: return a PIL image \(no ToTensor"),
     ([torch.zeros(3, 16, 16)], r"list\[0\] is a Tensor"), ([np.zeros((4, 4, 3))], "is a ndarray"),
+    (torch.utils.data.TensorDataset(torch.zeros(4, 3, 16, 16)), "return a PIL image"),
 ])
 def test_a_data_set_of_tensors_is_refused_by_a_clear_line(items, said):
     with pytest.raises(data.DataError, match=said):
         data.as_source(items)
-
-
-def test_what_is_no_picture_or_no_place_for_a_loss_is_refused(main_runs, tmp_path):
-    tensors = torch.utils.data.TensorDataset(torch.zeros(4, 3, 16, 16))
-    cfg = train.configure("ae", "tiny", texts=TINY_AE)
-    with pytest.raises(data.DataError, match="return a PIL image"):
-        stages_infd.AEStage(cfg, CPU, tensors)
-    with pytest.raises(ValueError, match="stage ldm takes no loss of your own"):
-        main_made("ldm", *TINY_LDM, f"init={main_runs / 'ae'}", loss=l2)
 
 
 # ---- every preset takes a step ----
@@ -7825,11 +7702,6 @@ def test_stage_out_of_memory_in_training_says_what_helps(tmp_path, monkeypatch, 
 
 
 # ==================================================================================================
-# Faults: runs.py, train.py
-# ==================================================================================================
-
-
-# ==================================================================================================
 # Faults: kills, full disks, damaged files, numbers that are none, several processes, no network
 # ==================================================================================================
 # F1 to F26 are the rows of a table of faults, each with its criterion. Those that are not here
@@ -7837,9 +7709,8 @@ def test_stage_out_of_memory_in_training_says_what_helps(tmp_path, monkeypatch, 
 # train.py; F21 is one line that names the option, F4 costs one interval as F3 does.
 
 FAULT_ARGS = {"ae": [*TINY_AE, *TINY_GAN, "eval_n=1"], "ldm": TINY_LDM,
-              "pretrain": [*TINY_PRETRAIN, "eval_n=1"],
-              "cm": [*TINY_CM, *TINY_TEACHER, "init=none", "ema=0.9"]}
-SIGNALS = pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+              "pretrain": [*TINY_PRETRAIN, "eval_n=1", "muon=4e-3", "lr_drop=true"],
+              "cm": [*TINY_CM, *TINY_TEACHER, "init=none", "ema=0.9", "muon=4e-3"]}
 
 
 def fault_args(stage, out, main_runs, *options):
@@ -7898,6 +7769,16 @@ def fault_no_previews(monkeypatch):
     for stage in train.STAGES.values():
         monkeypatch.setattr(stage, "preview", lambda *args: None)
         monkeypatch.setattr(stage, "scores", lambda *args: {})
+
+
+@pytest.fixture(scope="module")
+def fault_run(tmp_path_factory):
+    """A finished run of stage cm, saved at steps 3 and 6."""
+    run = tmp_path_factory.mktemp("fault") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        fault_no_previews(patch)
+        assert main_train(*fault_cm(run)) == 0
+    return run
 
 
 def fault_bytes(run):
@@ -7995,8 +7876,8 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def test_fault_f01_three_kills(one_thread, tmp_path):
-    assert fault_kills(tmp_path, 3) >= 1
+def test_fault_f01_two_kills(one_thread, tmp_path):
+    assert fault_kills(tmp_path, 2) >= 1
 
 
 @slow
@@ -8008,6 +7889,7 @@ def test_fault_f01_fifty_kills(one_thread, tmp_path):
 
 def fault_save(folder, step, value=1.0):
     """What fit saves, of a network of one weight matrix."""
+    folder.mkdir(exist_ok=True)
     net = nn.Linear(8, 8, bias=False)
     net.requires_grad_(False).weight.fill_(value)
     run = runs.RunFolder(folder, "ae", train.STAGES["ae"].options())
@@ -8053,39 +7935,31 @@ def test_fault_f08_the_older_is_deleted_only_after_the_new_one_was_verified(tmp_
     assert fault_bytes(tmp_path) == before
 
 
-def fault_full(monkeypatch, full, how):
-    """Saving the step `full` meets a full disk, which says so at the first byte or later."""
-    resource = pytest.importorskip("resource")
+def fault_full(monkeypatch, full):
+    """The disk is full in the middle of saving the step `full`."""
     write = runs.write_checkpoint
 
     def on_full_disk(path, content):
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        with monkeypatch.context() as patch:
-            if content["step"] == full and how == "/dev/full":
-                patch.setattr(runs, "open", lambda path, mode: open(how, mode), raising=False)
-            elif content["step"] == full:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-            try:
-                write(path, content)
-            finally:
-                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        if content["step"] == full:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        try:
+            write(path, content)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     monkeypatch.setattr(runs, "write_checkpoint", on_full_disk)
 
 
-@pytest.mark.parametrize("how", ["/dev/full", "in the middle"])
-def test_fault_f03_a_run_outlives_a_full_disk(tmp_path, monkeypatch, how):
+def test_fault_f03_a_run_outlives_a_full_disk(tmp_path, monkeypatch):
     """A save that fails costs one interval, whatever the cause (F4)."""
-    if how == "/dev/full" and not Path(how).exists():
-        pytest.skip("no /dev/full")
     fault_no_previews(monkeypatch)
-    fault_full(monkeypatch, 2, how)
+    fault_full(monkeypatch, 2)
     run = tmp_path / "run"
     assert main_train(*fault_cm(run, "save_every=1", "steps=1", "K=3")) == 0
     old = fault_bytes(run)
-    with pytest.warns(UserWarning, match="step 2 could not be saved .* tries again") as caught:
+    with pytest.warns(UserWarning, match="step 2 could not be saved .* tries again"):
         assert main_train(*fault_cm(run, "save_every=1", "steps=3", "K=3")) == 0
-    assert len([w for w in caught if "could not be saved" in str(w.message)]) == 1
     now = fault_bytes(run)
     assert list(old) == ["step-00000001.pt"]
     assert sorted(now) == ["step-00000001.pt", "step-00000003.pt"]
@@ -8094,7 +7968,7 @@ def test_fault_f03_a_run_outlives_a_full_disk(tmp_path, monkeypatch, how):
 
 def test_fault_f03_the_last_save_that_fails_is_an_error(tmp_path, monkeypatch, capsys):
     fault_no_previews(monkeypatch)
-    fault_full(monkeypatch, 3, "in the middle")
+    fault_full(monkeypatch, 3)
     args = fault_cm(tmp_path / "run", "save_every=2", "steps=3")
     assert main_train(*args) == 1
     line = main_error(capsys)
@@ -8104,8 +7978,12 @@ def test_fault_f03_the_last_save_that_fails_is_an_error(tmp_path, monkeypatch, c
     assert main_train(*args) == 0 and fault_step(tmp_path / "run") == 3
 
 
-def fault_trace(monkeypatch):
-    """The calls that write, in order."""
+def test_fault_f07_f08_order_of_a_power_cut(tmp_path, monkeypatch):
+    """Data before name, name before deletion; two checkpoints are always kept."""
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("reads names in /proc")
+    for step in (1, 2):
+        fault_save(tmp_path / "run", step)
     calls = []
 
     def traced(owner, name, said):
@@ -8125,19 +8003,7 @@ def fault_trace(monkeypatch):
     traced(zipfile.ZipFile, "testzip", lambda archive: f"verify {Path(archive.filename).name}")
     traced(Path, "replace", lambda path, to: f"rename {path.name} {to.name}")
     traced(Path, "unlink", lambda path, missing_ok=False: f"delete {path.name}")
-    return calls
-
-
-def test_fault_f07_f08_order_of_a_power_cut(tmp_path, monkeypatch):
-    """Data before name, name before deletion; two checkpoints are always kept."""
-    if not Path("/proc/self/fd").exists():
-        pytest.skip("reads names in /proc")
-    run = tmp_path / "run"
-    run.mkdir()
-    for step in (1, 2):
-        fault_save(run, step)
-    calls = fault_trace(monkeypatch)
-    fault_save(run, 3)
+    fault_save(tmp_path / "run", 3)
     assert calls == ["write step-00000003.part", "fsync step-00000003.part",
                      "verify step-00000003.part", "rename step-00000003.part step-00000003.pt",
                      "fsync run", "delete step-00000001.pt"]
@@ -8146,13 +8012,11 @@ def test_fault_f07_f08_order_of_a_power_cut(tmp_path, monkeypatch):
 # ---- F5, F6: damaged checkpoints ----
 
 @pytest.mark.parametrize("damage", ["half", "flipped"])
-def test_fault_f05_f06_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, monkeypatch, capsys,
-                                                                     damage):
+def test_fault_f05_f06_a_damaged_checkpoint_is_named_and_passed_over(fault_run, tmp_path,
+                                                                     monkeypatch, capsys, damage):
     """Training and sampling go on from the one before, and the end is that of a whole run."""
     fault_no_previews(monkeypatch)
-    run = tmp_path / "run"
-    for name in ("run", "whole"):
-        assert main_train(*fault_cm(tmp_path / name)) == 0           # saves at steps 3 and 6
+    run = shutil.copytree(fault_run, tmp_path / "run")
     newest, older = runs.checkpoints(run)
     content = bytearray(newest.read_bytes())
     if damage == "half":
@@ -8172,8 +8036,8 @@ def test_fault_f05_f06_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, m
     assert main_train(*fault_cm(run)) == 0
     out, err = capsys.readouterr()
     assert "from step 3" in out and newest.name in err and older.name in err
-    assert main_same(main_state(run), main_state(tmp_path / "whole"))
-    assert main_log(run) == main_log(tmp_path / "whole")
+    assert main_same(main_state(run), main_state(fault_run))
+    assert main_log(run) == main_log(fault_run)
 
 
 # ---- F9: resume at every step ----
@@ -8196,11 +8060,6 @@ def fault_resume(stage, steps, main_runs, tmp_path, monkeypatch):
         assert main_train(*args) == 0
         assert main_same(runs.newest_checkpoint(run)[1], whole), k
         assert main_log(run) == main_log(tmp_path / "whole"), k
-
-
-@pytest.mark.parametrize("stage", list(train.STAGES))
-def test_fault_f09_resume_at_two_of_20_steps(main_runs, tmp_path, monkeypatch, stage):
-    fault_resume(stage, [5, 14], main_runs, tmp_path, monkeypatch)
 
 
 @slow
@@ -8239,42 +8098,39 @@ sys.exit(train.main(sys.argv[4:]))
 """
 
 
-def fault_ranks(tmp_path, world, args, save_takes=0.0, dies=0):
-    """Start a run under torchrun; each process tells which samples it sees, and its losses."""
-    (tmp_path / f"world{world}").mkdir()
+def fault_ranks(tmp_path, args, save_takes=0.0, dies=0):
+    """Start two ranks by torchrun; each tells in a file which samples it sees, and its losses."""
     (tmp_path / "rank.py").write_text(FAULT_RANK)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     env = os.environ | {"PYTHONPATH": str(Path(train.__file__).parent), "OMP_NUM_THREADS": "1"}
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", world, "--master-port", port]
-    command = [sys.executable, *launch, tmp_path / "rank.py", tmp_path / f"world{world}",
-               save_takes, dies, *args]
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", port]
+    command = [sys.executable, *launch, tmp_path / "rank.py", tmp_path, save_takes, dies, *args]
     return subprocess.Popen(list(map(str, command)), env=env, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT)
 
 
-def fault_told(tmp_path, world):
+def fault_told(tmp_path):
     """By rank: the sample numbers of each step, the losses; and the process numbers."""
-    files = [tmp_path / f"world{world}/rank{r}" for r in range(world)]
-    lines = [list(map(json.loads, file.read_text().splitlines())) for file in files]
+    texts = [(tmp_path / name).read_text() for name in ("rank0", "rank1")]
+    lines = [list(map(json.loads, text.splitlines())) for text in texts]
     samples = [[line["index"] for line in rank if "index" in line] for rank in lines]
     losses = [[line["loss"] for line in rank if "loss" in line] for rank in lines]
     return samples, losses, [rank[0]["pid"] for rank in lines]
 
 
 def fault_two_ranks(stage, main_runs, tmp_path):
-    """One and two processes: the same samples in the same order, the same losses."""
+    """Two processes take the samples of one, and have its losses."""
     options = ["batch=4", "steps=6", *["gan_weight=0"] * (stage == "ae")]
-    for world in (1, 2):
-        args = fault_args(stage, tmp_path / f"run{world}", main_runs, *options)
-        job = fault_ranks(tmp_path, world, args)
-        assert job.wait(timeout=240) == 0, job.stdout.read()
-    (one,), (losses,), _ = fault_told(tmp_path, 1)
-    two, halves, _ = fault_told(tmp_path, 2)
-    assert one == [list(range(4 * k, 4 * k + 4)) for k in range(6)]
-    assert [a + b for a, b in zip(*two)] == one
-    assert [(a + b) / 2 for a, b in zip(*halves)] == pytest.approx(losses, rel=1e-6)
+    one, two = (fault_args(stage, tmp_path / f"run{n}", main_runs, *options) for n in (1, 2))
+    assert main_train(*one) == 0
+    job = fault_ranks(tmp_path, two)
+    assert job.wait(timeout=240) == 0, job.stdout.read()
+    samples, losses, _ = fault_told(tmp_path)
+    assert [a + b for a, b in zip(*samples)] == [list(range(4 * k, 4 * k + 4)) for k in range(6)]
+    logged = [line["loss"] for line in main_log(tmp_path / "run1")]
+    assert [(a + b) / 2 for a, b in zip(*losses)] == pytest.approx(logged, rel=1e-6, abs=1e-6)
     assert fault_step(tmp_path / "run2") == 6
 
 
@@ -8290,8 +8146,8 @@ def test_fault_f10_two_ranks_take_the_steps_of_one_in_every_stage(main_runs, tmp
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("stage", list(train.STAGES))
-def test_fault_f10_a_run_continues_with_other_workers(main_runs, tmp_path, monkeypatch, stage):
-    """Six steps without workers; and three without, then three with four: all is equal."""
+def test_fault_f09_f10_a_run_continues_bit_for_bit(main_runs, tmp_path, monkeypatch, stage):
+    """Six steps without workers; and four without, then two with two: all is equal."""
     fault_no_previews(monkeypatch)
     wait_for = runs.Meter.wait_for
     seen = []
@@ -8304,26 +8160,27 @@ def test_fault_f10_a_run_continues_with_other_workers(main_runs, tmp_path, monke
     monkeypatch.setattr(runs.Meter, "wait_for", told)
     more = []
     if stage == "ldm":                                               # a cache needs no loader
-        more = ["cache=false", "pictures=0", "latent_norm=false"]
-    for out, k, workers in (("whole", 6, 0), ("parts", 3, 0), ("parts", 6, 4)):
+        more = ["cache=false", "pictures=0"]
+    for out, k, workers in (("whole", 6, 0), ("parts", 4, 0), ("parts", 6, 2)):
         seen.append([])
         with monkeypatch.context() as patch:
-            if k == 3:
+            if k == 4:
                 fault_signal(patch, k, signal.SIGTERM)
             args = fault_args(stage, tmp_path / out, main_runs, "steps=6", f"workers={workers}")
-            assert main_train(*args, *more) == (143 if k == 3 else 0)
-    assert seen[0] == seen[1] + seen[2] and len(seen[2]) == 3
+            assert main_train(*args, *more) == (143 if k == 4 else 0)
+    assert seen[0] == seen[1] + seen[2] and len(seen[2]) == 2
     assert main_log(tmp_path / "parts") == main_log(tmp_path / "whole")
-    assert main_same(main_state(tmp_path / "parts"), main_state(tmp_path / "whole"))
+    ours, whole = (runs.newest_checkpoint(tmp_path / out)[1] for out in ("parts", "whole"))
+    assert main_same(ours, whole) and whole["state"].keys() >= {"model", "opt", "ema"}
 
 
 def fault_wait(job, tmp_path, steps):
     """Until each of two ranks has taken some steps; their process numbers."""
-    files = [tmp_path / f"world2/rank{r}" for r in range(2)]
+    files = [tmp_path / name for name in ("rank0", "rank1")]
     while not all(file.exists() and file.read_text().count("loss") >= steps for file in files):
         assert job.poll() is None, job.stdout.read()
         time.sleep(0.05)
-    return fault_told(tmp_path, 2)[2]
+    return fault_told(tmp_path)[2]
 
 
 @slow
@@ -8332,12 +8189,12 @@ def test_fault_f12_sigterm_stops_two_ranks_at_the_same_step(tmp_path, receivers,
     """Whoever gets it. torchrun ends the others when one has gone: first all is written."""
     run = tmp_path / "run"
     args = fault_cm(run, "steps=100000", "save_every=100000", "K=1000")
-    job = fault_ranks(tmp_path, 2, args, save_takes)
+    job = fault_ranks(tmp_path, args, save_takes)
     pids = fault_wait(job, tmp_path, 3)
     for rank in receivers:
         os.kill(pids[rank], signal.SIGTERM)
     assert job.wait(timeout=120) != 0
-    steps = [len(losses) for losses in fault_told(tmp_path, 2)[1]]
+    steps = [len(losses) for losses in fault_told(tmp_path)[1]]
     assert steps[0] == steps[1] and list(fault_bytes(run)) == [f"step-{steps[0]:08d}.pt"]
     assert fault_step(run) == steps[0] and not list(run.glob("*.part"))
 
@@ -8347,7 +8204,7 @@ def test_fault_f12_sigterm_stops_two_ranks_at_the_same_step(tmp_path, receivers,
 def test_fault_f13_a_dead_rank_ends_the_job_within_a_minute(tmp_path, fault):
     run = tmp_path / "run"
     args = fault_cm(run, "steps=100000", "save_every=2", "K=1000")
-    job = fault_ranks(tmp_path, 2, args, dies=8 if fault == "raises" else 0)
+    job = fault_ranks(tmp_path, args, dies=8 if fault == "raises" else 0)
     pids = fault_wait(job, tmp_path, 5)
     if fault == "killed":
         os.kill(pids[1], signal.SIGKILL)
@@ -8360,7 +8217,7 @@ def test_fault_f13_a_dead_rank_ends_the_job_within_a_minute(tmp_path, fault):
 
 # ---- F11: signals ----
 
-@SIGNALS
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_fault_f11_a_signal_in_training_ends_it_after_the_step(tmp_path, monkeypatch, capsys,
                                                                number, code):
     fault_signal(monkeypatch, 2, number)
@@ -8370,41 +8227,38 @@ def test_fault_f11_a_signal_in_training_ends_it_after_the_step(tmp_path, monkeyp
     assert "the same command continues" in capsys.readouterr().err
 
 
-@SIGNALS
-def test_fault_f11_a_second_signal_ends_it_at_once(tmp_path, number, code):
-    child = fault_child(fault_cm(tmp_path / "run", "save_every=1"), None, (number, number))
+def test_fault_f11_a_second_signal_ends_it_at_once(tmp_path):
+    child = fault_child(fault_cm(tmp_path / "run", "save_every=1"), None, 2 * (signal.SIGTERM,))
     child.join()
-    assert child.exitcode == code and fault_step(tmp_path / "run") == 1
+    assert child.exitcode == 143 and fault_step(tmp_path / "run") == 1
 
 
-@SIGNALS
-def test_fault_f11_a_signal_in_the_evaluation(tmp_path, monkeypatch, number, code):
+def test_fault_f11_a_signal_in_the_evaluation(tmp_path, monkeypatch):
     """The training is saved by then; the same command evaluates again."""
     args = fault_args("ae", tmp_path / "run", None, "steps=2")
     reached = []
 
     def scored(*args):
-        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signal.SIGTERM)
         reached.append(0)
 
     with monkeypatch.context() as patch:
         patch.setattr(train.STAGES["ae"], "scores", scored)
-        assert main_train(*args) == code and not reached
+        assert main_train(*args) == 143 and not reached
     assert fault_step(tmp_path / "run") == 2 and not (tmp_path / "run/eval.json").exists()
     assert main_train(*args) == 0 and (tmp_path / "run/eval.json").exists()
 
 
-@SIGNALS
-def test_fault_f11_a_signal_in_scoring(tmp_path, metrics_stub, monkeypatch, number, code):
+def test_fault_f11_a_signal_in_scoring(tmp_path, metrics_stub, monkeypatch):
     folder = str(metrics_folder(tmp_path / "set", metrics_pictures(8)))
-    monkeypatch.setattr(MetricsStub, "forward", lambda *args: os.kill(os.getpid(), number))
-    assert metrics.main(["fid", folder, folder, "--device", "cpu"]) == code
+    monkeypatch.setattr(MetricsStub, "forward", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+    assert metrics.main(["fid", folder, folder, "--device", "cpu"]) == 143
 
 
 # ---- F14: numbers that are none ----
 
-def fault_nan(monkeypatch, stage, bad, value):
-    """The loss (value NaN), or its gradient (value infinity), is no number at the steps `bad`."""
+def fault_nan(monkeypatch, stage, bad):
+    """bad: step -> NaN, by which its loss is multiplied, or infinity, by which its gradient is."""
     cls = train.STAGES[stage]
     prepare = cls.prepare
     owner, name = {"ae": (FieldAutoencoder, "forward"), "ldm": (GaussianDiffusion, "loss"),
@@ -8417,11 +8271,10 @@ def fault_nan(monkeypatch, stage, bad, value):
         prepare(self, k)
 
     def spoil(out):
-        if now[0] not in bad:
-            return out
+        value = bad.get(now[0], 1)
         if math.isnan(value):
             return out * value
-        if out.requires_grad:
+        if math.isinf(value) and out.requires_grad:
             out.register_hook(lambda gradient: gradient * value)
         return out
 
@@ -8441,27 +8294,26 @@ def fault_finite(state):
     return not torch.is_tensor(state) or bool(torch.isfinite(state).all())
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("stage", ["ae", "ldm", "cm"])
-def test_fault_f14_one_step_without_numbers_is_skipped_and_counted(main_runs, tmp_path, monkeypatch,
-                                                                   stage, value):
+def test_fault_f14_a_step_without_numbers_is_skipped_and_counted(main_runs, tmp_path, monkeypatch,
+                                                                 stage):
     fault_no_previews(monkeypatch)
-    fault_nan(monkeypatch, stage, {2}, value)
+    fault_nan(monkeypatch, stage, {1: math.nan, 3: math.inf})
     run = tmp_path / "run"
-    args = ["steps=6", "save_every=1", "keep_every=1"]
+    args = ["steps=5", "save_every=1", "keep_every=1"]
     assert main_train(*fault_args(stage, run, main_runs, *args)) == 0
     log = main_log(run)
-    assert [line["step"] for line in log if "skipped" in line] == [3] and log[2]["skipped"] == 1
+    assert [line.get("skipped", 0) for line in log] == [0, 1, 0, 1, 0]
     assert all(math.isfinite(v) for line in log for v in line.values())
     states = [runs.read_checkpoint(file)["state"] for file in runs.checkpoints(run)[::-1]]
-    assert len(states) == 6 and all(map(fault_finite, states))
-    assert main_same(states[1]["model"], states[2]["model"])
-    assert not main_same(states[2]["model"], states[3]["model"])
+    assert len(states) == 5 and all(map(fault_finite, states))
+    same = [main_same(a["model"], b["model"]) for a, b in itertools.pairwise(states)]
+    assert same == [True, False, True, False]
 
 
 def test_fault_f14_twenty_steps_without_numbers_end_the_run(tmp_path, monkeypatch, capsys):
     fault_no_previews(monkeypatch)
-    fault_nan(monkeypatch, "cm", range(4, 100), math.nan)
+    fault_nan(monkeypatch, "cm", dict.fromkeys(range(4, 100), math.nan))
     run = tmp_path / "run"
     assert main_train(*fault_cm(run, "steps=50", "save_every=3", "grid_every=50")) == 1
     line = main_error(capsys)
@@ -8487,13 +8339,13 @@ def test_fault_f14_weights_that_are_no_numbers_are_never_saved(tmp_path, monkeyp
 
 # ---- F18, F19, F20: checkpoints and folders of others ----
 
-def test_fault_f18_training_runs_nothing_that_a_checkpoint_holds(tmp_path, capsys):
+def test_fault_f18_training_runs_nothing_that_a_checkpoint_holds(fault_run, tmp_path, capsys):
     """Nor does it go on from weights that are no numbers."""
-    run = tmp_path / "run"
+    run = shutil.copytree(fault_run, tmp_path / "run")
     marker = tmp_path / "marker"
-    args = fault_cm(run, "steps=3")
-    assert main_train(*args) == 0
-    file, = runs.checkpoints(run)
+    args = fault_cm(run)
+    file, older = runs.checkpoints(run)
+    older.unlink()
     ckpt = runs.read_checkpoint(file)
     next(iter(ckpt["state"]["model"].values())).view(-1)[0] = math.nan
     torch.save(ckpt, file)
@@ -8508,11 +8360,10 @@ def test_fault_f18_training_runs_nothing_that_a_checkpoint_holds(tmp_path, capsy
     assert "was not opened" in main_error(capsys)
 
 
-def test_fault_f19_another_configuration_or_a_later_format_is_refused(tmp_path, capsys):
+def test_fault_f19_another_configuration_or_a_later_format_is_refused(fault_run, tmp_path, capsys):
     """The way out is another --out, so that a run is one configuration, always."""
-    run = tmp_path / "run"
-    args = fault_cm(run, "steps=3")
-    assert main_train(*args) == 0
+    run = shutil.copytree(fault_run, tmp_path / "run")
+    args = fault_cm(run)
     before = fault_bytes(run)
     capsys.readouterr()
     assert main_train(*args, "lr=0.5", "func.hidden=32") == 2
@@ -8522,7 +8373,8 @@ def test_fault_f19_another_configuration_or_a_later_format_is_refused(tmp_path, 
     assert "stage: cm -> pretrain" in main_error(capsys)
     assert fault_bytes(run) == before
 
-    file, = runs.checkpoints(run)
+    file, older = runs.checkpoints(run)
+    older.unlink()
     torch.save({**runs.read_checkpoint(file), "format": runs.FORMAT + 1}, file)
     missing = tmp_path / "none"
     drawing = ["--ckpt", run, "--out", tmp_path / "out"]
@@ -8552,16 +8404,15 @@ def test_fault_f20_a_folder_belongs_to_one_run_at_a_time(tmp_path, capsys):
     assert main_train(*fault_cm(run, f"steps={step + 1}", "K=1000")) == 0
     assert fault_step(run) == step + 1
 
-@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
-def test_case_5_a_file_system_without_locks_is_one_warning(tmp_path, monkeypatch, number):
+
+def test_case_5_a_file_system_without_locks_is_one_warning(tmp_path, monkeypatch):
     def lockf(file, how):
-        raise OSError(number, os.strerror(number))
+        raise OSError(errno.ENOSYS, "function not implemented")
 
     monkeypatch.setattr(runs.fcntl, "lockf", lockf)
-    with pytest.warns(UserWarning, match="file system without locks") as caught:
+    with pytest.warns(UserWarning, match="file system without locks"):
         with runs.locked(tmp_path):
             pass
-    assert len(caught) == 1
 
 
 def fault_hold(folder, pipe):
