@@ -30,7 +30,6 @@ DTYPES = {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.
           "U32": torch.uint32, "F32": torch.float32, "I64": torch.int64, "U64": torch.uint64,
           "F64": torch.float64}
 MOST_HEADER = 100_000_000         # bytes, as for the reference reader
-MOST_TENSORS = 1_000_000
 LONGEST_NAME = 1_000
 
 
@@ -44,21 +43,17 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file at {path}")
-    tensors = {}
     with path.open("rb") as file:
-        size = path.stat().st_size
         try:
-            header, start = _read_header(file, size)
-            for name, (dtype, shape, begin, end) in _check_entries(header, size - start).items():
-                file.seek(start + begin)
-                tensors[name] = _read_tensor(file, dtype, shape, end - begin)
+            header, left = _read_header(file, path.stat().st_size)
+            entries = _check_entries(header, left)
+            return {name: _read_tensor(file, *entry) for name, entry in entries.items()}
         except ValueError as error:
             raise ValueError(f"{path} is no sound safetensors file: {error}") from error
-    return tensors
 
 
 def _read_header(file: BinaryIO, size: int) -> tuple[dict, int]:
-    """The header, parsed, and the byte at which the data begin."""
+    """The header, parsed, and how many bytes follow it."""
     if size < 8:
         raise ValueError(f"it has {size} bytes")
     length, = struct.unpack("<Q", file.read(8))
@@ -68,10 +63,9 @@ def _read_header(file: BinaryIO, size: int) -> tuple[dict, int]:
     if not raw.startswith(b"{"):
         raise ValueError("its header does not begin with {")
     try:
-        header = json.loads(raw.decode(), object_pairs_hook=_table, parse_constant=_no_number)
+        return json.loads(raw.decode(), object_pairs_hook=_table), size - 8 - length
     except RecursionError as error:
         raise ValueError("its header is nested too deeply") from error
-    return header, 8 + length
 
 
 def _table(pairs: list[tuple[str, object]]) -> dict:
@@ -81,42 +75,37 @@ def _table(pairs: list[tuple[str, object]]) -> dict:
     return found
 
 
-def _no_number(text: str) -> None:
-    raise ValueError(f"its header has the number {text}")
-
-
 def _check_entries(header: dict, size: int) -> dict[str, tuple]:
-    """name -> (dtype, shape, begin, end), in the order of the data, which they cover completely."""
+    """name -> (dtype, shape, bytes), in the order of the data, which they cover completely."""
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError("its metadata are not a table of texts")
-    if len(header) > MOST_TENSORS:
-        raise ValueError(f"it lists {len(header):,} tensors")
 
-    entries = {}
+    found = []
     for name, entry in header.items():
         name.encode()                                                # half a character: ValueError
         if len(name) > LONGEST_NAME:
             raise ValueError(f"it has a name of {len(name):,} characters")
         try:
-            entries[name] = _check_entry(entry)
+            found.append((*_check_entry(entry), name))
         except ValueError as error:
             raise ValueError(f"tensor {name[:80]!r} {error}") from error
 
     at = 0
-    ordered = dict(sorted(entries.items(), key=lambda item: item[1][2:]))
-    for name, (_, _, begin, end) in ordered.items():
+    entries = {}
+    for begin, end, dtype, shape, name in sorted(found, key=lambda row: row[:2]):
         if begin != at:
             raise ValueError(f"tensor {name[:80]!r} begins at byte {begin}, not where the one "
                              f"before ends, at {at}")
         at = end
+        entries[name] = (dtype, shape, end - begin)
     if at != size:
         raise ValueError(f"its tensors take {at:,} bytes, and {size:,} follow the header")
-    return ordered
+    return entries
 
 
-def _check_entry(entry: object) -> tuple[torch.dtype, list[int], int, int]:
-    """(dtype, shape, begin, end) of one tensor; ValueError if they make no sense together."""
+def _check_entry(entry: object) -> tuple[int, int, torch.dtype, list[int]]:
+    """(begin, end, dtype, shape) of one tensor; ValueError if they make no sense together."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError("has not exactly dtype, shape and data_offsets")
     dtype = entry["dtype"]
@@ -135,7 +124,7 @@ def _check_entry(entry: object) -> tuple[torch.dtype, list[int], int, int]:
     begin, end = offsets
     if math.prod(shape) * DTYPES[dtype].itemsize != end - begin:
         raise ValueError(f"has {end - begin:,} bytes, which do not fit shape {shape} of {dtype}")
-    return DTYPES[dtype], shape, begin, end
+    return begin, end, DTYPES[dtype], shape
 
 
 def _is_size(number: object) -> bool:
@@ -233,7 +222,7 @@ class Parts:
 
 
 def split_weights(weights: dict[str, Tensor], raw: bool = False) -> Parts:
-    """Split a file of Stable Diffusion v1 or LDM, or of one of its three networks, into parts.
+    """Split a file of Stable Diffusion v1 or LDM, or of its autoencoder alone, into parts.
 
     raw takes the trained weights of the UNet where the file also has their moving average. Which
     networks fit is left to loading; other kinds of models are refused here. Raises ValueError.
@@ -244,25 +233,19 @@ def split_weights(weights: dict[str, Tensor], raw: bool = False) -> Parts:
     autoencoder = below(weights, AUTOENCODER)
     text = below(weights, TEXT)
     used = (UNET, AVERAGED, AUTOENCODER, TEXT, "betas")
-    if not unet and not autoencoder and not text:                    # a network on its own
-        if "encoder.conv_in.weight" in weights:
-            used = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.")
-            autoencoder = _beginning(weights, used)
-        elif "text_model.final_layer_norm.weight" in weights:
-            used = ("text_model.",)
-            text = _beginning(weights, used)
-        elif "input_blocks.0.0.weight" in weights:
-            used = ("",)
-            unet = weights
-        else:
-            raise ValueError(f"these are no weights of Stable Diffusion v1 or LDM (names: "
-                             f"{', '.join(list(weights)[:5])}, ...)")
+    if not unet and not autoencoder and not text:                    # an autoencoder on its own
+        if "encoder.conv_in.weight" not in weights:
+            raise ValueError(f"these are no weights of Stable Diffusion v1 or LDM, whole or their "
+                             f"autoencoder (names: {', '.join(list(weights)[:5])}, ...)")
+        used = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.")
+        autoencoder = {k: v for k, v in weights.items() if k.startswith(used)}
 
-    averaged = bool(_beginning(weights, (AVERAGED + "diffusion_model",))) and not raw
+    averaged = bool(below(weights, AVERAGED + "diffusion_model")) and not raw
     if averaged:
         unet = averaged_weights(weights, list(unet))
     unknown = [name for name in weights if not name.startswith(used)]
-    return Parts(_float(unet), _float(our_autoencoder(autoencoder)), _float(our_text(text)),
+    text = {"text_model." + k.removeprefix("text_model."): v for k, v in text.items()}
+    return Parts(_float(unet), _float(our_autoencoder(autoencoder)), _float(text),
                  schedule(weights), averaged, tuple(unknown))
 
 
@@ -297,23 +280,17 @@ def below(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
 
 
-def _beginning(weights: dict[str, Tensor], prefixes: tuple[str, ...]) -> dict[str, Tensor]:
-    return {name: value for name, value in weights.items() if name.startswith(prefixes)}
-
-
 def _float(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.float() for name, value in weights.items()}
 
 
 # ---- names ----
 
-OURS = (                              # published -> ours; the first that fits
-    ("quant_conv.", "encoder.quant_conv."),
-    ("post_quant_conv.", "decoder.post_quant_conv."),
-    ("quantize.embedding.", "quantizer.embedding."),
-    ("decoder.norm_out.", "renderer.norm_out."),
-    ("decoder.conv_out.", "renderer.conv_out."),
-)
+OURS = {"quant_conv.": "encoder.quant_conv.",             # LDM -> ours, by beginning
+        "post_quant_conv.": "decoder.post_quant_conv.",
+        "quantize.embedding.": "quantizer.embedding.",
+        "decoder.norm_out.": "renderer.norm_out.",
+        "decoder.conv_out.": "renderer.conv_out."}
 DIFFUSERS = (                         # diffusers -> published; all that fit, in this order
     ("mid_block.resnets.0.", "mid.block_1."),
     ("mid_block.resnets.1.", "mid.block_2."),
@@ -343,22 +320,23 @@ def our_autoencoder(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     ours = {}
     for name, value in from_diffusers(weights).items():
-        for old, new in OURS:
-            if name.startswith(old):
-                name = new + name.removeprefix(old)
-                break
-        ours[name] = value
+        ours[_renamed(name, OURS)] = value
     return ours
+
+
+def _renamed(name: str, rules: dict[str, str]) -> str:
+    """The name with its beginning exchanged by the first rule that fits."""
+    for old, new in rules.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
 
 
 def from_diffusers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of an autoencoder by LDM's names, unchanged if these are its names already."""
     if not any(".resnets." in name for name in weights):
         return weights
-    levels = 0
-    while f"decoder.up_blocks.{levels}.resnets.0.conv1.weight" in weights:
-        levels += 1
-
+    levels = _count(weights, "decoder.up_blocks.{}.resnets.0.conv1.weight")
     found = {}
     for name, value in weights.items():
         for old, new in DIFFUSERS:
@@ -372,11 +350,6 @@ def from_diffusers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def our_text(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a text transformer by our names, whose first part some files leave out."""
-    return {"text_model." + k.removeprefix("text_model."): v for k, v in weights.items()}
-
-
 # ---- what the shapes tell ----
 
 def _side(weights: dict[str, Tensor], name: str, axis: int = 0) -> int:
@@ -384,6 +357,14 @@ def _side(weights: dict[str, Tensor], name: str, axis: int = 0) -> int:
     if name not in weights or weights[name].dim() <= axis:
         raise ValueError(f"{name} is missing or has another form; this is no model of LDM's kind")
     return weights[name].shape[axis]
+
+
+def _count(weights: dict[str, Tensor], name: str) -> int:
+    """How many layers there are in a row: those that `name` names with 0, 1, ... for {}."""
+    n = 0
+    while name.format(n) in weights:
+        n += 1
+    return n
 
 
 def _multiples(widths: list[int], unit: int) -> tuple[int, ...]:
@@ -397,12 +378,9 @@ def autoencoder_config(weights: dict[str, Tensor], groups: int = 32) -> Autoenco
 
     The groups of its norms leave no trace in the shapes; all published ones have 32.
     """
-    widths = []
-    while f"encoder.down.{len(widths)}.block.0.conv1.weight" in weights:
-        widths.append(_side(weights, f"encoder.down.{len(widths)}.block.0.conv1.weight"))
-    blocks = 0
-    while f"encoder.down.0.block.{blocks}.conv1.weight" in weights:
-        blocks += 1
+    level = "encoder.down.{}.block.0.conv1.weight"
+    widths = [_side(weights, level.format(i)) for i in range(_count(weights, level))]
+    blocks = _count(weights, "encoder.down.0.block.{}.conv1.weight")
     ch = _side(weights, "encoder.conv_in.weight")
     z_channels = _side(weights, "decoder.conv_in.weight", 1)
     cfg = AutoencoderConfig(ch, _multiples(widths, ch), blocks, z_channels, renderer="pixels",
@@ -430,11 +408,9 @@ def unet_config(weights: dict[str, Tensor], heads: int = 8) -> UNetConfig:
     if any(len(level) != len(levels[0]) or len(set(level)) != 1 for level in levels):
         raise ValueError("blocks of this UNet differ within a level; it is no model of LDM's kind")
 
-    block = "middle_block.1.transformer_blocks."
-    depth = 0
-    while f"{block}{depth}.attn2.to_k.weight" in weights:
-        depth += 1
-    context = _side(weights, block + "0.attn2.to_k.weight", 1) if depth else 0
+    block = "middle_block.1.transformer_blocks.{}.attn2.to_k.weight"
+    depth = _count(weights, block)
+    context = _side(weights, block.format(0), 1) if depth else 0
     by_width = context in (0, 640)
     width = _side(weights, "input_blocks.0.0.weight")
     return UNetConfig(
@@ -452,9 +428,7 @@ def unet_config(weights: dict[str, Tensor], heads: int = 8) -> UNetConfig:
 
 def text_config(weights: dict[str, Tensor], heads: int = 0) -> TextConfig:
     """The configuration of a text transformer; heads 0: of 64 channels each, as CLIP's."""
-    layers = 0
-    while f"text_model.encoder.layers.{layers}.mlp.fc1.weight" in weights:
-        layers += 1
+    layers = _count(weights, "text_model.encoder.layers.{}.mlp.fc1.weight")
     tokens = "text_model.embeddings.token_embedding.weight"
     places = "text_model.embeddings.position_embedding.weight"
     width = _side(weights, tokens, 1)
@@ -553,11 +527,9 @@ def infd_model(args: dict, sd: dict[str, Tensor], raw: bool) -> Model:
         if name not in ("z_channels", "resolution", "double_z"):     # said elsewhere, or not needed
             spec[name] = value
     cfg = unflatten(AutoencoderConfig, spec)
-    autoencoder = {}
-    for key in sd:
-        old = next((old for old in PUBLISHED_NAMES if key.startswith(old)), "")
-        if not key.startswith(("z_dm.", "z_dm_ema.", "perc_loss.", "disc.")):
-            autoencoder[PUBLISHED_NAMES.get(old, "") + key.removeprefix(old)] = sd[key].float()
+    others = ("z_dm.", "z_dm_ema.", "perc_loss.", "disc.")
+    autoencoder = {_renamed(key, PUBLISHED_NAMES): value.float()
+                   for key, value in sd.items() if not key.startswith(others)}
 
     unet = None
     if "z_dm" in args:                                               # else a file of stage 1

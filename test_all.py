@@ -3201,7 +3201,7 @@ def test_text_mistakes_are_named(make, said):
 
 def test_text_golden_clip_transformer():
     config, weights, given, out = reference("text/clip_text.pt")
-    weights = split_weights(weights).text
+    weights = split_weights({published.TEXT + k: v for k, v in weights.items()}).text
     cfg = text_config(weights, config["heads"])
     assert cfg == TextConfig(config["width"], config["layers"], config["heads"],
                              config["intermediate"], config["vocab"], config["positions"])
