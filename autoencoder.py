@@ -70,16 +70,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)                                                      # (B, C, h, w)
-        q = _tokens(self.q(h))                                                # (B, 1, h*w, C)
-        k = _tokens(self.k(h))                                                # (B, 1, h*w, C)
-        v = _tokens(self.v(h))                                                # (B, 1, h*w, C)
-        h = F.scaled_dot_product_attention(q, k, v)                           # (B, 1, h*w, C)
+        qkv = [layer(h).flatten(2).mT.contiguous()[:, None]                   # (B, 1, h*w, C) each,
+               for layer in (self.q, self.k, self.v)]                # as the fused kernels want it
+        h = F.scaled_dot_product_attention(*qkv)                              # (B, 1, h*w, C)
         return x + self.proj_out(h[:, 0].mT.unflatten(2, x.shape[2:]))        # (B, C, h, w)
-
-
-def _tokens(x: Tensor) -> Tensor:
-    """(B, C, h, w) -> one head of tokens (B, 1, h*w, C), contiguous for the fused kernels."""
-    return x.flatten(2).mT.contiguous()[:, None]
 
 
 def _blocks(c_in: int, c_out: int, n: int, groups: int) -> nn.ModuleList:
@@ -188,13 +182,12 @@ class VectorQuantizer(nn.Module):
     """Replace each latent vector by the nearest of `n_embed` learned codes.
 
     loss = |sg(z_q) - z|^2 + beta |z_q - sg(z)|^2, averaged over all elements, as published. VQ-VAE
-    has beta on the other term (`legacy=False`): the value is the same, the gradients are not.
+    has beta on the other term: the codes then move faster, and z is held less.
     """
 
-    def __init__(self, n_embed: int, dim: int, beta: float = 0.25, legacy: bool = True):
+    def __init__(self, n_embed: int, dim: int, beta: float = 0.25):
         super().__init__()
         self.beta = beta
-        self.legacy = legacy
         self.embedding = nn.Embedding(n_embed, dim)
         nn.init.uniform_(self.embedding.weight, -1 / n_embed, 1 / n_embed)
 
@@ -208,21 +201,12 @@ class VectorQuantizer(nn.Module):
             distance = torch.addmm(codes.square().sum(dim=1), flat, codes.T, alpha=-2)
             return distance.argmin(dim=1)
 
-    def lookup(self, indices: Tensor) -> Tensor:
-        """Indices (B, h, w) -> codes (B, C, h, w)."""
-        return self.embedding(indices).movedim(-1, 1)
-
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z (B, C, h, w) -> (z_q (B, C, h, w), loss, indices (B*h*w,))."""
         B, _, h, w = z.shape
         indices = self.nearest(z)                                             # (B*h*w,)
-        z_q = self.lookup(indices.view(B, h, w))                              # (B, C, h, w)
-        commitment = F.mse_loss(z, z_q.detach())
-        codebook = F.mse_loss(z_q, z.detach())
-        if self.legacy:
-            loss = commitment + self.beta * codebook
-        else:
-            loss = self.beta * commitment + codebook
+        z_q = self.embedding(indices.view(B, h, w)).movedim(-1, 1)            # (B, C, h, w)
+        loss = F.mse_loss(z, z_q.detach()) + self.beta * F.mse_loss(z_q, z.detach())
         return z + (z_q - z).detach(), loss, indices  # the value of z_q with the gradient of z
 
 

@@ -430,15 +430,15 @@ class GaussianDiffusion:
 
     def ddim_timesteps(self, steps: int) -> list[int]:
         """The `steps` timesteps DDIM visits, ascending: 0, s, 2s, ... or, as LDM, 1, s + 1, ..."""
-        first = self.cfg.ddim_start
-        counts = {}                              # number of timesteps -> smallest stride giving it
+        grids = {}
         for stride in range(self.cfg.steps - 1, 0, -1):
-            counts[len(range(first, self.cfg.steps, stride))] = stride
-        if steps not in counts:
-            near = sorted(counts, key=lambda n: abs(n - steps))[:2]
+            grid = range(self.cfg.ddim_start, self.cfg.steps, stride)
+            grids[len(grid)] = grid                          # of equal length the smallest stride
+        if steps not in grids:
+            near = sorted(grids, key=lambda n: abs(n - steps))[:2]
             raise ValueError(f"{steps} sampling steps have no integer stride over {self.cfg.steps} "
                              f"timesteps; use {min(near)} or {max(near)}")
-        return list(range(first, self.cfg.steps, counts[steps]))
+        return list(grids[steps])
 
     def ddim_sigma(self, t: int, t_prev: int, eta: float) -> float:
         """Standard deviation of the noise of a step; eta 0: none, 1: as in ancestral sampling."""
@@ -447,19 +447,15 @@ class GaussianDiffusion:
         return eta * math.sqrt((1 - a_prev) / (1 - a)) * math.sqrt(1 - a / a_prev)
 
     def ddim_step(self, x_t: Tensor, eps: Tensor, t: int, t_prev: int, eta: float = 1.0,
-                  noise: Tensor | None = None, clip: bool = False) -> tuple[Tensor, Tensor]:
+                  noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """One DDIM step from timestep t to t_prev < t: (x at t_prev, predicted x_0), both as x_t.
 
         t_prev = -1 is clean data, alpha_bar = 1 (LDM ends on alpha_bar_0). noise, standard normal,
-        is read only where `ddim_sigma` is above 0. clip limits the predicted x_0 to [-1, 1].
+        is read only where `ddim_sigma` is above 0.
         """
         a = self._alpha_bar_at(t)
         a_prev = self._alpha_bar_at(t_prev)
         x_0 = (x_t - math.sqrt(1 - a) * eps) / math.sqrt(a)
-        if clip:
-            x_0 = x_0.clamp(-1, 1)
-            eps = (x_t - math.sqrt(a) * x_0) / math.sqrt(1 - a)      # agrees with the clipped x_0
-
         sigma = self.ddim_sigma(t, t_prev, eta)
         x = math.sqrt(a_prev) * x_0 + math.sqrt(max(1 - a_prev - sigma**2, 0.0)) * eps
         if sigma > 0:
@@ -469,7 +465,6 @@ class GaussianDiffusion:
     @torch.no_grad()
     def ddim_loop(self, model: Callable, x_T: Tensor, steps: int = 200, eta: float = 1.0,
                   noise: Callable[[int], Tensor] | None = None, y: Tensor | None = None,
-                  clip: bool = False,
                   first: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Sample by DDIM, yielding (x_t, predicted x_0) after each of `steps` steps.
 
@@ -486,14 +481,8 @@ class GaussianDiffusion:
         for i, (t, t_prev) in enumerate(zip(timesteps, timesteps[1:] + [end])):
             eps = self._eps(model, x_t, t, y)
             step_noise = noise(i) if self.ddim_sigma(t, t_prev, eta) > 0 else None
-            x_t, x_0 = self.ddim_step(x_t, eps, t, t_prev, eta, step_noise, clip)
+            x_t, x_0 = self.ddim_step(x_t, eps, t, t_prev, eta, step_noise)
             yield x_t, x_0
-
-    def ddim_sample(self, model: Callable, x_T: Tensor, *args, **options) -> Tensor:
-        """The last x_t of `ddim_loop`, (B, C, h, w)."""
-        for x_t, _ in self.ddim_loop(model, x_T, *args, **options):
-            pass
-        return x_t
 
     def timestep_of(self, sigma: float) -> int:
         """The last timestep with at most sigma times as much noise as signal."""

@@ -559,7 +559,7 @@ def trained(ckpt: dict, raw: bool) -> INFD | OneStep:
 
 
 def assembled(parts: Model, path: Path, merges: str | None = None) -> INFD:
-    """The model of a published file; merges: see `text.find_merges`."""
+    """The model of a published file; merges: see `text.read_merges`."""
     cfg, weights = parts.autoencoder
     text = None
     tokenizer = None

@@ -501,9 +501,6 @@ def sd_model(weights: dict[str, Tensor], raw: bool) -> Model:
         if not parts.text:
             raise ValueError("it has no text encoder; take the file that holds the whole model")
         text = (text_config(parts.text), parts.text)
-        if text[0].width != unet_cfg.context_dim:
-            raise ValueError(f"its text encoder has {text[0].width} channels, and its UNet attends "
-                             f"to {unet_cfg.context_dim}")
     return Model((cfg, parts.autoencoder), unet, parts.schedule, 64 * cfg.f,
                  "published EMA" if parts.averaged else "published weights",
                  SCALE if cfg.kl else 1.0, text)

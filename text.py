@@ -76,35 +76,27 @@ def _kind(character: str) -> str:
 MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
 MERGES_BYTES = 1_356_917
 MERGES_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
-UNPACKED_SHA256 = "67603cfda2e032ad77b5f8808af37789d590db664b26df8705d2bf8b3c553fc8"
 MERGES_USED = 49_152 - 256 - 2                                       # the file has more
 
 
-def find_merges(checkpoint: Path, named: str | None = None) -> Path:
-    """Where CLIP's merges are: the file named by an option, else the one beside the checkpoint.
+def read_merges(checkpoint: Path, named: str | None = None) -> list[tuple[str, str]]:
+    """CLIP's merges, of the file named by an option, else of the one beside the checkpoint.
 
-    Raises FileNotFoundError that says what to put there.
+    Raises FileNotFoundError that says what to put there, ValueError if it is not that very file.
     """
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    known = [folder / MERGES_FILE, folder / MERGES_FILE.removesuffix(".gz")]
-    for path in [Path(named)] if named else known:
-        if path.is_file():
-            return path
-    raise FileNotFoundError(f"CLIP's tokenizer is not at {named or folder}: put {MERGES_FILE} "
-                            f"({MERGES_BYTES:,} bytes, sha256 {MERGES_SHA256}), which CLIP's "
-                            f"packages hold, beside the checkpoint (sample.py: or --merges FILE)")
-
-
-def read_merges(path: Path) -> list[tuple[str, str]]:
-    """The published merges, packed or unpacked. Raises ValueError if it is not that very file."""
+    path = Path(named) if named else folder / MERGES_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"CLIP's tokenizer is not at {path}: put {MERGES_FILE} "
+                                f"({MERGES_BYTES:,} bytes, sha256 {MERGES_SHA256}), which CLIP's "
+                                f"packages hold, beside the checkpoint (sample.py: or --merges "
+                                f"FILE)")
     content = path.read_bytes() if path.stat().st_size < 2**24 else b""
     digest = hashlib.sha256(content).hexdigest()
-    if digest == MERGES_SHA256:
-        content = gzip.decompress(content)
-    elif digest != UNPACKED_SHA256:
+    if digest != MERGES_SHA256:
         raise ValueError(f"{path} is not CLIP's {MERGES_FILE}: it has {path.stat().st_size:,} "
                          f"bytes and sha256 {digest}, not {MERGES_BYTES:,} and {MERGES_SHA256}")
-    lines = content.decode().split("\n")[1:MERGES_USED + 1]          # the first line is a header
+    lines = gzip.decompress(content).decode().split("\n")[1:MERGES_USED + 1]    # after a header
     return [tuple(line.split()) for line in lines]
 
 
@@ -262,8 +254,8 @@ def tokenizer_from(state: dict) -> CLIPTokenizer | WordTokenizer:
 
 
 def clip_tokenizer(checkpoint: Path, named: str | None, cfg: TextConfig) -> CLIPTokenizer:
-    """The tokenizer of a text transformer of CLIP; the merges are where `find_merges` says."""
-    tokenizer = CLIPTokenizer(read_merges(find_merges(checkpoint, named)), cfg.positions)
+    """The tokenizer of a text transformer of CLIP; the merges are where `read_merges` looks."""
+    tokenizer = CLIPTokenizer(read_merges(checkpoint, named), cfg.positions)
     if len(tokenizer) != cfg.vocabulary:
         raise ValueError(f"the text encoder knows {cfg.vocabulary:,} pieces, and CLIP's tokenizer "
                          f"makes {len(tokenizer):,}")
