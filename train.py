@@ -84,6 +84,8 @@ def fit(stage: Stage, out: Path) -> None:
 
         for k in range(start, cfg.steps):
             batch = meter.wait_for(stream)
+            if k == start:
+                meter.restart()                      # workers began, latents were encoded
             torch.manual_seed(int(rng(cfg.seed, "dropout", k, ranks()[0]).integers(2**62)))
             logs = step(stage, batch, k)
 
