@@ -36,7 +36,7 @@ from torch import Tensor, nn
 fcntl = importlib.import_module("fcntl") if os.name == "posix" else None     # none on Windows
 
 
-# ---- random numbers ------------------------------------------------------------------------------
+# ---- random numbers ----
 
 
 def _digest(key: tuple[int | str, ...]) -> int:
@@ -64,7 +64,7 @@ def torch_noise(shape: tuple[int, ...], *key: int | str | float) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(_digest(key) >> 65))
 
 
-# ---- several processes ---------------------------------------------------------------------------
+# ---- several processes ----
 # Every rank draws its share of one batch, and all take the same step. DistributedDataParallel would
 # hide the reduction in hooks, which the adaptive weight of the GAN goes around.
 
@@ -124,7 +124,7 @@ def print_once(text: str) -> None:
         print(text, flush=True)
 
 
-# ---- how a program ends --------------------------------------------------------------------------
+# ---- how a program ends ----
 
 
 class Stopped(Exception):
@@ -191,7 +191,7 @@ def first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-# ---- options -------------------------------------------------------------------------------------
+# ---- options ----
 # Frozen dataclasses, nested ones by a dotted name ("ae.ch"). Flat dicts of such names are what the
 # command line, the presets and the checkpoints hold.
 
@@ -284,7 +284,7 @@ def parse_options(cls: type, texts: list[str], what: str) -> dict[str, object]:
     return given
 
 
-# ---- checkpoint files ----------------------------------------------------------------------------
+# ---- checkpoint files ----
 
 FORMAT = 1               # of our own checkpoints; a file of a later one is refused, not guessed at
 
@@ -377,7 +377,7 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], what: str) -> No
     module.load_state_dict(weights)
 
 
-# ---- the log -------------------------------------------------------------------------------------
+# ---- the log ----
 
 
 class Meter:
@@ -389,6 +389,7 @@ class Meter:
         self.restart()
 
     def restart(self) -> None:
+        """Leave out the time so far, and its images, of the rate."""
         self.images = 0
         self.waited = 0.0
         self.since = time.perf_counter()
@@ -404,13 +405,6 @@ class Meter:
         """Take in what step k reports, () tensors with "taken" among them; index: its samples."""
         self.rows.append(({name: value.detach() for name, value in logs.items()}, k, index))
         self.images += images
-
-    def first(self) -> float:
-        """Say how many seconds the first step took, and leave them out of the rate."""
-        float(self.rows[-1][0]["taken"])             # waits for the device
-        took = time.perf_counter() - self.since
-        self.restart()
-        return took
 
     def means(self) -> dict[str, float]:
         """Give the means over steps and ranks, images/s, and the share of time waiting for data.
@@ -452,7 +446,7 @@ class Meter:
         self.since += time.perf_counter() - before
 
 
-# ---- the run folder ------------------------------------------------------------------------------
+# ---- the run folder ----
 
 # What to say where these options differ from those of the run that is to be continued.
 WHY = {"K": "K is for how many steps the noise levels are planned, by default for all: add K={} to "
@@ -526,17 +520,17 @@ class RunFolder:
 
     def _check(self, ckpt: dict) -> None:
         """Raise ValueError where a checkpoint is of another run."""
-        changed = [f"stage: {ckpt['stage']} -> {self.stage}"] if ckpt["stage"] != self.stage else []
-        other = []
-        if not changed:                                      # options it lacks had their default
+        old = {"stage": ckpt["stage"]}
+        new = {"stage": self.stage}
+        if old == new:                                       # options it lacks had their default
             old = flatten(unflatten(type(self.cfg), ckpt["config"]))
             new = flatten(self.cfg)
-            other = [k for k in sorted(new) if old[k] != new[k] and k not in self.free]
-            changed = [f"{k}: {old[k]} -> {new[k]}" for k in other]
-        if changed:
+        other = [k for k in sorted(new) if old[k] != new[k] and k not in self.free]
+        if other:
+            changed = "; ".join(f"{k}: {old[k]} -> {new[k]}" for k in other)
             why = "".join(f". {WHY[k].format(old[k])}" for k in other if k in WHY)
-            raise ValueError(f"{self.path} holds another run ({'; '.join(changed)}); choose "
-                             f"another --out, or those options{why}")
+            raise ValueError(f"{self.path} holds another run ({changed}); choose another --out, or "
+                             f"those options{why}")
         then = ckpt.get("data")
         if self.data and then and then != self.data:
             raise ValueError(f"{self.path} was trained on {then['pictures']} pictures, the data "
@@ -650,7 +644,7 @@ def cut_log(log: Path, step: int) -> None:
     part.replace(log)
 
 
-# ---- what the device gives -----------------------------------------------------------------------
+# ---- what the device gives ----
 
 
 def pick_device(name: str) -> torch.device:

@@ -81,6 +81,10 @@ def fit(stage: Stage, out: Path) -> None:
             stage.shown.load_state_dict(stage.net.state_dict())
         stream = stage.batches(start)
         meter = Meter()
+        compiles = wants_compile(cfg.compile, stage.device)
+        if compiles:
+            print_once("the first step compiles, for up to two minutes; what it has compiled stays "
+                       "in $TORCHINDUCTOR_CACHE_DIR (below $TMPDIR)")
 
         for k in range(start, cfg.steps):
             batch = meter.wait_for(stream)
@@ -96,9 +100,8 @@ def fit(stage: Stage, out: Path) -> None:
                 with meter.paused():
                     logs |= stage.validate()
             meter.add(logs, cfg.batch, k, batch["index"])
-            if k == start and wants_compile(cfg.compile, stage.device):
-                print_once(f"the first step took {meter.first():.0f} s, most of it compiling; what "
-                           f"was compiled stays in $TORCHINDUCTOR_CACHE_DIR (below $TMPDIR)")
+            if compiles and k == start:
+                meter.restart()                      # the rate is that of the other steps
             if last or done % cfg.log_every == 0:
                 line = {"step": done, **meter.means()}
                 folder.log(line)
