@@ -476,21 +476,6 @@ def test_any_window_is_where_it_says(res, window, paper):
     torch.testing.assert_close(rgb[2], size, rtol=1e-4, atol=0)
 
 
-def test_tiles_compile_once():
-    """One graph for every resolution, window and field."""
-    torch._dynamo.reset()
-    backend = torch._dynamo.testing.CompileCounter()
-    model = loaded(lambda: CLIF(CLIFConfig(8, 8, 1, 8)))
-    compiled = torch.compile(model, backend=backend, dynamic=False)
-    for seed in range(2):
-        field = Field(model, field_phi(8, seed=seed), tile=32)
-        quick = replace(field, renderer=compiled)
-        for res, window in ((64, None), ((90, 71), None), (50, (-0.31, 0.127, 0.333, 0.9)),
-                            (60, (0.2, 0.2, 0.22, 0.22))):
-            field_equal(quick.draw(res, window), field.draw(res, window))
-            assert backend.frame_count == 1
-
-
 @slow
 def test_memory_does_not_grow_with_resolution():
     """Of 512 rows 8192 px wide, coordinates take 32 MiB and colours 48: neither exists."""
@@ -1603,17 +1588,6 @@ def test_cm_half_precision_is_for_the_network_and_where_drawing_asks_for_it():
     assert made.dtype == torch.float32 and 0 < (made - exact).abs().max() < 0.2 * exact.std()
     rounded = function.draw(16, dtype=torch.bfloat16)    # the first layer is not
     assert rounded.dtype == torch.float32 and 0 < (rounded - whole).std() < 0.02 * whole.std()
-
-
-def test_cm_function_generator_compiles_as_one_graph():
-    """With the evaluation of the function, under autocast too, for both stages that train it."""
-    net = cm_randomised(FunctionGenerator(replace(CM_TINY, encoder_depth=1, decoder_depth=1)))
-    torch._dynamo.reset()
-    for call, args in ((net.redraw, (CM_X, CM_MOVED)),
-                       (net.forward, (CM_X, CM_ZERO, None, CM_MOVED))):
-        compiled = torch.compile(call, fullgraph=True, backend="eager")
-        with torch.autocast("cpu", torch.bfloat16):
-            cm_close(compiled(*args), call(*args))
 
 
 # ---- generators ----
