@@ -435,28 +435,19 @@ def test_tiles_draw_little_more_than_the_picture():
 
 
 @pytest.mark.parametrize("paper", [False, True])
-def test_window_equals_slice(paper):
-    field = Field(field_clif(), field_phi(), 32, paper)
+def test_window_equals_slice_and_costs_its_own_pixels(paper):
+    """Without paper, whose tiles count from the plane's edge, only what a pixel sees is drawn."""
+    spy = field_spy(field_clif())
+    field = Field(spy, field_phi(), 32, paper)
     full = field.draw((50, 90))
-    for box in ((0, 0, 50, 90), (17, 33, 40, 67), (32, 64, 49, 90), (49, 0, 50, 1)):
+    for box in ((0, 0, 50, 90), (17, 33, 40, 67), (32, 64, 49, 90), (24, 44, 25, 45)):
         y0, x0, y1, x1 = box
         window = field_window(50, 90, *box)
+        spy.drawn.clear()
         field_equal(field.draw((y1 - y0, x1 - x0), window), full[..., y0:y1, x0:x1])
+    assert paper or spy.drawn == [(13, 13)]
     typed = [float(f"{v:.6f}") for v in window]                      # as on a command line
-    assert (field.draw([1, 1], typed) - full[..., 49:, :1]).abs().max() < 1e-3
-
-
-@pytest.mark.parametrize("top, left", [(0, 0), (18, 44)])
-def test_a_deep_window_costs_its_own_pixels(top, left):
-    """1/64 of a side: only the window and the receptive field around it are drawn."""
-    spy = field_spy(field_clif())
-    field = Field(spy, field_phi())
-    window = field_window(64, 64, top, left, top + 1, left + 1)
-    spy.drawn.clear()
-    drawn = field.draw((40, 56), window)
-    (height, width), = spy.drawn
-    assert height <= 52 and width <= 68
-    field_equal(replace(field, tile=24).draw((40, 56), window), drawn)
+    assert (field.draw([1, 1], typed) - full[..., 24:25, 44:45]).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("paper", [False, True])

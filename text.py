@@ -160,12 +160,11 @@ class CLIPTokenizer:
 
     def __call__(self, texts: list[str]) -> Tensor:
         """texts -> (B, length) int64. What is too long is cut: see `remark`."""
-        rows = torch.full((len(texts), self.length), self.end)
-        rows[:, 0] = self.start
-        for row, text in zip(rows, texts):
-            numbers = self.encode(text)[:self.length - 2]
-            row[1:len(numbers) + 1] = torch.tensor(numbers, dtype=torch.int64)
-        return rows
+        rows = []
+        for text in texts:
+            row = [self.start, *self.encode(text)[:self.length - 2]]
+            rows.append(row + [self.end] * (self.length - len(row)))
+        return torch.tensor(rows)
 
     def remark(self, text: str) -> str:
         """What of a text does not reach the model, in one line; empty if all of it does."""
@@ -226,11 +225,11 @@ class WordTokenizer:
 
     def __call__(self, texts: list[str]) -> Tensor:
         """texts -> (B, length) int64. What is too long or unknown is lost: see `remark`."""
-        rows = torch.zeros(len(texts), self.length, dtype=torch.int64)
-        for row, text in zip(rows, texts):
-            numbers = [self.ids.get(word, 1) for word in self.words_of(text)[:self.length]]
-            row[:len(numbers)] = torch.tensor(numbers, dtype=torch.int64)
-        return rows
+        rows = []
+        for text in texts:
+            row = [self.ids.get(word, 1) for word in self.words_of(text)[:self.length]]
+            rows.append(row + [0] * (self.length - len(row)))
+        return torch.tensor(rows)
 
     def remark(self, text: str) -> str:
         """What of a text does not reach the model, in one line; empty if all of it does."""
