@@ -43,14 +43,14 @@ def frequencies(dim: int, sigma: float, device: torch.device | str | None = None
 def positional_encoding(coord: Tensor, dim: int, sigma: float) -> Tensor:
     """Code of a position (..., 2) -> (..., 2 dim): cos, then sin of pi w c, w from 1 to sigma."""
     w = frequencies(dim, sigma, coord.device)
-    angle = (math.pi * w * coord.float()[..., None]).flatten(-2)  # (..., dim): y, x
-    return torch.cat([angle.cos(), angle.sin()], dim=-1)          # (..., 2 dim)
+    angle = (math.pi * w * coord.float()[..., None]).flatten(-2)         # (..., dim): y, x
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)                 # (..., 2 dim)
 
 
 def share_of_axis(code: Tensor, axis: int) -> Tensor:
     """What one axis (0: y, 1: x) adds to a code (..., 2 dim): the other's columns become zero."""
-    own = code.unflatten(-1, (2, 2, -1))[..., axis:axis + 1, :]  # (..., 2, 1, dim / 2)
-    return F.pad(own, (0, 0, axis, 1 - axis)).flatten(-3)        # (..., 2 dim)
+    own = code.unflatten(-1, (2, 2, -1))[..., axis:axis + 1, :]          # (..., 2, 1, dim / 2)
+    return F.pad(own, (0, 0, axis, 1 - axis)).flatten(-3)                # (..., 2 dim)
 
 
 def affine(wb: Tensor, c: Tensor, bias: int = 1) -> Tensor:
@@ -79,8 +79,8 @@ def colours(weights: tuple[Tensor, ...], code: Tensor, columns: Tensor | None = 
 
 def evaluate(weights: tuple[Tensor, ...], coord: Tensor, pe_dim: int, pe_sigma: float) -> Tensor:
     """Colours at coord (B or 1, ..., 2), of tensors alone: torch.compile takes no dataclass."""
-    code = positional_encoding(coord.flatten(1, -2), pe_dim, pe_sigma)  # (B or 1, n, in)
-    return colours(weights, code).unflatten(1, coord.shape[1:-1])       # (B, ..., 3)
+    code = positional_encoding(coord.flatten(1, -2), pe_dim, pe_sigma)   # (B or 1, n, in)
+    return colours(weights, code).unflatten(1, coord.shape[1:-1])        # (B, ..., 3)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,14 +106,14 @@ class ImageFunction:
         parts = [self[i:i + group].weights for i in range(0, len(self), group)]
 
         rows = pixel_coord((height, 1), window, self.corners, device)[None, :, 0]  # (1, H, 2)
-        cols = pixel_coord((1, width), window, self.corners, device)               # (1, W, 2)
+        cols = pixel_coord((1, width), window, self.corners, device)     # (1, W, 2)
         rows = share_of_axis(positional_encoding(rows, self.pe_dim, self.pe_sigma), 0)
         cols = share_of_axis(positional_encoding(cols, self.pe_dim, self.pe_sigma), 1)
 
         for top in range(0, height, tile):
-            down = rows[:, top:top + tile]          # (1, h, in)
+            down = rows[:, top:top + tile]                               # (1, h, in)
             for left in range(0, width, tile):
-                across = cols[:, left:left + tile]  # (1, w, in)
+                across = cols[:, left:left + tile]                       # (1, w, in)
                 rgb = torch.cat([colours(part, down, across, dtype) for part in parts])
                 yield top, left, rgb.unflatten(1, (down.shape[1], -1)).movedim(-1, 1)
 
@@ -156,20 +156,20 @@ class PatchTokens(nn.Module):
         k = torch.arange(cfg.dim // 4, dtype=torch.float64)
         w = base ** (-k / len(k))
         angle = torch.arange(cfg.size // cfg.patch, dtype=torch.float64)[:, None] * w
-        code = scale * torch.cat([angle.sin(), angle.cos()], dim=1).float()  # (side, D / 2)
-        row, col = torch.broadcast_tensors(code[:, None], code)              # (side, side, D / 2)
+        code = scale * torch.cat([angle.sin(), angle.cos()], dim=1).float()      # (side, D / 2)
+        row, col = torch.broadcast_tensors(code[:, None], code)          # (side, side, D / 2)
         self.register_buffer("position", torch.cat([col, row], dim=-1).flatten(0, 1),
-                             persistent=False)                               # (T, D)
+                             persistent=False)                           # (T, D)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x).flatten(2).transpose(1, 2) + self.position  # (B, T, D)
+        return self.conv(x).flatten(2).transpose(1, 2) + self.position   # (B, T, D)
 
 
 def to_pixels(tokens: Tensor, patch: int) -> Tensor:
     """Tokens (B, T, 3 patch^2) -> the image (B, 3, S, S)."""
     side = math.isqrt(tokens.shape[1])
     grid = tokens.unflatten(1, (side, side)).unflatten(3, (patch, patch, 3))  # (B, h, w, p, q, 3)
-    return grid.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)            # (B, 3, h p, w q)
+    return grid.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)       # (B, 3, h p, w q)
 
 
 class Attention(nn.Module):
@@ -184,11 +184,11 @@ class Attention(nn.Module):
         self.out = nn.Linear(inner, dim)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        k, v = self.kv(x if context is None else context).chunk(2, dim=-1)  # (B, S, heads d)
-        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2)      # (B, heads, T, d)
+        k, v = self.kv(x if context is None else context).chunk(2, dim=-1)       # (B, S, heads d)
+        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2)   # (B, heads, T, d)
                    for part in (self.q(x), k, v))
-        out = F.scaled_dot_product_attention(q, k, v)                       # (B, heads, T, d)
-        return self.out(out.transpose(1, 2).flatten(2))                     # (B, T, D)
+        out = F.scaled_dot_product_attention(q, k, v)                    # (B, heads, T, d)
+        return self.out(out.transpose(1, 2).flatten(2))                  # (B, T, D)
 
 
 class Condition(nn.Module):
@@ -202,8 +202,8 @@ class Condition(nn.Module):
             nn.init.normal_(value, std=0.02) if name.endswith("weight") else nn.init.zeros_(value)
 
     def forward(self, t: Tensor, y: Tensor | None) -> Tensor:
-        c = self.noise(timestep_embedding(t, 256))             # (B, D)
-        return c if self.label is None else c + self.label(y)  # (B, D)
+        c = self.noise(timestep_embedding(t, 256))                       # (B, D)
+        return c if self.label is None else c + self.label(y)            # (B, D)
 
 
 class AdaLNBlock(nn.Module):
@@ -226,13 +226,13 @@ class AdaLNBlock(nn.Module):
         nn.init.zeros_(self.modulation[1].weight)  # every gate closed: the identity
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        parts = self.modulation(c)[:, None].chunk(6, dim=-1)        # the paper's alpha, gamma
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts  # and tau: (B, 1, D) each
+        parts = self.modulation(c)[:, None].chunk(6, dim=-1)             # the paper's alpha, gamma
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts       # and tau: (B, 1, D) each
 
-        h = self.norm(x) * (1 + scale_a) + shift_a  # (B, T, D)
-        x = x + gate_a * self.attn(h)               # (B, T, D)
-        h = self.norm(x) * (1 + scale_m) + shift_m  # (B, T, D)
-        return x + gate_m * self.mlp(h)             # (B, T, D)
+        h = self.norm(x) * (1 + scale_a) + shift_a                       # (B, T, D)
+        x = x + gate_a * self.attn(h)                                    # (B, T, D)
+        h = self.norm(x) * (1 + scale_m) + shift_m                       # (B, T, D)
+        return x + gate_m * self.mlp(h)                                  # (B, T, D)
 
 
 class Block(nn.Module):
@@ -250,10 +250,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, data: Tensor | None = None) -> Tensor:
         if self.attn_self is not None:
-            x = x + self.attn_self(self.norm_self(x))        # (B, T, D)
+            x = x + self.attn_self(self.norm_self(x))                    # (B, T, D)
         if self.attn_data is not None:
-            x = x + self.attn_data(self.norm_data(x), data)  # (B, T, D)
-        return x + self.mlp(self.norm_mlp(x))                # (B, T, D)
+            x = x + self.attn_data(self.norm_data(x), data)              # (B, T, D)
+        return x + self.mlp(self.norm_mlp(x))                            # (B, T, D)
 
 
 # ---- CM-Func ----
@@ -293,7 +293,7 @@ class FunctionPrediction(nn.Module):
         if cfg.hidden % min(cfg.groups, cfg.hidden):
             raise ValueError(f"groups {cfg.groups} must divide hidden {cfg.hidden}")
         widths = [2 * cfg.pe_dim] + [cfg.hidden] * (cfg.layers - 1) + [3]
-        shapes = list(zip(widths[:-1], widths[1:]))                        # (in, out) of each layer
+        shapes = list(zip(widths[:-1], widths[1:]))                      # (in, out) of each layer
         self.groups = [min(cfg.groups, fan_out) for _, fan_out in shapes]  # tokens per layer
         self.tokens = nn.Parameter(torch.randn(sum(self.groups), cfg.dim))
         self.context_norm = nn.LayerNorm(cfg.dim) if cfg.context_norm else nn.Identity()
@@ -310,21 +310,21 @@ class FunctionPrediction(nn.Module):
 
     def fuse(self, data: Tensor) -> Tensor:
         """data (B, S, D) -> INR tokens (B, T, D)."""
-        data = self.context_norm(data)           # (B, S, D)
-        x = self.tokens.repeat(len(data), 1, 1)  # (B, T, D)
+        data = self.context_norm(data)                                   # (B, S, D)
+        x = self.tokens.repeat(len(data), 1, 1)                          # (B, T, D)
         for block in self.blocks:
-            x = block(x, data)                   # (B, T, D)
+            x = block(x, data)                                           # (B, T, D)
         return x
 
     def weights(self, tokens: Tensor) -> tuple[Tensor, ...]:
         """INR tokens (B, T, D) -> beta; its biases are shared, though the paper predicts them."""
         beta = []
         for token, head, base in zip(tokens.split(self.groups, dim=1), self.heads, self.base):
-            u = head(token).float().transpose(1, 2)          # (B, in, g)
-            u = u.repeat(1, 1, base.shape[1] // u.shape[2])  # (B, in, out), tiled
-            w = F.normalize(base[:-1] * u, dim=1)            # weight grouping, 3.3
-            b = base[-1:].expand(len(w), -1, -1)             # (B, 1, out)
-            beta.append(torch.cat([w, b], dim=1))            # (B, in + 1, out)
+            u = head(token).float().transpose(1, 2)                      # (B, in, g)
+            u = u.repeat(1, 1, base.shape[1] // u.shape[2])              # (B, in, out), tiled
+            w = F.normalize(base[:-1] * u, dim=1)                        # weight grouping, 3.3
+            b = base[-1:].expand(len(w), -1, -1)                         # (B, 1, out)
+            beta.append(torch.cat([w, b], dim=1))                        # (B, in + 1, out)
         return tuple(beta)
 
     def forward(self, data: Tensor) -> tuple[Tensor, ...]:
@@ -346,15 +346,15 @@ class FunctionGenerator(nn.Module):
 
     def extract(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """x (B, 3, S, S) times c_in, t (B,) = 250 ln sigma, y (B,) -> data tokens (B, T, D)."""
-        c = self.condition(t, y)       # (B, D)
-        tokens = self.embed(x)         # (B, T, D)
+        c = self.condition(t, y)                                         # (B, D)
+        tokens = self.embed(x)                                           # (B, T, D)
         for block in self.encoder:
-            tokens = block(tokens, c)  # (B, T, D)
+            tokens = block(tokens, c)                                    # (B, T, D)
         return tokens
 
     def beta(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> tuple[Tensor, ...]:
         """G(x, sigma): the weights of the functions."""
-        *beta, last = self.predict(self.extract(x, t, y))  # Eq. (7)
+        *beta, last = self.predict(self.extract(x, t, y))                # Eq. (7)
         return (*beta, self.cfg.out_scale * last)
 
     def function(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> ImageFunction:
@@ -407,20 +407,20 @@ class DiT(nn.Module):
             AdaLNBlock(cfg.dim, cfg.heads, cfg.mlp_ratio) for _ in range(cfg.depth))
         self.norm = nn.LayerNorm(cfg.dim, eps=1e-6, elementwise_affine=False)
         self.modulation = nn.Sequential(nn.SiLU(), zero(nn.Linear(cfg.dim, 2 * cfg.dim)))
-        self.out = zero(nn.Linear(cfg.dim, 3 * cfg.patch**2))  # F starts at zero
+        self.out = zero(nn.Linear(cfg.dim, 3 * cfg.patch**2))            # F starts at zero
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """x (B, 3, S, S) times c_in, t (B,) = 250 ln sigma, y (B,) classes -> F (B, 3, S, S)."""
-        y = torch.zeros_like(t, dtype=torch.long) if y is None else y  # (B,)
-        c = self.condition(t, y)                                       # (B, D)
+        y = torch.zeros_like(t, dtype=torch.long) if y is None else y    # (B,)
+        c = self.condition(t, y)                                         # (B, D)
 
-        tokens = self.embed(x)         # (B, T, D)
+        tokens = self.embed(x)                                           # (B, T, D)
         for block in self.blocks:
-            tokens = block(tokens, c)  # (B, T, D)
+            tokens = block(tokens, c)                                    # (B, T, D)
 
-        shift, scale = self.modulation(c)[:, None].chunk(2, dim=-1)  # (B, 1, D) each
-        tokens = self.out(self.norm(tokens) * (1 + scale) + shift)   # (B, T, 3 patch^2)
-        return to_pixels(tokens, self.cfg.patch)                     # (B, 3, S, S)
+        shift, scale = self.modulation(c)[:, None].chunk(2, dim=-1)      # (B, 1, D) each
+        tokens = self.out(self.norm(tokens) * (1 + scale) + shift)       # (B, T, 3 patch^2)
+        return to_pixels(tokens, self.cfg.patch)                         # (B, 3, S, S)
 
 
 class UViT(nn.Module):
@@ -460,21 +460,21 @@ class UViT(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """As DiT."""
-        time = self.time(timestep_embedding(t, self.cfg.dim))[:, None]  # (B, 1, D)
-        patches = self.patch(x).flatten(2).transpose(1, 2)              # (B, T, D)
-        h = torch.cat([time, patches], dim=1)                           # (B, 1 + T, D)
+        time = self.time(timestep_embedding(t, self.cfg.dim))[:, None]   # (B, 1, D)
+        patches = self.patch(x).flatten(2).transpose(1, 2)               # (B, T, D)
+        h = torch.cat([time, patches], dim=1)                            # (B, 1 + T, D)
         if self.label is not None:
-            h = torch.cat([self.label(y)[:, None], h], dim=1)           # (B, 2 + T, D)
-        h = h + self.position                                           # (B, extras + T, D)
+            h = torch.cat([self.label(y)[:, None], h], dim=1)            # (B, 2 + T, D)
+        h = h + self.position                                            # (B, extras + T, D)
 
         skips = []
         for block in self.down:
-            h = block(h)                                    # (B, extras + T, D)
+            h = block(h)                                                 # (B, extras + T, D)
             skips.append(h)
-        h = self.middle[0](h)                               # (B, extras + T, D)
+        h = self.middle[0](h)                                            # (B, extras + T, D)
         for merge, block in zip(self.merge, self.up):
-            h = merge(torch.cat([h, skips.pop()], dim=-1))  # (B, extras + T, D)
-            h = block(h)                                    # (B, extras + T, D)
+            h = merge(torch.cat([h, skips.pop()], dim=-1))               # (B, extras + T, D)
+            h = block(h)                                                 # (B, extras + T, D)
 
-        tokens = self.out(self.norm(h))[:, self.extras:]     # (B, T, 3 patch^2)
-        return self.conv(to_pixels(tokens, self.cfg.patch))  # (B, 3, S, S)
+        tokens = self.out(self.norm(h))[:, self.extras:]                 # (B, T, 3 patch^2)
+        return self.conv(to_pixels(tokens, self.cfg.patch))              # (B, 3, S, S)
