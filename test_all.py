@@ -48,7 +48,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch._dynamo.testing
+import torch._dynamo
 import torch.distributed.run
 import torch.nn.functional as F
 from PIL import Image, ImageSequence, PngImagePlugin
