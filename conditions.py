@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from clif import WHOLE_PLANE, Field, Window, check_frame
-from data import MAX_BYTES, BadImage, decode, shown, to_rgb, to_tensor
+from data import MAX_BYTES, decode, shown, to_rgb, to_tensor
 from inr_generator import ImageFunction
 
 LARGEST = 2**20                             # pixels of all conditions: their gradients need memory
@@ -60,9 +60,9 @@ def like(goal: Tensor, window: Window = WHOLE_PLANE, mask: Tensor | None = None)
 
 def read_given(file: str | Path, window: Window = WHOLE_PLANE) -> Condition:
     """`like` of a PNG, JPEG or WEBP file, whose alpha channel is the mask; OSError, ValueError."""
-    if Path(file).stat().st_size > MAX_BYTES:
-        raise BadImage(f"{shown(file)}: a picture of more than {MAX_BYTES >> 20} MB")
-    pixels = np.asarray(decode(Path(file).read_bytes(), shown(file), to_rgba))   # (H, W, 4)
+    with open(file, "rb") as opened:
+        image = decode(opened.read(MAX_BYTES), shown(file), to_rgba)
+    pixels = np.asarray(image)                                                   # (H, W, 4)
     mask = torch.from_numpy(pixels[..., 3] / np.float32(255))                    # (H, W)
     return like(to_tensor(pixels[..., :3]), window, mask)
 
@@ -74,14 +74,6 @@ def to_rgba(image: Image.Image) -> Image.Image:
     return to_rgb(image).convert("RGBA")
 
 
-def window_of(numbers: Sequence[float]) -> Window:
-    """Four numbers as a window of the plane; ValueError where they are none."""
-    if len(numbers) != 4:
-        raise ValueError(f"window {','.join(f'{n:g}' for n in numbers)}: give y0,x0,y1,x1; the "
-                         f"whole plane is -1,-1,1,1")
-    return check_frame(1, tuple(numbers))[1]
-
-
 def paired(given: Sequence[str | Sequence[float]]) -> list[tuple[str, Window]]:
     """Files, some followed by a window, -> (file, window) of each; without, the whole plane."""
     pairs = []
@@ -89,7 +81,7 @@ def paired(given: Sequence[str | Sequence[float]]) -> list[tuple[str, Window]]:
         if isinstance(item, str):
             pairs.append((item, WHOLE_PLANE))
         elif i > 0 and isinstance(given[i - 1], str):
-            pairs[-1] = (given[i - 1], window_of(item))
+            pairs[-1] = (given[i - 1], item)
         else:
             raise ValueError("more windows than pictures: each --at y0,x0,y1,x1 follows the "
                              "--given FILE whose place it is")

@@ -68,15 +68,8 @@ def draw_labels(net: nn.Module, classes: Sequence[str], indices: Sequence[int], 
 
 
 def numbered(indices: Sequence[float]) -> list[float]:
-    """The numbers of images, 2.25 for one between 2 and 3, or ValueError where they are none."""
-    try:
-        numbers = [i if isinstance(i, float) else operator.index(i) for i in indices]
-    except TypeError:
-        numbers = []
-    if not numbers:
-        raise ValueError(f"indices {indices!r}: give the numbers of the images, as [0, 1] or "
-                         f"range(4)")
-    return numbers
+    """The numbers of images as Python's own: they name noise. 2.25 lies between pictures 2 and 3."""
+    return [i if isinstance(i, float) else operator.index(i) for i in indices]
 
 
 def photo(picture: str | Path | Image.Image) -> Photo:
@@ -198,33 +191,32 @@ class INFD:
         null, context = self.text(ids).split([1, len(texts)])                    # (1 + B, N, D)
         return guided(net, self.guidance if guidance is None else guidance, context, null)
 
-    def sampler_of(self, sampler: str | None, ddim: bool = False) -> str:
-        """The sampler asked for, by default the model's own; ValueError where it has no such.
-
-        ddim: whether something else that is asked for needs ddim: eta, conditions.
-        """
-        sampler = sampler or ("cm" if self.f else "ddim" if ddim else self.sampler)
-        if (sampler == "cm") != (self.f is not None):
-            raise ValueError(f"sampler {sampler}: this model " + (
-                "takes many steps; its samplers are ddim and dpm++" if self.f is None else
-                "draws in one step or two; its sampler is cm"))
-        return sampler
-
     @property
     def step_size(self) -> float:
         """How firmly conditions lead where nothing is said."""
         return LED if self.f is None else SHIFTED
 
     def steps_of(self, sampler: str, led: bool = False) -> int:
-        """How many steps a sampler takes where nothing is said; ValueError if there is none.
-
-        led: by conditions.
-        """
-        if sampler not in SAMPLERS:
-            raise ValueError(f"there is no sampler {sampler}; there are: {', '.join(SAMPLERS)}")
+        """How many steps a sampler takes where nothing is said; led: by conditions."""
         if led and sampler != "dpm++":
             return {"ddim": 50, "cm": 1}[sampler]
         return self.ddim_steps if sampler == "ddim" else SAMPLERS[sampler]
+
+    def settings(self, sampler: str | None = None, steps: int | None = None,
+                 eta: float | None = None, led: bool = False) -> dict:
+        """Fill in what these leave open of how to `sample`, or ValueError; led: by conditions."""
+        if sampler is None:
+            many = "ddim" if led or eta is not None else self.sampler
+            sampler = many if self.f is None else "cm"
+        known = ("ddim", "dpm++") if self.f is None else ("cm",)
+        if sampler not in known:
+            raise ValueError(f"sampler {sampler}: this model is drawn by {' or '.join(known)}")
+        how = {"sampler": sampler, "steps": self.steps_of(sampler, led) if steps is None else steps}
+        if sampler == "ddim":
+            how["eta"] = self.eta if eta is None else eta
+        elif eta is not None:
+            raise ValueError(f"eta is noise that ddim adds, and {sampler} does not: leave it out")
+        return how
 
     @torch.no_grad()
     def sample(self, indices: Sequence[int], seed: int = 0, steps: int | None = None,
@@ -247,10 +239,9 @@ class INFD:
         step_size = self.step_size if step_size is None else step_size
         check_conditions(conditions, step_size)
         indices = numbered(indices)
-        sampler = self.sampler_of(sampler, eta is not None or bool(conditions))
-        own = self.steps_of(sampler, bool(conditions))
-        steps = own if steps is None else steps
-        eta = self.eta if eta is None else eta
+        how = self.settings(sampler, steps, eta, bool(conditions))
+        sampler = how["sampler"]
+        steps = how["steps"]
         model = self.guide(indices, seed, prompts, negative, guidance, regions)
         if conditions and sampler != "cm":
             missed = functools.partial(self.misfit, conditions)
@@ -263,24 +254,24 @@ class INFD:
             return torch.stack(made).to(self.scale.mean.device)      # (B, C, h, w)
 
         if sampler == "cm":
-            if steps not in (1, 2):
-                raise ValueError(f"{steps} steps: this model draws in 1 or 2")
+            if steps not in (1, 2) or (conditions and steps == 2):
+                raise ValueError(f"{steps} steps: this model draws in 1 or 2, by conditions in 1")
             noises = [noise("x_T"), noise("cm")][:steps]
             if conditions:
-                noises = [self.fitted(model, noises, y, conditions, step_size)]
+                noises = [self.fitted(model, noises[0], y, conditions, step_size)]
             levels = [self.f.cfg.sigma_max, SECOND][:steps]
             return self.scale.inverse(sample_multistep(model, noises, levels, y, limit=math.inf,
                                                        cfg=self.f.cfg))
         x_T = noise("x_T")
         first = None
         ends = math.exp(-self.diffusion.log_rho[-1])                 # noise to signal; INFD 197
-        if (sampler == "dpm++" or eta < 1) and ends > 2 * START:
+        if how.get("eta", 0) < 1 and ends > 2 * START:
             first = self.diffusion.timestep_of(START)
             noises = [noise("settle", 0), noise("settle", 1), x_T]
             x_T = self.diffusion.settle(model, noises, first, y)
         if sampler == "ddim":
             each = functools.partial(noise, "ddim")
-            walk = self.diffusion.ddim_loop(model, x_T, steps, eta, each, y, first=first)
+            walk = self.diffusion.ddim_loop(model, x_T, steps, how["eta"], each, y, first=first)
         else:
             walk = self.diffusion.dpm_loop(model, x_T, steps, y, first)
         for x_t, _ in bar(walk, "latents", steps, leave=False, disable=None):
@@ -307,12 +298,9 @@ class INFD:
             quick = compiled(part.forward, option, shapes=8, otherwise=plain)
             part.forward = functools.partial(called_within, autocast, quick)
 
-    def fitted(self, f: Callable, noises: Sequence[Tensor], y: Tensor | None,
+    def fitted(self, f: Callable, noise: Tensor, y: Tensor | None,
                conditions: Sequence[Condition], step_size: float) -> Tensor:
         """The noise of one-step INFD with which its one call meets conditions."""
-        noise, *more = noises
-        if more:
-            raise ValueError("conditions: this model meets them in 1 step, not in 2")
         sigma_max = self.f.cfg.sigma_max
         sigma = noise.new_full((len(noise),), sigma_max)
         return fitted_noise(noise, lambda x: self.misfit(conditions, f(sigma_max * x, sigma, y)),
@@ -385,12 +373,6 @@ GENERATORS = {"func": (FunctionGenerator, GeneratorConfig, "func"),
               "dit": (DiT, TransformerConfig, "vit")}
 
 
-def build_generator(name: str, configs: Callable[[str], object]) -> nn.Module:
-    """Make a network F by name; configs(option) gives its configuration."""
-    network, _, option = GENERATORS[name]
-    return network(configs(option))
-
-
 @dataclass
 class OneStep:
     """Hold a consistency model."""
@@ -456,9 +438,9 @@ def load(path: str | Path, device: torch.device | str = "cpu", raw: bool = False
     OSError, and ValueError for what is missing or does not fit.
     """
     path = Path(path)
-    below = sorted({str(file.parent) for file in path.glob("*/step-*.pt")})
-    if below and not checkpoints(path):
-        raise ValueError(f"{path} is a folder of runs: choose {' or '.join(below)}")
+    inside = sorted({str(file.parent) for file in path.glob("*/step-*.pt")})
+    if inside and not checkpoints(path):
+        raise ValueError(f"{path} is a folder of runs: choose {' or '.join(inside)}")
     if path.is_dir():
         path, ckpt = newest_checkpoint(path)
     elif path.suffix in WEIGHT_FILES:
@@ -473,7 +455,9 @@ def load(path: str | Path, device: torch.device | str = "cpu", raw: bool = False
         elif "state_dict" in ckpt:
             made = assembled(sd_model(ckpt["state_dict"], raw), path, merges)
         elif "time_embed.0.weight" in ckpt and "out.2.weight" in ckpt:
-            made = openai_onestep(ckpt, path.name)
+            size, network = openai_network(ckpt, path.name)
+            net = filled(UNet, *network, f"OpenAI's UNet for {size} px")
+            made = OneStep(ConsistencyModel(net, ConsistencyConfig()), size)
         else:
             what = f"stage {ckpt['stage']}" if "stage" in ckpt else ", ".join(map(str, ckpt))
             raise ValueError(f"neither stage ae, ldm or cm of train.py, nor a published INFD or "
@@ -589,13 +573,6 @@ def published_autoencoder(path: Path, groups: int) -> FieldAutoencoder:
         return filled(FieldAutoencoder, cfg, weights, "the autoencoder (names as here)")
     except (ValueError, IndexError, RuntimeError) as error:
         raise ValueError(f"{path}: {first_line(error)}") from error
-
-
-def openai_onestep(weights: dict[str, Tensor], name: str) -> OneStep:
-    """A consistency model of OpenAI, whose file is a flat dict of weights."""
-    size, network = openai_network(weights, name)
-    net = filled(UNet, *network, f"OpenAI's UNet for {size} px")
-    return OneStep(ConsistencyModel(net, ConsistencyConfig()), size)
 
 
 def export(source: Path, target: Path) -> None:

@@ -5,6 +5,7 @@ A PNG says in its text `parameters` how it was made. Read next: viewer.py; sampl
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import math
 import struct
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageDraw, PngImagePlugin
 from tqdm import tqdm
 
 from clif import Tiles, Window
@@ -54,35 +55,54 @@ def png_parts(head: bytes, width: int, tiles: Tiles) -> Iterator[bytes]:
     yield png_chunk(b"IDAT", deflate.flush()) + png_chunk(b"IEND", b"")
 
 
-def write_png(path: Path, head: bytes, width: int, tiles: Tiles) -> None:
-    """Draw a picture into a file, which is there whole or not at all; arguments: `png_parts`."""
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """The name under which to write a file that is to be there whole or not at all."""
     part = path.with_name(path.name + ".part")
     try:
-        with open(part, "wb") as file:
-            file.writelines(png_parts(head, width, tiles))
+        part.touch()                                                 # says at once what is wrong
+        yield part
         part.rename(path)
     finally:
         part.unlink(missing_ok=True)
 
 
-def contact_sheet(rows: Sequence[Sequence[np.ndarray]], side: int, gap: int = 4) -> np.ndarray:
+def write_png(path: Path, head: bytes, size: tuple[int, int], tiles: Tiles) -> None:
+    """Draw a picture of `size` into a file that begins by `head`, with a bar where that is long."""
+    bar = tqdm(total=math.prod(size), desc=path.name, unit="px", unit_scale=True, leave=False,
+               disable=None, delay=3)
+
+    def counted() -> Tiles:
+        for tile in tiles:
+            yield tile
+            bar.update(tile[2][0, 0].numel())
+
+    with bar, whole_file(path) as part, open(part, "wb") as file:
+        file.writelines(png_parts(head, size[1], counted()))
+
+
+GAP = 4                                     # pixels between the pictures of a sheet
+SHEET = 8192                                # pixels: about the side of a sheet at most
+
+
+def contact_sheet(rows: Sequence[Sequence[np.ndarray]], side: int) -> np.ndarray:
     """Put rows of pictures (h, w, 3) on white, enlarged to `side` pixels by nearest neighbour."""
-    columns = max(len(row) for row in rows)
-    sheet = np.full((len(rows) * (side + gap), columns * (side + gap), 3), 255, np.uint8)
+    step = side + GAP
+    sheet = np.full((len(rows) * step, max(map(len, rows)) * step, 3), 255, np.uint8)
     for r, row in enumerate(rows):
         for c, pixels in enumerate(row):
             scale = side / max(pixels.shape[:2])
             height, width = (max(1, round(scale * n)) for n in pixels.shape[:2])
-            cell = sheet[r * (side + gap):, c * (side + gap):]
-            cell[:height, :width] = Image.fromarray(pixels).resize((width, height), Image.NEAREST)
-    return sheet[:-gap, :-gap]
+            enlarged = Image.fromarray(pixels).resize((width, height), Image.NEAREST)
+            sheet[r * step:r * step + height, c * step:c * step + width] = enlarged
+    return sheet[:-GAP, :-GAP]
 
 
-SHEET = 8192                                # pixels: about the side of a sheet at most
+def write_sheet(path: Path, files: Sequence[Path], labels: Sequence[str] = ()) -> None:
+    """Put picture files on one sheet, nearly square; large ones are reduced so that it fits.
 
-
-def write_sheet(path: Path, files: Sequence[Path]) -> None:
-    """Put picture files on one sheet, nearly square; large ones are reduced so that it fits."""
+    labels: a word of each, drawn into its corner.
+    """
     columns = math.ceil(math.sqrt(len(files)))
     pictures = []
     for file in files:
@@ -90,8 +110,13 @@ def write_sheet(path: Path, files: Sequence[Path]) -> None:
             image.thumbnail((SHEET // columns, SHEET // columns))    # never enlarges
             pictures.append(np.asarray(image))
     rows = [pictures[at:at + columns] for at in range(0, len(pictures), columns)]
-    sheet = contact_sheet(rows, max(max(pixels.shape) for pixels in pictures))
-    Image.fromarray(sheet).save(path, quality=92)
+    side = max(max(pixels.shape) for pixels in pictures)
+    sheet = Image.fromarray(contact_sheet(rows, side))
+    pen = ImageDraw.Draw(sheet)
+    for i, label in enumerate(labels):
+        corner = (i % columns * (side + GAP), i // columns * (side + GAP))
+        pen.text(corner, label, font_size=max(8, side // 20), stroke_width=1, stroke_fill="black")
+    sheet.save(path, quality=92)
 
 
 def whole(drawing: Drawing, size: tuple[int, int], window: Window | None = None) -> np.ndarray:
@@ -115,13 +140,11 @@ def dive(zoom: float, at: tuple[float, float], frames: int) -> list[Window]:
     return windows
 
 
-def new_file(path: Path, kinds: Sequence[str]) -> Path:
-    """Say at once if a file cannot be written: of no such kind, there already, or its folder."""
+def check_new(path: Path, *kinds: str) -> None:
+    """Make the folder of a file to be; ValueError for another kind, or where there is one."""
     if path.suffix not in kinds or path.exists():
         raise ValueError(f"{path}: name a new file, {' or '.join(kinds)}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_name(path.name + ".part").touch()
-    return path
 
 
 def write_movie(path: Path, frames: Iterable[np.ndarray], count: int, info: dict) -> None:
@@ -129,25 +152,22 @@ def write_movie(path: Path, frames: Iterable[np.ndarray], count: int, info: dict
 
     info: how it was made, in JSON; the text `parameters` of PNG, EXIF's ImageDescription of WebP.
     """
-    part = new_file(path, (".webp", ".png")).with_name(path.name + ".part")
-    bar = tqdm(frames, "frames", count, leave=False, disable=None)
-    try:
+    check_new(path, ".webp", ".png")
+    if path.suffix == ".png":
+        text = PngImagePlugin.PngInfo()
+        text.add_text("parameters", json.dumps(info))
+        how = {"pnginfo": text}
+    else:
+        exif = Image.Exif()
+        exif[0x010E] = json.dumps(info)                              # ImageDescription
+        how = {"quality": 75, "method": 4, "exif": exif}
+    with whole_file(path) as part:
+        bar = tqdm(frames, "frames", count, leave=False, disable=None)
         first, *others = (Image.fromarray(frame) for frame in bar)
         times = [33] * (1 + len(others))
         times[0] = times[-1] = 700
-        if path.suffix == ".png":
-            text = PngImagePlugin.PngInfo()
-            text.add_text("parameters", json.dumps(info))
-            how = {"pnginfo": text}
-        else:
-            exif = Image.Exif()
-            exif[0x010E] = json.dumps(info)                          # ImageDescription
-            how = {"quality": 75, "method": 4, "exif": exif}
         first.save(part, path.suffix[1:], save_all=True, append_images=others, duration=times,
                    loop=0, **how)
-        part.rename(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 # ---- A page that is a picture ----
@@ -175,6 +195,6 @@ def write_html(path: Path, function: ImageFunction, shape: tuple[int, int], info
             "corners": function.corners, "info": info}
     about = {"shape": shape, "fields": [], "classes": [], "start": {}, "usual": {}, "tile": 256,
              "depth": 12, "pixels": 4096, "function": made}
-    part = new_file(path, (".html",)).with_name(path.name + ".part")
-    part.write_bytes(page(about))
-    part.rename(path)
+    check_new(path, ".html")
+    with whole_file(path) as part:
+        part.write_bytes(page(about))

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from clif import WHOLE_PLANE, Window, check_frame
 from commandline import Parser
-from conditions import LED, SHIFTED, paired, read_given, window_of
+from conditions import LED, SHIFTED, paired, read_given
 from models import INFD, SAMPLERS, OneStep, draw_labels, export, load, photo
 from pictures import (SHEET, Drawing, dive, png_head, whole, write_html, write_movie, write_png,
                       write_sheet)
@@ -76,7 +76,7 @@ def parser() -> Parser:
         help="512, or 256,512; 256x512 (height x width) stretches: see --latent-size, --window")
     add("--window", type=numbers, metavar="y0,x0,y1,x1", help="a part of -1,-1,1,1, at --res")
     add("--out", metavar="PATH", help="(a new folder under samples/); nothing is ever overwritten")
-    add("--sheet", metavar="FILE", help="all pictures on one sheet, too: .png or .jpg")
+    add("--sheet", metavar="FILE", help="all pictures on one sheet, too, with their sizes where they differ: .png or .jpg")
     add("--batch", type=int, default=4, help="images made together (4)")
     add("--device", default="auto", help="auto, cpu, cuda, mps (auto)")
 
@@ -174,7 +174,7 @@ def conditions_of(args: argparse.Namespace, step_size: float) -> tuple[dict, dic
         made["step_size"] = how["step_size"]
         args.batch = 1                       # no rounding of a batch grows from step to step
     if args.prompt_at:
-        how["regions"] = [(text, window_of(numbers(at))) for text, at in args.prompt_at]
+        how["regions"] = [(text, check_frame(1, numbers(at))[1]) for text, at in args.prompt_at]
         made["prompt_at"] = args.prompt_at
     return how, made
 
@@ -187,18 +187,11 @@ def infd_pictures(model: INFD, args: argparse.Namespace,
         other = load(args.decoder, model.scale.mean.device)
         model = model.drawn_by(other)
         decoder = {"decoder": other.file.name, "decoder_sha256": digest(other.file)}
-    sampler = model.sampler_of(args.sampler, args.eta is not None or bool(args.given))
-    how = {"sampler": sampler,
-           "steps": model.steps_of(sampler, bool(args.given)) if args.steps is None else args.steps}
-    if sampler == "ddim":
-        how["eta"] = model.eta if args.eta is None else args.eta
-    elif args.eta is not None:
-        raise ValueError(f"--eta is the noise that ddim adds, and {sampler} does not: leave it out")
+    how = model.settings(args.sampler, args.steps, args.eta, bool(args.given))
     if model.text is not None:
         how["negative"] = args.negative or ""
+    if model.text is not None or args.guidance is not None:
         how["guidance"] = model.guidance if args.guidance is None else args.guidance
-    elif args.guidance is not None:
-        how["guidance"] = args.guidance
     lead, led = conditions_of(args, model.step_size)
     latent = args.latent_size or model.latent_shape[1:]
     paper = args.norm == "paper"
@@ -414,8 +407,6 @@ def run(argv: list[str]) -> None:
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and (not args.out or args.sheet):
         raise ValueError("under torchrun give --out, which all processes share, and no --sheet")
-    if args.window and len(args.window) != 4:
-        raise ValueError("--window takes four numbers, y0,x0,y1,x1; the whole is -1,-1,1,1")
     args.at = centre_of_dive(args)
     args.prompt = read_prompts(args)
     if args.n is None:
@@ -456,9 +447,10 @@ def run(argv: list[str]) -> None:
         for i, drawing in draw(todo[at:at + args.batch]):
             for size in sizes:
                 if not files[i, size].exists():                      # one that is there is the same
-                    write_png(files[i, size], heads[i, size], size[1], drawing(size, args.window))
+                    write_png(files[i, size], heads[i, size], size, drawing(size, args.window))
     if sheet:
-        write_sheet(sheet, list(files.values()))
+        labels = [f"{size[0]}x{size[1]}" for _, size in files] if len(sizes) > 1 else []
+        write_sheet(sheet, list(files.values()), labels)
     if rank == 0:
         plural = "s" * (len(files) > 1)
         print(f"{len(files)} picture{plural} ({model.weights}, step {model.step}) in {out}")

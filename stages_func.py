@@ -5,7 +5,6 @@ A stage stands below its options, whose defaults are the paper's ("open": left o
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from inr_generator import (FunctionGenerator, GeneratorConfig, ImageFunction, Tr
                            pixel_coord, variational_coord)
 from ldm import UNetConfig
 from metrics import lpips_network
-from models import GENERATORS, OneStep, build_generator, load
+from models import GENERATORS, OneStep, load
 from runs import choose, load_weights, rng, unflatten
 from stages import Reconstruction, Run, Stage, ema_update, optimisers, starting_point
 
@@ -130,7 +129,8 @@ class CMStage(Stage):
     def build(self) -> None:
         self.cfg = cfg = cm_config(self.cfg, self.tell_classes())
         torch.manual_seed(cfg.seed)
-        net = build_generator(cfg.generator, functools.partial(getattr, cfg))
+        network, _, option = GENERATORS[cfg.generator]
+        net = network(getattr(cfg, option))
         self.assemble(ConsistencyModel(net, cfg.cm))
 
     def assemble(self, f: ConsistencyModel, **parts) -> None:

@@ -6,11 +6,9 @@ the plane into 2^L by 2^L windows, each drawn alone. Frame statistics make them 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import io
 import json
-import math
 import re
 import socket
 import sys
@@ -30,9 +28,14 @@ from runs import Stopped, first_line
 TILE = 256                                  # pixels: the longer side of a tile
 DEPTH = 12                                  # levels; float32 tells pixels of level 16 apart
 PICTURES = 8                                # kept at a time: a latent and its field each
-JOBS = 16                                   # requests at a time; more are refused
 PIXELS = 4096                               # a side of a saved view
 HOSTS = ("127.0.0.1", "localhost")          # a page of another name was led here (DNS rebinding)
+HEADERS = {"Content-Security-Policy":
+           "default-src 'none'; img-src 'self' data: blob:; connect-src 'self'; "
+           "script-src 'unsafe-inline'; style-src 'unsafe-inline'; form-action 'none'; "
+           "base-uri 'none'; frame-ancestors 'none'",
+           "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store",
+           "Cross-Origin-Resource-Policy": "same-origin"}
 
 # What a picture can be asked by, and what that may be.
 FIELDS = {"seed": r"\d{1,12}", "steps": r"[1-9]\d{0,2}", "guidance": r"\d{1,2}(\.\d{1,6})?",
@@ -55,7 +58,7 @@ def about(model: INFD | OneStep, args: argparse.Namespace, shape: tuple[int, int
         fields += ["label"]
     if isinstance(model, INFD):
         fields += ["steps"]
-        usual["steps"] = model.steps_of(model.sampler_of(args.sampler))
+        usual["steps"] = model.settings(args.sampler)["steps"]
         if model.text is not None:
             fields += ["prompt"]
             usual["prompt"] = "what to draw"
@@ -83,8 +86,8 @@ class Gallery:
         self.shown: OrderedDict[str, tuple[dict, Drawing]] = OrderedDict()
         self.closing = threading.Event()
 
-    def picture(self, query: str, tell: Callable[[int, int], None]) -> str:
-        """Make the picture that a query asks for, telling (done, steps); its id."""
+    def picture(self, query: str, tell: Callable[[str], None]) -> str:
+        """Make the picture that a query asks for, telling "done steps" on the way; its id."""
         asked = self.read(query)
         name = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -92,7 +95,7 @@ class Gallery:
             for done, item in enumerate(walk):
                 if self.closing.is_set():
                     raise Refused(410, "closed")
-                tell(done, steps)
+                tell(f"{done} {steps}")
                 yield item
 
         with self.model:
@@ -139,11 +142,11 @@ class Gallery:
         """A window of a picture as the PNG that sample.py writes: a file name, and its parts."""
         match = re.fullmatch(r"window=([-\d.e,]{7,120})&res=(\d{1,4})x(\d{1,4})", query)
         if not match:
-            raise ValueError("ask for a view by window=y0,x0,y1,x1&res=HEIGHTxWIDTH")
+            raise ValueError("ask for a view by window=y0,x0,y1,x1 and res=HEIGHTxWIDTH")
         window = tuple(float(part) for part in match[1].split(","))
         size = (int(match[2]), int(match[3]))
-        if len(window) != 4 or not all(map(math.isfinite, window)) or max(size) > PIXELS:
-            raise ValueError(f"window: four numbers; res: up to {PIXELS} pixels a side")
+        if max(size) > PIXELS:
+            raise ValueError(f"res: up to {PIXELS} pixels a side")
         info, drawing = self.find(name)
         check_frame(size, window)
         head = png_head(size, {**info, "window": window, "res": size})
@@ -168,7 +171,8 @@ class Page(BaseHTTPRequestHandler):
     default_request_version = "HTTP/1.0"    # a request without a version gets a whole answer too
     server_version = "viewer"
     sys_version = ""
-    patience = 16                           # pieces of a refused body
+    error_content_type = "text/plain; charset=utf-8"
+    error_message_format = "%(explain)s\n"
 
     def parse_request(self) -> bool:
         """Refuse what is no short GET of a page of this machine."""
@@ -176,13 +180,13 @@ class Page(BaseHTTPRequestHandler):
             return False
         host = self.headers.get("Host", "")
         if self.command != "GET":
-            self.send_error(405, "only GET")
+            self.send_error(405, explain="only GET")
         elif len(self.path) > 8000:
-            self.send_error(414, "too long")
+            self.send_error(414, explain="too long")
         elif re.sub(r":\d+$", "", host).lower() not in HOSTS:
-            self.send_error(421, "this is 127.0.0.1, asked by another name")
+            self.send_error(421, explain="this is 127.0.0.1, asked by another name")
         elif self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
-            self.send_error(403, "asked by another page")
+            self.send_error(403, explain="asked by another page")
         else:
             return True
         return False
@@ -198,9 +202,7 @@ class Page(BaseHTTPRequestHandler):
                 self.begin("text/html; charset=utf-8")
                 self.wfile.write(page(gallery.about))
             elif address.path == "/picture":
-                name = gallery.picture(address.query, self.tell)
-                self.begin("text/plain; charset=utf-8")
-                self.wfile.write(f"{name}\n".encode())
+                self.tell(gallery.picture(address.query, self.tell))
             elif tile and not address.query:
                 pixels = gallery.draw_tile(tile[1], *map(int, tile.groups()[1:]))
                 self.begin("image/png")
@@ -213,68 +215,38 @@ class Page(BaseHTTPRequestHandler):
                 raise Refused(404, "nothing here")
         except (Refused, ValueError) as error:
             status, line = error.args if isinstance(error, Refused) else (400, first_line(error))
-            self.wfile.write(f"{line}\n".encode()) if self.begun else self.send_error(status, line)
+            self.tell(line) if self.begun else self.send_error(status, explain=line)
 
-    def tell(self, done: int, steps: int) -> None:
-        """Send how far the sampler is; a client that has gone away ends it here."""
+    def tell(self, line: object) -> None:
+        """Send a line: how far the sampler is, the id; a client that has gone away ends it here."""
         self.begin("text/plain; charset=utf-8")
-        self.wfile.write(f"{done} {steps}\n".encode())
+        self.wfile.write(f"{line}\n".encode())
 
     def begin(self, kind: str, *headers: tuple[str, str]) -> None:
         """Send the head of a good answer, once."""
         if not self.begun:
             self.begun = True
             self.send_response(200)
-            self.finish_head(kind, *headers)
+            for name, value in (("Content-Type", kind), *headers):
+                self.send_header(name, value)
+            self.end_headers()
 
-    def finish_head(self, kind: str, *headers: tuple[str, str]) -> None:
-        policy = ("default-src 'none'; img-src 'self' data: blob:; connect-src 'self'; "
-                  "script-src 'unsafe-inline'; style-src 'unsafe-inline'; form-action 'none'; "
-                  "base-uri 'none'; frame-ancestors 'none'")
-        for name, value in (("Content-Type", kind), ("Content-Security-Policy", policy),
-                            ("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store"),
-                            ("Cross-Origin-Resource-Policy", "same-origin"), *headers):
+    def end_headers(self) -> None:
+        """Close the head of any answer: nothing from elsewhere, nor in a page of elsewhere."""
+        for name, value in HEADERS.items():
             self.send_header(name, value)
-        self.end_headers()
-
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """One plain line; what http.server calls its own fault (501, 505) is the client's."""
-        self.send_response_only(400 if code >= 500 else code)
-        self.finish_head("text/plain; charset=utf-8")
-        self.wfile.write(f"{message or 'refused'}\n".encode())
-        with contextlib.suppress(OSError):           # what it still sends is read, or it hears none
-            self.connection.shutdown(socket.SHUT_WR)
-            self.connection.settimeout(0.2)
-            while self.connection.recv(2**16) and self.patience:
-                self.patience -= 1
+        super().end_headers()
 
     def log_message(self, *_) -> None:
         """Say nothing of every tile."""
 
 
 class Server(ThreadingHTTPServer):
-    """A thread for each request, JOBS of them; at 127.0.0.1 alone."""
-
-    daemon_threads = True
-    request_queue_size = 64
+    """A thread for each request; at 127.0.0.1 alone."""
 
     def __init__(self, gallery: Gallery, port: int):
         self.gallery = gallery
-        self.free = threading.BoundedSemaphore(JOBS)
         super().__init__(("127.0.0.1", port), Page)
-
-    def process_request(self, request: socket.socket, client_address: tuple) -> None:
-        if self.free.acquire(blocking=False):
-            return super().process_request(request, client_address)
-        with contextlib.suppress(OSError):
-            request.sendall(b"HTTP/1.0 429 Too Many Requests\r\n\r\ntoo many at a time\n")
-        self.shutdown_request(request)
-
-    def process_request_thread(self, request: socket.socket, client_address: tuple) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self.free.release()
 
     def handle_error(self, request: socket.socket, client_address: tuple) -> None:
         """Go on; that a client has gone away is no error."""
