@@ -33,6 +33,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -51,6 +52,7 @@ import torch
 import torch._dynamo
 import torch.distributed.run
 import torch.nn.functional as F
+import tqdm
 from PIL import Image, ImageSequence, PngImagePlugin
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -4532,17 +4534,13 @@ def test_metrics_names_missing_weights_and_packages(tmp_path, monkeypatch):
 # ==================================================================================================
 
 CORNER = (-1.0, -0.5, 0.0, 0.5)                      # a window of the plane
+ASKED = [like(torch.zeros(3, 4, 4)), like(torch.ones(3, 9, 9), CORNER)]
+HIDDEN = like(torch.ones(3, 5, 7), mask=torch.zeros(5, 7))
 
 
 def conditions_model(stage):
-    """A small random model of conditions' tests, from a checkpoint's content."""
+    """A small random model, from a checkpoint's content."""
     return models.trained(sample_content(stage), raw=False).to("cpu")
-
-
-def conditions_of_picture(drawn, cells):
-    """The conditions to look like a picture that is drawn: a thumbnail of the whole, a window."""
-    whole = F.avg_pool2d(drawn.draw(cells), 4)
-    return [like(whole[0]), like(drawn.draw((8, 8), CORNER)[0], CORNER)]
 
 
 def test_conditions_gradient_of_a_residual_is_that_of_finite_differences(monkeypatch):
@@ -4550,87 +4548,62 @@ def test_conditions_gradient_of_a_residual_is_that_of_finite_differences(monkeyp
     monkeypatch.setattr(clif, "coord_grid", lambda *args, **options: (
         coord_grid(*args, **options).double()))
     ae = sample_random(FieldAutoencoder(SAMPLE_AE)).double().eval()
+    mask = torch.linspace(0, 1, 81).view(9, 9)
+    asked = [ASKED[0], like(torch.ones(3, 9, 9), CORNER, mask),
+             Condition(lambda x: x.mean(dim=(1, 2, 3)).square(), (4, 6), (0.5, 0.5, 1, 1))]
 
     def renderer(phi, coord, cell, norm):
         return ae.renderer(phi, coord.double(), cell.double(), norm)
-
-    generator = torch.Generator().manual_seed(1)
-    goals = [torch.randn(3, n, n, generator=generator) for n in (3, 9)]
-    mask = torch.rand(9, 9, generator=generator)
-    asked = [like(goals[0]), like(goals[1], CORNER, mask),
-             Condition(lambda x: x.mean(dim=(1, 2, 3)).square(), (4, 6), (0.5, 0.5, 1, 1))]
 
     def score(z):
         field = clif.Field(renderer, ae.decode(z), tile=7, norm=clif.own_statistics, halo=2)
         return misfit(field, (16, 16), asked).sum()
 
-    z = torch.randn(2, 4, 8, 8, dtype=torch.float64, generator=generator).requires_grad_()
-    gradient, = torch.autograd.grad(score(z), z)
-    for seed in range(3):
-        way = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)).double()
-        with torch.no_grad():
-            slope = (score(z + 1e-5 * way) - score(z - 1e-5 * way)) / 2e-5
-        assert slope.item() == pytest.approx((gradient * way).sum().item(), rel=1e-6)
+    z, way = randn(2, 2, 4, 8, 8).double()
+    gradient, = torch.autograd.grad(score(z.requires_grad_()), z)
+    with torch.no_grad():
+        slope = (score(z + 1e-5 * way) - score(z - 1e-5 * way)) / 2e-5
+    assert slope.item() == pytest.approx((gradient * way).sum().item(), rel=1e-6)
 
 
 def test_conditions_are_compared_at_their_own_scale_and_by_their_mask():
-    z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    field = conditions_model("ldm").decode(z)
+    field = conditions_model("ldm").decode(randn(1, 4, 8, 8))
     near = field.draw(16)[0]
-    error = torch.tensor([0.2, -0.4, 0.6]).view(3, 1, 1)
-    wanted = (error / 2).square().mean().item()              # of colours in [0, 1]
-    mean = F.avg_pool2d(near, 8)                             # 2 x 2 pixels: coarser than the cells
-    assert misfit(field, (16, 16), [like(mean)]).item() < 1e-12
-    assert misfit(field, (16, 16), [like(mean + error)]).item() == pytest.approx(wanted, rel=1e-4)
-    finer = field.draw((32, 24), CORNER)[0]                  # and as it is, where it is finer
-    assert misfit(field, (16, 16), [like(finer, CORNER)]).item() < 1e-12
-    off = misfit(field, (16, 16), [like(finer + error, CORNER)]).item()
-    assert off == pytest.approx(wanted / 2, rel=1e-4)        # half as wide as the plane
+    coarse = F.avg_pool2d(near, 8)                           # 2 x 2 pixels: coarser than the cells
+    fine = field.draw((32, 24), CORNER)[0]
     mask = torch.zeros(16, 16)
     mask[3:5, 7] = 0.5
-    spoilt = near + 5 * (mask == 0)
-    assert misfit(field, (16, 16), [like(spoilt, mask=mask)]).item() < 1e-12
-    off = misfit(field, (16, 16), [like(spoilt + error, mask=mask)]).item()
-    assert off == pytest.approx(wanted, rel=1e-4)
+    error = torch.tensor([0.2, -0.4, 0.6]).view(3, 1, 1)
+    wanted = (error / 2).square().mean().item()              # of colours in [0, 1]
+    for goal, where, share in ((coarse, {}, 1),
+                               (fine, {"window": CORNER}, 0.5),      # half as wide as the plane
+                               (near + 5 * (mask == 0), {"mask": mask}, 1)):
+        assert misfit(field, (16, 16), [like(goal, **where)]).item() < 1e-12
+        off = misfit(field, (16, 16), [like(goal + error, **where)]).item()
+        assert off == pytest.approx(share * wanted, rel=1e-4)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
-def test_conditions_of_step_size_0_and_masked_out_ones_change_no_bit(sampler):
-    model = conditions_model("ldm")
-    how = {"sampler": sampler, "steps": 5, "labels": [1, 2]}
-    plain = model.sample([3, 8], **how)
-    asked = [like(torch.zeros(3, 4, 4)), like(torch.ones(3, 9, 9), CORNER)]
-    hidden = like(torch.randn(3, 5, 7), mask=torch.zeros(5, 7))
-    assert torch.equal(model.sample([3, 8], **how, conditions=asked, step_size=0), plain)
-    assert torch.equal(model.sample([3, 8], **how, conditions=[hidden]), plain)
-    led = model.sample([3, 8], **how, conditions=asked)
-    assert torch.equal(model.sample([3, 8], **how, conditions=[hidden, *asked]), led)
-    assert (led - plain).abs().max() > 0.1
+@pytest.mark.parametrize("stage, how", [
+    ("ldm", {"sampler": "ddim"}), ("ldm", {"sampler": "dpm++"}), ("cm", {})])
+def test_conditions_of_step_size_0_and_masked_out_ones_change_no_bit(stage, how):
+    model = conditions_model(stage)
 
+    def drawn(*conditions, **more):
+        made = model.functions([3, 8], labels=[1, 2], steps=3, conditions=conditions, **how, **more)
+        return made.draw(16)
 
-def test_conditions_on_a_function_of_step_size_0_its_own_and_masked_out():
-    model = conditions_model("cm")
-    plain = model.functions([3, 8], labels=1)
-    asked = [like(torch.zeros(3, 4, 4)), like(torch.ones(3, 9, 9), CORNER)]
-    own = conditions_of_picture(model.functions([3], labels=1), (16, 16))
-    assert misfit(model.functions([3], labels=1), (16, 16), own).item() == 0
-    hidden = like(torch.randn(3, 5, 7), mask=torch.zeros(5, 7))
-    for how in ({"conditions": asked, "step_size": 0.0}, {"conditions": [hidden]}):
-        same = model.functions([3, 8], labels=1, **how, steps=3)
-        assert all(map(torch.equal, same.weights, plain.weights))
-    same = model.functions([3], labels=1, conditions=own, steps=3)
-    assert torch.equal(same.draw(16), model.functions([3], labels=1).draw(16))
-    noise = torch.randn(2, 3, 4, 4)                          # fitted, and as long as before
-    fitted = fitted_noise(noise, lambda x: x.flatten(1).mean(dim=1), 20, 0.1)
-    assert (fitted.mean(dim=(1, 2, 3)) < noise.mean(dim=(1, 2, 3)) - 0.5).all()
-    assert fitted.flatten(1).norm(dim=1).allclose(noise.flatten(1).norm(dim=1))
+    plain = drawn()
+    led = drawn(*ASKED)
+    assert torch.equal(drawn(*ASKED, step_size=0), plain) and torch.equal(drawn(HIDDEN), plain)
+    assert torch.equal(drawn(HIDDEN, *ASKED), led) and (led - plain).abs().max() > 0.01
 
 
 def test_conditions_that_are_the_models_own_sample_leave_it():
     """Of data that is one latent x_0 = z, which the network therefore always predicts."""
     model = conditions_model("ldm")
-    z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    own = conditions_of_picture(model.decode(model.scale.inverse(z)), (16, 16))
+    z, noise = randn(2, 1, 4, 8, 8)
+    drawn = model.decode(model.scale.inverse(z))
+    own = [like(F.avg_pool2d(drawn.draw(16), 4)[0]), like(drawn.draw(8, CORNER)[0], CORNER)]
     table = model.diffusion.alpha_bar
 
     def network(x_t, t, y=None):
@@ -4639,8 +4612,14 @@ def test_conditions_that_are_the_models_own_sample_leave_it():
 
     assert model.misfit(own, z).item() < 1e-12
     led = conditioned(network, table, functools.partial(model.misfit, own), 2.0)
-    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     assert torch.allclose(ldm_last(model.diffusion.ddim_loop(led, noise, 5, 0.0)), z, atol=1e-4)
+
+
+def test_conditions_fit_noise_that_stays_as_long_as_it_was():
+    noise = randn(2, 3, 4, 4)
+    fitted = fitted_noise(noise, lambda x: x.flatten(1).mean(dim=1), 20, 0.1)
+    assert (fitted.mean(dim=(1, 2, 3)) < noise.mean(dim=(1, 2, 3)) - 0.5).all()
+    assert fitted.flatten(1).norm(dim=1).allclose(noise.flatten(1).norm(dim=1))
 
 
 @slow
@@ -4648,39 +4627,29 @@ def test_conditions_fit_the_noise_of_one_step_infd():
     model = conditions_model("ldm")
     cfg = ConsistencyConfig(sigma_data=1.0, boundary=False)
     model.f = LatentConsistency(model.unet, cfg, -model.diffusion.log_rho)
-    plain = model.sample([3, 8], steps=1, labels=1)
-    asked = [like(torch.zeros(3, 4, 4)), like(torch.ones(3, 9, 9), CORNER)]
-    assert torch.equal(model.sample([3, 8], labels=1, conditions=asked, step_size=0.0), plain)
-    led = model.sample([3, 8], labels=1, conditions=asked)
-    before, after = (model.misfit(asked, model.scale(z)) for z in (plain, led))
+    draw = functools.partial(model.sample, [3, 8], labels=1)
+    plain = draw(steps=1)
+    assert torch.equal(draw(conditions=ASKED, step_size=0.0), plain)
+    before, after = (model.misfit(ASKED, model.scale(z)) for z in (plain, draw(conditions=ASKED)))
     assert (after < before).all()
-    with pytest.raises(ValueError, match="meets them in 1 step"):
-        model.sample([3], labels=1, conditions=asked, steps=2)
+    with pytest.raises(ValueError, match="by conditions in 1"):
+        draw(conditions=ASKED, steps=2)
 
 
-def test_conditions_lead_the_small_models_to_a_score_of_any_kind():
+def test_conditions_lead_diffusion_to_a_score_of_any_kind():
     """As a user's CLIP would: here how bright the window is, from Python."""
-    def darkness(rendering):
-        assert rendering.shape[1:] == (3, 6, 5)
-        return 1 - rendering.mean(dim=(1, 2, 3))
-
-    bright = Condition(darkness, (6, 5), CORNER)
-    cm = conditions_model("cm")
-    infd = conditions_model("ldm")
-    for picture, led in (
-            (cm.functions([0]), cm.functions([0], conditions=[bright], steps=10)),
-            (infd.decode(infd.sample([0], steps=10)),
-             infd.decode(infd.sample([0], steps=10, conditions=[bright])))):
-        before, after = (drawn.draw((6, 5), CORNER).mean() for drawn in (picture, led))
-        assert after > before + 0.05
+    bright = Condition(lambda rendering: 1 - rendering.mean(dim=(1, 2, 3)), (6, 5), CORNER)
+    before, after = (conditions_model("ldm").functions([0], steps=10, conditions=given)
+                     for given in ([], [bright]))
+    assert after.draw((6, 5), CORNER).mean() > before.draw((6, 5), CORNER).mean() + 0.05
 
 
 def test_conditions_page_runs_as_it_stands(monkeypatch):
     """Its picture comes nearer to both conditions."""
     monkeypatch.chdir(ROOT)
-    code, = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/conditions.md").read_text(), re.M | re.S)
+    page = (ROOT / "docs/conditions.md").read_text()
     names = {}
-    exec(code, names)
+    exec(re.search(r"^```python\n(.*?)^```", page, re.M | re.S)[1], names)
     plain = names["cm"].functions([0], labels="dusk")
     for condition in (names["there"], names["sky"]):
         missed = [misfit(drawn, (64, 64), [condition]).item() for drawn in (plain, names["led"])]
@@ -4691,108 +4660,81 @@ def test_layouts_follow_each_prompt_where_it_is():
     words = WordTokenizer(["a", "lake", "wood"], 3)
     cfg = replace(SAMPLE_UNET, num_classes=0, context_dim=16)
     model = replace(conditions_model("ldm"), unet=sample_random(UNet(cfg)), tokenizer=words,
-                    text=sample_random(TextTransformer(TextConfig(16, 1, 2, 32, len(words), 3))),
-                    captions=()).to("cpu")
-    how = {"steps": 5, "guidance": 2.0}
-    lake = model.sample([0, 1], prompts=["a lake"], **how)
-    wood = model.sample([0, 1], prompts=["a wood"], **how)
-    whole = [("a wood", clif.WHOLE_PLANE)]
-    assert torch.equal(model.sample([0, 1], prompts=["a lake"], **how, regions=whole), wood)
-    both = [("a lake", clif.WHOLE_PLANE), *whole]                # of two the later one holds
-    assert torch.equal(model.sample([0, 1], prompts=["a wood"], **how, regions=both), wood)
+                    text=sample_random(TextTransformer(TextConfig(16, 1, 2, 32, len(words), 3))))
+    draw = functools.partial(model.to("cpu").sample, [0, 1], steps=3, guidance=2.0)
+    whole = [("a lake", clif.WHOLE_PLANE), ("a wood", clif.WHOLE_PLANE)]      # the later one holds
+    led = draw(prompts=["a lake"], regions=whole)
+    assert torch.equal(led, draw(prompts=["a wood"]))
 
-    eps = {name: model.guide([0], 0, [name], "", 2.0) for name in ("a lake", "a wood")}
-    x = torch.randn(1, 4, 8, 8)
-    t = torch.tensor([999])
-    lower = laid_out(eps["a lake"], [(eps["a wood"], (0, -1, 1, 0.25))])(x, t)
-    assert torch.equal(lower[..., :4, :], eps["a lake"](x, t)[..., :4, :])
-    assert torch.equal(lower[..., 4:, :5], eps["a wood"](x, t)[..., 4:, :5])
-    assert torch.equal(lower[..., 4:, 5:], eps["a lake"](x, t)[..., 4:, 5:])
-    part = model.sample([0, 1], prompts=["a lake"], **how, regions=[("a wood", (0, -1, 1, 0.25))])
-    assert min((part - lake).abs().max(), (part - wood).abs().max()) > 1e-3
+    lake, wood = (model.guide([0], 0, [name], "", 2.0) for name in ("a lake", "a wood"))
+    given = randn(1, 4, 8, 8), torch.tensor([999])
+    wanted = lake(*given)
+    wanted[..., 4:, :5] = wood(*given)[..., 4:, :5]
+    assert torch.equal(laid_out(lake, [(wood, (0, -1, 1, 0.25))])(*given), wanted)
     shares = inside((2, 4), (-1, -0.75, 0.5, 1))                 # a cell may be half inside
     assert torch.equal(shares, torch.tensor([[0.5, 1, 1, 1], [0.25, 0.5, 0.5, 0.5]]).double())
 
 
-# ---- the command line ----
-
-def conditions_file(path, side=4, alpha=None):
+def conditions_file(path, side, alpha=255):
     """Write a small picture."""
     pixels = np.random.default_rng(side).integers(0, 256, (side, side, 3), np.uint8)
-    if alpha is not None:
-        pixels = np.concatenate([pixels, np.full((side, side, 1), alpha, np.uint8)], axis=2)
-    Image.fromarray(pixels).save(path)
+    image = Image.fromarray(pixels)
+    image.putalpha(alpha)
+    image.save(path)
     return path
 
 
-@pytest.mark.parametrize("stage", ["ldm", "cm"])
-def test_conditions_of_the_command_line_and_what_the_picture_says(sample_runs, tmp_path, stage):
+def test_conditions_of_the_command_line_and_what_the_picture_says(sample_runs, tmp_path):
     """Two pictures, one of which has a place; alone or beside others the same; alpha is a mask."""
-    steps = ["--sampler", "ddim", "--steps", 5] if stage == "ldm" else []
-    common = ["--ckpt", sample_runs / stage, "--res", 16, "--seed", 3, *steps]
-    a, b = (conditions_file(tmp_path / f"{side}.png", side) for side in (4, 8))
+    a, b, hidden = (conditions_file(tmp_path / f"{side}.png", side, alpha)
+                    for side, alpha in ((4, 255), (8, 255), (5, 0)))
     given = ["--given", a, "--given", b, "--at=-0.25,-0.25,0.25,0.25"]
-    name = "seed3-000001-16x16.png"
-    assert main_sample(*common, *given, "--n", 2, "--out", tmp_path / "two") == 0
-    assert main_sample(*common, *given[:-1], "--at", "-0.25,-0.25,0.25,0.25", "--start", 1, "-n", 1,
-                       "--batch", 1, "--out", tmp_path / "one") == 0
-    one = (tmp_path / "one" / name).read_bytes()
-    assert one == (tmp_path / "two" / name).read_bytes()
-    pixels, info = text_png(tmp_path / "one" / name)
+    ddim = ["--sampler", "ddim", "--steps", 3]
+
+    def drawn(stage, *args, first=1):
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        assert main_sample("--ckpt", sample_runs / stage, "--res", 16, "--seed", 3, *args, "--out",
+                           out, "--start", first, "--n", 2 - first) == 0
+        return main_png(out / "seed3-000001-16x16.png")
+
+    plain, _ = drawn("ldm", *ddim)
+    pixels, info = drawn("ldm", *ddim, *given)
     assert [(file, window) for file, _, window in info["given"]] == [
         ("4.png", [-1, -1, 1, 1]), ("8.png", [-0.25, -0.25, 0.25, 0.25])]
     assert info["given"][0][1] == hashlib.sha256(a.read_bytes()).hexdigest()[:16]
-    assert info["step_size"] == (LED if stage == "ldm" else SHIFTED)
-
-    hidden = conditions_file(tmp_path / "hidden.png", 4, alpha=0)
-    assert main_sample(*common, "--start", 1, "--out", tmp_path / "plain") == 0
-    assert main_sample(*common, "--start", 1, "--given", hidden, "--out", tmp_path / "hidden") == 0
-    assert main_sample(*common, "--start", 1, *given, "--step-size", 0, "--out",
-                       tmp_path / "zero") == 0
-    plain, _ = text_png(tmp_path / "plain" / name)
-    assert (plain != pixels).any()
-    for folder in ("hidden", "zero"):
-        assert (text_png(tmp_path / folder / name)[0] == plain).all()
+    assert info["step_size"] == LED and (plain != pixels).any()
+    assert (drawn("ldm", *ddim, *given, first=0)[0] == pixels).all()
+    for more in (["--given", hidden], [*given, "--step-size", 0]):
+        assert (drawn("ldm", *ddim, *more)[0] == plain).all()
+    pixels, info = drawn("cm", *given)
+    assert info["step_size"] == SHIFTED and (pixels != drawn("cm")[0]).any()
 
 
 def test_conditions_that_cannot_be_are_refused_in_one_line(sample_runs, tmp_path, capsys):
     infd = ["--ckpt", sample_runs / "ldm", "--out", tmp_path / "out", "--steps", 2]
-    picture = conditions_file(tmp_path / "a.png")
+    picture = conditions_file(tmp_path / "a.png", 4)
     large = conditions_file(tmp_path / "large.png", 1025)
     (tmp_path / "broken.png").write_bytes(picture.read_bytes()[:60])
-    (tmp_path / "text.png").write_text("no picture")
     given = [*infd, "--given", picture]
     for args, said in (
             ([*given, "--at", "0,0,2,1"], "window 0,0,2,1: need"),
-            ([*given, "--at", "0,0,nan,1"], "window 0,0,nan,1: need"),
-            ([*given, "--at", "0,0,1"], "window 0,0,1: give y0,x0,y1,x1"),
-            ([*given, "--at", "a,b,c,d"], "argument --at: invalid numbers value: 'a,b,c,d'"),
+            ([*given, "--at", "0,0,1"], "give 512 or (256, 512), and (y0, x0, y1, x1)"),
             ([*given, "--at=0,0,1,1", "--at=0,0,1,1"], "more windows than pictures"),
-            ([*infd, "--at=0,0,1,1"], "more windows than pictures"),
             ([*infd, "--at=0,0,1,1", "--given", picture], "more windows than pictures"),
-            ([*infd, "--given", tmp_path / "none.png"], "none.png: No such file"),
             ([*infd, "--given", tmp_path], "Is a directory"),
             ([*infd, "--given", tmp_path / "broken.png"], "broken.png: "),
-            ([*infd, "--given", tmp_path / "text.png"], "text.png: not a PNG, JPEG or WEBP"),
             ([*infd, "--given", large], "are more than 1,048,576: make the pictures smaller"),
             ([*infd, "--step-size", 1], "--step-size is that of --given"),
             ([*given, "--step-size", "nan"], "step size is nan"),
             ([*infd, "--prompt-at", "a lake", "0,0,1,1"], "--prompt-at means nothing"),
-            (["--ckpt", sample_runs / "cm", "--prompt-at", "a", "0,0,1,1"], "means nothing"),
             (["--ckpt", sample_runs / "ae", "--given", picture], "this is an autoencoder"),
-            (["--ckpt", sample_runs / "cm-unet", "--given", picture], "generator=func"),
             (["--ckpt", sample_runs / "cm", "--sigmas", 1, "--given", picture], "only one step")):
         assert said in sample_error(capsys, *args), args
     assert not list(tmp_path.glob("out/*"))
 
 
 # ==================================================================================================
-# Sampling: sample.py
-# ==================================================================================================
-
-
-# ==================================================================================================
-# sample.py: from checkpoints to pictures
+# Sampling: sample.py, models.py, pictures.py, viewer.py
 # ==================================================================================================
 
 SAMPLE_CLASSES = ["dawn", "day", "dusk", "night"]
@@ -4876,10 +4818,9 @@ def sample_error(capsys, *args):
     return line
 
 
-def sample_close(a, b, tol=1e-4):
-    scale = b.double().std().item() if b.numel() > 1 else abs(b.item())
-    diff = (a.double() - b.double()).abs().max().item()
-    assert diff <= tol * max(scale, 1e-12), f"off by {diff / max(scale, 1e-12):.2e} of the std"
+def sample_gap(ours, theirs):
+    """By how much two pictures of 8 bits differ at most."""
+    return np.abs(ours.astype(int) - theirs).max()
 
 
 # ---- published checkpoints ----
@@ -4892,71 +4833,67 @@ def test_golden_published_checkpoint_renders_and_samples():
     ae = model.autoencoder
     with torch.no_grad():
         z = ae.encode(x["image"])
-        sample_close(z, want["z"])
-        sample_close(ae.quantize(z), want["z_q"])
-        sample_close(ae.quantizer(z)[1], want["quant_loss"])
+        close(z, want["z"])
+        close(ae.quantize(z), want["z_q"])
+        close(ae.quantizer(z)[1], want["quant_loss"])
         assert torch.equal(ae.quantizer(z)[2], want["indices"])
         phi = ae.decode(z)
-        sample_close(phi, want["z_dec"])
-        sample_close(ae.decoder(z)[:1], want["z_dec_without_quantizer"])
+        close(phi, want["z_dec"])
+        close(ae.decoder(z)[:1], want["z_dec_without_quantizer"])
         for i in range(3):                                   # two resolutions and an off-grid box
             cell = x[f"cell{i}"][:, 0, 0]
-            sample_close(ae.renderer(phi, x[f"coord{i}"], cell), want[f"render{i}"])
+            close(ae.renderer(phi, x[f"coord{i}"], cell), want[f"render{i}"])
         for i in range(2):                                   # and as a user draws them, in one tile
             res = tuple(x[f"coord{i}"].shape[1:3])
             field = model.decode(z, paper=True, tile=max(res))
-            sample_close(field.draw(res), want[f"render{i}"])
+            close(field.draw(res), want[f"render{i}"])
         noises = x["noises"]
         walk = model.diffusion.ddim_loop(model.unet, x["x_T"], len(noises), 1.0,
                                          noises.__getitem__)
         z = ldm_last(walk)
-        sample_close(z, want["sample_z"])
+        close(z, want["sample_z"])
         assert torch.equal(ae.quantizer(z)[2], want["sample_indices"])
         image = model.decode(z, paper=True).draw(tuple(want["sample_image"].shape[2:]))
-        sample_close(image, want["sample_image"])
+        close(image, want["sample_image"])
         truth = want["sample_uint8"].movedim(1, -1).numpy()
-        assert np.abs(data.to_uint8(image).astype(int) - truth).max() <= 1
+        assert sample_gap(to_uint8(image), truth) <= 1
     assert (model.patch, model.weights, model.size) == (256, "published EMA", 32)
 
 
-def test_golden_published_checkpoint_that_lacks_or_renames_something_says_what(tmp_path, capsys):
+@pytest.mark.parametrize("at, name, value, said", [
+    (["sd"], "decoder.1.conv_in.weight", None, "missing decoder.conv_in.weight"),
+    (["sd"], "strange", torch.ones(1), "left over strange"),
+    (["args"], "renderer", None, "lacks 'renderer'"), (["args"], "z_shape", None, "lacks 'z_shape'"),
+    ([], "sd", None, "lacks 'sd'"), ([], "args", None, "lacks 'args'"),
+    (["args", "renderer", "args", "net"], "name", "other_net", "its renderer is other_net"),
+    (["args", "z_dm", "args"], "dropout_rate", 1, "no option dropout_rate")])
+def test_golden_published_checkpoint_that_lacks_or_renames_something_says_what(
+        tmp_path, capsys, at, name, value, said):
     ckpt = golden("infd/infd_ckpt.pt")
+    part = functools.reduce(dict.__getitem__, at, ckpt["model"])
+    part[name] = value
+    if value is None:
+        del part[name]
+    torch.save(ckpt, tmp_path / "odd.pth")
+    assert said in sample_error(capsys, "--ckpt", tmp_path / "odd.pth", "--out", tmp_path / "out")
 
-    def refused(change):
-        odd = deepcopy(ckpt)
-        change(odd["model"])
-        torch.save(odd, tmp_path / "odd.pth")
-        return sample_error(capsys, "--ckpt", tmp_path / "odd.pth", "--out", tmp_path / "out")
 
-    line = refused(lambda model: model["sd"].update(
-        {"decoder.1.conv_in.wait": model["sd"].pop("decoder.1.conv_in.weight")}))
-    assert "missing decoder.conv_in.weight" in line and "left over decoder.conv_in.wait" in line
-    for part in ("renderer", "encoder", "z_shape"):
-        assert f"lacks '{part}'" in refused(lambda model: model["args"].pop(part))
-    assert "lacks 'sd'" in refused(lambda model: model.pop("sd"))
-    assert "lacks 'args'" in refused(lambda model: model.pop("args"))
-    assert "left over strange" in refused(lambda model: model["sd"].update(strange=torch.ones(1)))
-    assert "its renderer is other_net" in refused(
-        lambda model: model["args"]["renderer"]["args"]["net"].update(name="other_net"))
-    assert "no option dropout_rate" in refused(
-        lambda model: model["args"]["z_dm"]["args"].update(dropout_rate=1))
-    del ckpt["model"]["args"]["z_dm"]                            # a published file of stage 1
+def test_golden_a_published_file_of_stage_1_is_an_autoencoder(tmp_path):
+    ckpt = golden("infd/infd_ckpt.pt")
+    del ckpt["model"]["args"]["z_dm"]
     ckpt["model"]["sd"] = {k: v for k, v in ckpt["model"]["sd"].items() if not k.startswith("z_dm")}
     torch.save(ckpt, tmp_path / "ae.pth")
     assert models.load(tmp_path / "ae.pth").unet is None
 
 
 def test_prefixes_of_wrappers_are_stripped_and_said(sample_runs, tmp_path, capsys):
-    plain = sample_content("ldm")
-    whole = models.load(sample_runs / "ldm")
-    for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
-        wrapped = deepcopy(plain)
-        wrapped["state"]["ema"] = {prefix + k: v for k, v in plain["state"]["ema"].items()}
-        torch.save(wrapped, tmp_path / "a.pt")
-        model = models.load(tmp_path / "a.pt")
-        assert "UNet: left module. and _orig_mod. out of the names" in capsys.readouterr().err
-        for ours, theirs in zip(model.unet.parameters(), whole.unet.parameters()):
-            assert torch.equal(ours, theirs)
+    wrapped = sample_content("ldm")
+    wrapped["state"]["ema"] = {f"module._orig_mod.{name}": value
+                               for name, value in wrapped["state"]["ema"].items()}
+    torch.save(wrapped, tmp_path / "a.pt")
+    ours, theirs = (models.load(path).unet for path in (tmp_path / "a.pt", sample_runs / "ldm"))
+    assert "UNet: left module. and _orig_mod. out of the names" in capsys.readouterr().err
+    assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
 
 
 SAMPLE_OPENAI = UNetConfig(model_channels=64, channel_mult=(1, 1, 1, 1), num_res_blocks=1,
@@ -4970,138 +4907,108 @@ def test_openai_architectures_have_the_tensors_of_the_published_files(size, tens
         assert len(UNet(OPENAI[size]).state_dict()) == tensors
 
 
-@pytest.mark.parametrize("name", ["ct_imagenet64.pt", "cd_imagenet64_lpips.pt"])
-def test_openai_checkpoint_is_sampled(tmp_path, monkeypatch, name):
+def test_openai_checkpoint_is_sampled(tmp_path, monkeypatch):
     monkeypatch.setitem(OPENAI, 64, SAMPLE_OPENAI)
+    file = tmp_path / "cd_imagenet64_lpips.pt"
     net = sample_random(UNet(SAMPLE_OPENAI)).eval()
-    weights = {k: v[..., 0] if ".qkv." in k and v.dim() == 4 else v
-               for k, v in net.state_dict().items()}             # attention is Conv1d there
-    torch.save(weights, tmp_path / name)
-    model = models.load(tmp_path / name)
-    assert model.f.net.cfg == SAMPLE_OPENAI and model.size == 64 and model.f.cfg.boundary
-    x = torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        own = ConsistencyModel(net, ConsistencyConfig())(x, torch.tensor([2.0]), torch.tensor([1]))
-        again = model.f(x, torch.tensor([2.0]), torch.tensor([1]))
-    torch.testing.assert_close(again, own, rtol=0, atol=1e-6)
-    out = ["--ckpt", tmp_path / name, "--label", 1, "--out", tmp_path / "out"]
-    assert main_sample(*out, "--sigmas", 1.5) == 0
-    pixels, info = main_png(tmp_path / "out/seed0-000000-64x64.png")
-    noises = [runs.torch_noise((3, 64, 64), 0, "x_T", 0, k)[None] for k in range(2)]
-    image = sample_multistep(model.f, noises, (80.0, 1.5), torch.tensor([1]))
-    assert np.abs(pixels.astype(int) - data.to_uint8(image[0])).max() <= 1
+    torch.save({k: v[..., 0] if ".qkv." in k and v.dim() == 4 else v
+                for k, v in net.state_dict().items()}, file)     # attention is Conv1d there
+    assert main_sample("--ckpt", file, "--label", 1, "--out", tmp_path, "--sigmas", 1.5) == 0
+    pixels, info = main_png(tmp_path / "seed0-000000-64x64.png")
+    noises = [torch_noise((3, 64, 64), 0, "x_T", 0, k)[None] for k in range(2)]
+    own = ConsistencyModel(net, ConsistencyConfig())
+    image = sample_multistep(own, noises, (80.0, 1.5), torch.tensor([1]))
+    assert sample_gap(pixels, to_uint8(image[0])) <= 1
     assert info["weights"] == "published" and info["sigmas"] == [1.5] and info["steps"] == 2
 
 
-def test_openai_checkpoints_that_are_refused(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("name, missing, said", [
+    ("edm_imagenet64_ema.pt", None, "edm_* files are no longer read"),
+    ("ct.pt", "middle_block.0.in_layers.2.weight", "missing middle_block.0.in_layers.2.weight")])
+def test_openai_checkpoints_that_are_refused(tmp_path, capsys, monkeypatch, name, missing, said):
     monkeypatch.setitem(OPENAI, 64, SAMPLE_OPENAI)
     weights = UNet(SAMPLE_OPENAI).state_dict()
-    torch.save(weights, tmp_path / "edm_imagenet64_ema.pt")
-    line = sample_error(capsys, "--ckpt", tmp_path / "edm_imagenet64_ema.pt", "--out", tmp_path)
-    assert "edm_* files are no longer read" in line
-    weights["middle_block.0.in_layers.9.weight"] = weights.pop("middle_block.0.in_layers.2.weight")
-    torch.save(weights, tmp_path / "ct.pt")
-    line = sample_error(capsys, "--ckpt", tmp_path / "ct.pt", "--out", tmp_path)
-    assert "missing middle_block.0.in_layers.2.weight" in line
-    assert "left over middle_block.0.in_layers.9.weight" in line
+    weights.pop(missing, None)
+    torch.save(weights, tmp_path / name)
+    assert said in sample_error(capsys, "--ckpt", tmp_path / name, "--out", tmp_path)
 
 
 # ---- our checkpoints ----
 
-def test_a_checkpoint_with_dotted_or_nested_options_gives_the_same_model(sample_runs, tmp_path):
-    for stage, names in (("ldm", ("unet", "diffusion")), ("cm", ("cm", "func", "vit", "unet"))):
-        flat = sample_content(stage)
-        nested = deepcopy(flat)
-        config = {}
-        for key, value in flat["config"].items():
-            name, _, option = key.partition(".")
-            if name in names:
-                config.setdefault(name, {})[option] = value
-            else:
-                config[key] = value
-        nested["config"] = config
-        torch.save(nested, tmp_path / "nested.pt")
-        ours = models.load(tmp_path / "nested.pt")
-        theirs = models.load(sample_runs / stage)
-        nets = [m.unet if stage == "ldm" else m.f for m in (ours, theirs)]
-        assert [n.cfg for n in nets][0] == nets[1].cfg
-        for a, b in zip(nets[0].parameters(), nets[1].parameters()):
-            assert torch.equal(a, b)
+@pytest.mark.parametrize("stage, names", [
+    ("ldm", ("unet", "diffusion")), ("cm", ("cm", "func", "vit", "unet"))])
+def test_a_checkpoint_with_nested_options_gives_the_same_model(sample_runs, tmp_path, stage, names):
+    nested = sample_content(stage)
+    flat = nested["config"]
+    nested["config"] = {k: v for k, v in flat.items() if k.partition(".")[0] not in names}
+    for name in names:
+        nested["config"][name] = {k.removeprefix(f"{name}."): v for k, v in flat.items()
+                                  if k.startswith(f"{name}.")}
+    torch.save(nested, tmp_path / "nested.pt")
+    ours, theirs = (models.load(path) for path in (tmp_path / "nested.pt", sample_runs / stage))
+    ours, theirs = (m.unet if stage == "ldm" else m.f for m in (ours, theirs))
+    assert ours.cfg == theirs.cfg
+    assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
 
 
 def test_old_checkpoints_of_stage_cm_keep_their_schedule_beside_f(tmp_path):
     """weights/cm.pt is one: the fields of a schedule are known by name, and no others."""
+    assert models.load(sample.bundled("cm")).f.cfg.sigma_data == 0.05
     old = sample_content("cm")
-    given = {"s0": 2, "s1": 150, "mu0": 0.95, "printed_mu": False, "metric": "lpips",
-             "doubling": False, "lognormal": False, "gap_weight": False, "stages": 0,
-             "P_mean": -1.1, "P_std": 2.0, "ect_q": 2.0, "ect_k": 8.0, "ect_b": 1.0}
-    del old["config"]["metric"]
-    old["config"] |= {f"cm.{name}": value for name, value in given.items()}
+    old["config"] |= {f"cm.{name}": 1 for name in models.OLD_SCHEDULE}
     torch.save(old, tmp_path / "old.pt")
-    model = models.load(tmp_path / "old.pt")
-    assert model.f.cfg == ConsistencyConfig()
-    torch.save({**old, "config": old["config"] | {"cm.sigma_mid": 1.0}}, tmp_path / "old.pt")
+    assert models.load(tmp_path / "old.pt").f.cfg == ConsistencyConfig()
+    old["config"]["cm.sigma_mid"] = 1.0
+    torch.save(old, tmp_path / "old.pt")
     with pytest.raises(ValueError, match="no option sigma_mid; did you mean"):
         models.load(tmp_path / "old.pt")
-    assert models.load(sample.bundled("cm")).f.cfg.sigma_data == 0.05
 
 
 def test_checkpoints_that_cannot_be_sampled(sample_runs, tmp_path, capsys):
     (tmp_path / "text.pt").write_text("not a checkpoint")
     (tmp_path / "empty").mkdir()
-    torch.save({"stage": "other", "step": 1}, tmp_path / "other.pt")
-    torch.save({"weights": torch.ones(1)}, tmp_path / "strange.pt")
-    torch.save({"model": {"a": torch.ones(1)}}, tmp_path / "other.pth")
-    torch.save([1], tmp_path / "list.pt")
-    ldm = sample_runs / "ldm"
+    for name, content in (("other.pt", {"stage": "other", "step": 1}),
+                          ("other.pth", {"model": {"a": torch.ones(1)}}), ("list.pt", [1])):
+        torch.save(content, tmp_path / name)
     for ckpt, said in ((tmp_path / "none.pt", "no checkpoint at"), (tmp_path / "text.pt", "is no"),
-                       (tmp_path / "other.pt", "stage other"), (tmp_path / "strange.pt", "neither"),
+                       (tmp_path / "other.pt", "stage other"),
                        (tmp_path / "other.pth", "nor a published INFD or OpenAI file"),
                        (tmp_path / "list.pt", "expected a dict"),
-                       (sample_runs / "ae", "autoencoder (stage ae)"),
                        (tmp_path / "empty", "no checkpoint (step-*.pt)"),
                        (sample_runs, f"is a folder of runs: choose {sample_runs / 'ae'} or ")):
         line = sample_error(capsys, "--ckpt", ckpt, "--out", tmp_path / "out")
-        assert said in line and (str(ckpt) in line or ckpt.name == "ae")
-    assert str(ldm) in line and not list(tmp_path.glob("out/*"))
+        assert said in line and str(ckpt) in line
+    line = sample_error(capsys, "--ckpt", sample_runs / "ae", "--out", tmp_path / "out")
+    assert "autoencoder (stage ae)" in line and not list(tmp_path.glob("out/*"))
 
 
-@pytest.mark.parametrize("stage, path, said", [
-    ("ldm", ("config",), "lacks 'config'"), ("ldm", ("state",), "lacks 'state'"),
-    ("ldm", ("state", "scale"), "lacks 'scale'"), ("ldm", ("autoencoder",), "lacks 'autoencoder'"),
-    ("ldm", ("autoencoder", "weights"), "lacks 'weights'"), ("ldm", ("step",), "lacks 'step'"),
-    ("ae", ("config", "patch"), "lacks 'patch'"), ("ae", ("config",), "lacks 'config'"),
-    ("cm", ("config", "generator"), "lacks 'generator'"), ("cm", ("config",), "lacks 'config'"),
-    ("cm", ("config", "size"), "lacks 'size'"), ("cm", ("state",), "lacks 'state'")])
-def test_a_checkpoint_that_lacks_a_part_names_it(tmp_path, capsys, stage, path, said):
+GONE = object()
+
+
+@pytest.mark.parametrize("stage, path, value, said", [
+    ("ldm", "config", GONE, "lacks 'config'"), ("ldm", "state", GONE, "lacks 'state'"),
+    ("ldm", "state scale", GONE, "lacks 'scale'"), ("ldm", "step", GONE, "lacks 'step'"),
+    ("ldm", "autoencoder", GONE, "lacks 'autoencoder'"),
+    ("ldm", "autoencoder weights", GONE, "lacks 'weights'"),
+    ("ae", "config patch", GONE, "lacks 'patch'"), ("cm", "config size", GONE, "lacks 'size'"),
+    ("cm", "config generator", GONE, "lacks 'generator'"),
+    ("ldm", "config", {}, "lacks 'unet'"), ("cm", "config", [1], "items"),
+    ("ldm", "state", None, "not iterable"), ("ldm", "classes", 5, "not iterable"),
+    ("cm", "state", {"ema": {}}, "missing"), ("cm", "state", {"ema": {"a": "b"}}, "shape"),
+    ("ldm", "config unet.model_channels", 2**20, "UNet does not fit"),     # no memory has so much
+    ("ldm", "config unet.channel_mult", "wide", ""), ("ldm", "config unet.groups", 0, ""),
+    ("ldm", "config unet.model_channels", -1, ""), ("ldm", "config unet.num_res_blocks", 2.5, "")])
+def test_a_checkpoint_with_a_part_gone_or_odd_names_it_in_one_line(tmp_path, capsys, stage, path,
+                                                                  value, said):
     content = sample_content(stage)
-    part = content
-    for name in path[:-1]:
-        part = part[name]
-    del part[path[-1]]
-    torch.save(content, tmp_path / "part.pt")
-    line = sample_error(capsys, "--ckpt", tmp_path / "part.pt", "--out", tmp_path / "out")
-    assert said in line and "part.pt" in line
-
-
-def test_a_checkpoint_with_something_else_in_a_part_names_the_file(tmp_path, capsys):
-    """Empty, of another kind, or of a size that no memory has: one line, at once."""
-    for stage, path, value, said in (
-            ("ldm", "state", {}, "lacks 'model'"), ("ldm", "config", {}, "lacks 'unet'"),
-            ("cm", "config", {}, "lacks 'generator'"), ("ldm", "state", None, "not iterable"),
-            ("ldm", "classes", 5, "not iterable"), ("cm", "state", {"ema": {}}, "missing"),
-            ("cm", "state", {"ema": {"a": "b"}}, "shape"), ("cm", "config", [1], "items")):
-        torch.save(sample_content(stage) | {path: value}, tmp_path / "odd.pt")
-        line = sample_error(capsys, "--ckpt", tmp_path / "odd.pt", "--out", tmp_path / "out")
-        assert said in line and "odd.pt" in line
-    for name, value in (("unet.model_channels", 2**20), ("unet.channel_mult", [2**20, 2**20]),
-                        ("unet.channel_mult", "wide"), ("unet.model_channels", -1),
-                        ("unet.groups", 0), ("unet.num_res_blocks", 2.5)):
-        content = sample_content("ldm")
-        content["config"][name] = value
-        torch.save(content, tmp_path / "odd.pt")
-        line = sample_error(capsys, "--ckpt", tmp_path / "odd.pt", "--out", tmp_path / "out")
-        assert "odd.pt" in line
+    *above, name = path.split()
+    part = functools.reduce(dict.__getitem__, above, content)
+    part[name] = value
+    if value is GONE:
+        del part[name]
+    torch.save(content, tmp_path / "odd.pt")
+    line = sample_error(capsys, "--ckpt", tmp_path / "odd.pt", "--out", tmp_path / "out")
+    assert said in line and "odd.pt" in line
 
 
 def test_torch_saves_old_format_is_read(sample_runs, tmp_path):
@@ -5121,31 +5028,27 @@ class SampleEvil:
 
 
 def test_fault_f18_hostile_checkpoints_run_nothing(tmp_path, capsys):
-    """No file of this project is a .safetensors, so none is read."""
-    run = tmp_path / "run"
-    marker = tmp_path / "marker"
-    run.mkdir()
-    evil = SampleEvil(marker)
+    file = tmp_path / "step-3.pt"
+    evil = SampleEvil(tmp_path / "marker")
     for attack in (evil, {**sample_content("cm"), "evil": evil}):
         for modern in (True, False):
-            torch.save(attack, run / "step-3.pt", _use_new_zipfile_serialization=modern)
-            line = sample_error(capsys, "--ckpt", run, "--out", tmp_path / "out")
-            assert "was not opened" in line and not marker.exists()
-    (run / "step-3.pt").write_bytes(pickle.dumps(evil))          # torch.save's format of long ago
-    sample_error(capsys, "--ckpt", run, "--out", tmp_path / "out")
-    assert not marker.exists()
+            torch.save(attack, file, _use_new_zipfile_serialization=modern)
+            line = sample_error(capsys, "--ckpt", tmp_path, "--out", tmp_path / "out")
+            assert "was not opened" in line
+    file.write_bytes(pickle.dumps(evil))                         # torch.save's format of long ago
+    sample_error(capsys, "--ckpt", tmp_path, "--out", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_fault_f18_weights_that_are_no_numbers_are_refused(tmp_path, capsys):
     content = sample_content("cm")
-    for part in ("model", "ema"):
-        next(iter(content["state"][part].values())).view(-1)[0] = math.nan
+    next(iter(content["state"]["ema"].values())).view(-1)[0] = math.nan
     torch.save(content, tmp_path / "nan.pt")
     line = sample_error(capsys, "--ckpt", tmp_path / "nan.pt", "--out", tmp_path / "out")
     assert "not finite" in line and not list(tmp_path.glob("out/*.png"))
 
 
-def test_damaged_checkpoints_are_named_and_never_run_nor_grow(tmp_path, capsys):
+def test_damaged_checkpoints_are_named_and_never_run_nor_grow(tmp_path):
     """Bits flipped, files cut, headers rewritten: a ValueError of one line, or the model itself."""
     content = sample_content("cm")
     content["state"].pop("model")
@@ -5154,7 +5057,7 @@ def test_damaged_checkpoints_are_named_and_never_run_nor_grow(tmp_path, capsys):
     for modern in (True, False):
         torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=modern)
         whole = (tmp_path / "a.pt").read_bytes()
-        for k in range(60):
+        for k in range(30):
             bad = bytearray(whole)
             place = int(generator.integers(len(whole)))
             if k % 3 == 0:
@@ -5170,30 +5073,26 @@ def test_damaged_checkpoints_are_named_and_never_run_nor_grow(tmp_path, capsys):
             except ValueError as error:
                 refused += 1
                 assert "a.pt" in str(error) or "finite" in str(error)
-    assert refused > 60
+    assert refused > 30
 
 
 # ---- pictures ----
 
-@pytest.mark.parametrize("norm, sampler", [("frame", "ddim"), ("paper", "dpm++")])
-def test_a_picture_depends_on_seed_and_index_alone_and_says_how(sample_runs, tmp_path, norm,
-                                                                sampler):
-    assert models.SAMPLERS == {"ddim": 200, "dpm++": 20, "cm": 2}
-    common = ["--ckpt", sample_runs / "ldm", "--res", "16,24x40", "--norm", norm]
-    common += ["--sampler", sampler] + (["--steps", 4] if sampler == "ddim" else [])
-    assert main_sample(*common, "--n", 4, "--batch", 4, "--out", tmp_path / "four") == 0
-    assert main_sample(*common, "--n", 1, "--start", 2, "--out", tmp_path / "one") == 0
-    for res, shape in (("16x16", (16, 16, 3)), ("24x40", (24, 40, 3))):
-        a, info = main_png(tmp_path / f"four/seed0-000002-{res}.png")
-        b, _ = main_png(tmp_path / f"one/seed0-000002-{res}.png")
-        assert a.shape == shape and np.abs(a.astype(int) - b).max() <= 1
-        assert info["seed"] == 0 and info["index"] == 2 and info["sampler"] == sampler
-        assert info["steps"] == (4 if sampler == "ddim" else 20)
-        assert info.get("eta") == (1.0 if sampler == "ddim" else None)
-        assert info["res"] == list(shape[:2]) and info["norm"] == norm and len(info["sha256"]) == 16
-    a, _ = main_png(tmp_path / "four/seed0-000002-16x16.png")
-    c, _ = main_png(tmp_path / "four/seed0-000003-16x16.png")
-    assert np.abs(a.astype(int) - c).max() > 1                   # another index, another picture
+@pytest.mark.parametrize("norm, how, steps, eta", [
+    ("frame", ["--sampler", "ddim", "--steps", 4], 4, 1.0), ("paper", ["--sampler", "dpm++"], 20, None)])
+def test_a_picture_depends_on_seed_and_index_alone_and_says_how(sample_runs, tmp_path, norm, how,
+                                                                steps, eta):
+    common = ["--ckpt", sample_runs / "ldm", "--norm", norm, *how]
+    assert main_sample(*common, "--res", "16,24x40", "--n", 4, "--out", tmp_path / "four") == 0
+    assert main_sample(*common, "--res", "24x40", "--start", 2, "--out", tmp_path / "one") == 0
+    (a, info), (b, _) = (main_png(tmp_path / case / "seed0-000002-24x40.png")
+                         for case in ("four", "one"))
+    assert a.shape == (24, 40, 3) and sample_gap(a, b) <= 1
+    wanted = {"seed": 0, "index": 2, "sampler": how[1], "steps": steps, "res": [24, 40],
+              "norm": norm}
+    assert wanted.items() <= info.items() and info.get("eta") == eta and len(info["sha256"]) == 16
+    a, b = (main_png(tmp_path / f"four/seed0-00000{i}-16x16.png")[0] for i in (2, 3))
+    assert sample_gap(a, b) > 1                                  # another index, another picture
 
 
 @pytest.mark.parametrize("stage", ["ldm", "cm"])
@@ -5204,7 +5103,6 @@ def test_fault_f24_image_7_is_the_same_alone_in_batches_and_on_ranks(sample_runs
     owner = models.INFD if stage == "ldm" else models.OneStep
     name = "sample" if stage == "ldm" else "functions"
     call = getattr(owner, name)
-    torch_noise = models.torch_noise
 
     def kept(model, indices, *args, **options):
         out = call(model, indices, *args, **options)
@@ -5220,7 +5118,7 @@ def test_fault_f24_image_7_is_the_same_alone_in_batches_and_on_ranks(sample_runs
     monkeypatch.setattr(owner, name, kept)
     monkeypatch.setattr(models, "torch_noise", noted)
     args = ["--ckpt", sample_runs / stage, "--seed", 5, "--res", 16]
-    args += ["--steps", 4] if stage == "ldm" else []
+    args += ["--steps", 2] if stage == "ldm" else []
     for case, *count in (("alone", "--start", 7, "--n", 1),
                          ("four", "--start", 4, "--n", 4, "--batch", 4),
                          ("sixteen", "-n", 16, "--batch", 16)):
@@ -5233,24 +5131,22 @@ def test_fault_f24_image_7_is_the_same_alone_in_batches_and_on_ranks(sample_runs
     assert main_sample(*args, "-n", 16) == 2                     # each would take another folder
     assert len(list((tmp_path / "ranks").glob("*.png"))) == 16
     own = noises["alone"]
+    alone = drawn["alone"][7]
     assert own and set(drawn["alone"]) == {7} and set(drawn["ranks"]) == set(range(16))
     for case in ("four", "sixteen", "ranks"):
         assert all(torch.equal(noises[case][key], value) for key, value in own.items())
-        alone = drawn["alone"][7]
         assert (drawn[case][7] - alone).abs().max() <= 1e-5 * max(1, alone.abs().max())
     assert (drawn["sixteen"][7] - drawn["sixteen"][6]).abs().max() > 1e-3
 
 
-def test_a_window_is_the_slice_of_the_whole(sample_runs, tmp_path):
-    for norm, tile, tolerance in (("frame", 16, 1), ("frame", 9, 1), ("paper", 16, 0)):
-        common = ["--ckpt", sample_runs / "ldm", "--steps", 2, "--norm", norm, "--tile", tile]
-        out = tmp_path / f"{norm}{tile}"
-        assert main_sample(*common, "--res", 32, "--out", out) == 0
-        window = ["--res", "16x8", "--window", "-0.5,0,0.5,0.5"]
-        assert main_sample(*common, *window, "--out", out) == 0
-        whole, _ = main_png(out / "seed0-000000-32x32.png")
-        part, _ = main_png(out / "seed0-000000-16x8.png")
-        assert np.abs(part.astype(int) - whole[8:24, 16:24]).max() <= tolerance
+@pytest.mark.parametrize("norm, tile, tolerance", [("frame", 9, 1), ("paper", 16, 0)])
+def test_a_window_is_the_slice_of_the_whole(sample_runs, tmp_path, norm, tile, tolerance):
+    common = ["--ckpt", sample_runs / "ldm", "--steps", 2, "--norm", norm, "--tile", tile]
+    assert main_sample(*common, "--res", 32, "--out", tmp_path) == 0
+    window = ["--res", "16x8", "--window", "-0.5,0,0.5,0.5"]
+    assert main_sample(*common, *window, "--out", tmp_path) == 0
+    whole, part = (main_png(tmp_path / f"seed0-000000-{res}.png")[0] for res in ("32x32", "16x8"))
+    assert sample_gap(part, whole[8:24, 16:24]) <= tolerance
 
 
 def test_a_tile_is_part_of_a_picture_only_where_it_changes_it(sample_runs, tmp_path, capsys):
@@ -5262,12 +5158,6 @@ def test_a_tile_is_part_of_a_picture_only_where_it_changes_it(sample_runs, tmp_p
     assert main_sample(*args, "--norm", "paper") == 0
     assert main_sample(*args, "--norm", "paper", "--tile", 16) == 0          # the model's own
     assert "another picture" in sample_error(capsys, *args, "--norm", "paper", "--tile", 8)
-    model = models.load(sample_runs / "ldm")
-    z = model.sample([0], steps=2)
-    field = model.decode(z, paper=True)                          # from Python, the model knows
-    assert field.tile == 16 and field.paper and not model.decode(z).paper
-    pixels = main_png(tmp_path / "paper/seed0-000000-40x40.png")[0]
-    assert np.abs(pixels.astype(int) - data.to_uint8(field.draw(40))[0]).max() <= 1
 
 
 def test_nothing_is_overwritten(sample_runs, tmp_path, capsys):
@@ -5286,24 +5176,18 @@ def test_a_larger_noise_map_gives_a_larger_picture(sample_runs, tmp_path):
     assert main_png(tmp_path / "seed0-000000-32x48.png")[0].shape == (32, 48, 3)
 
 
-def sample_tiles(picture, band):
-    """Tiles whose pixels are a picture's, two side by side in rows of `band`."""
-    rgb = (torch.from_numpy(picture).movedim(-1, 0)[None] + 0.5) / 127.5 - 1
-    middle = rgb.shape[-1] // 2
-    for rows in rgb.split(band, dim=2):
-        if middle:
-            yield 0, 0, rows[..., :middle]
-        yield 0, middle, rows[..., middle:]
-
-
 @pytest.mark.parametrize("size", [(1, 1), (5, 7), (64, 33)])
 def test_png_written_in_bands_holds_the_pixels_and_the_parameters(tmp_path, size):
     picture = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     info = {"res": list(size), "window": None, "label": "d\u00e4mmerung"}
     file = tmp_path / "a.png"
     head = pictures.png_head(size, info)
-    for band in (1, 20, 64):
-        pictures.write_png(file, head, size[1], sample_tiles(picture, band))
+    rgb = (torch.from_numpy(picture).movedim(-1, 0)[None] + 0.5) / 127.5 - 1
+    middle = size[1] // 2
+    for band in (1, 20, 64):                                     # of two tiles side by side
+        tiles = [(0, left, part) for rows in rgb.split(band, dim=2)
+                 for left, part in ((0, rows[..., :middle]), (middle, rows[..., middle:]))]
+        pictures.write_png(file, head, size, tiles[size[1] == 1:: 1 + (size[1] == 1)])
         pixels, read = main_png(file)
         assert np.array_equal(pixels, picture) and read == info
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
@@ -5313,17 +5197,21 @@ def test_png_written_in_bands_holds_the_pixels_and_the_parameters(tmp_path, size
     assert file.read_bytes().startswith(head)
 
 
-def test_png_takes_the_memory_of_one_band(tmp_path):
+def test_a_large_png_takes_the_memory_of_one_band_and_shows_how_far_it_is(tmp_path, monkeypatch):
     """12 MB of pixels, which do not compress; numpy tells tracemalloc what it holds."""
+    shown = io.StringIO()
+    monkeypatch.setattr(pictures, "tqdm", lambda **how: tqdm.tqdm(
+        **how | {"disable": False, "delay": 0, "file": shown, "mininterval": 0}))
     band = 2 * torch.rand(1, 3, 64, 1024) - 1
     tracemalloc.start()
     try:
-        head = pictures.png_head((4096, 1024), {})
-        pictures.write_png(tmp_path / "a.png", head, 1024, itertools.repeat((0, 0, band), 64))
+        tiles = itertools.repeat((0, 0, band), 64)
+        pictures.write_png(tmp_path / "a.png", pictures.png_head((4096, 1024), {}), (4096, 1024), tiles)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert peak < 10 * band.numel() and (tmp_path / "a.png").stat().st_size > 10e6
+    assert "a.png:  50%" in shown.getvalue() and "a.png: 100%" in shown.getvalue()
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -5344,15 +5232,13 @@ def test_fault_f11_a_signal_in_sampling_leaves_whole_pictures(sample_runs, tmp_p
     assert main_sample(*args, "--out", tmp_path / "parts") == code
     assert "the same command with the same --out" in capsys.readouterr().err
     monkeypatch.undo()
-    assert len(list((tmp_path / "parts").iterdir())) == 3        # no part of a file stays either
-    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "parts").iterdir()}
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "parts").iterdir()}
+    assert len(before) == 3                                      # no part of a file stays either
     assert main_sample(*args, "--out", tmp_path / "parts") == 0
-    names = sorted(p.name for p in (tmp_path / "whole").iterdir())
-    assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == names and len(names) == 5
-    for name in names:
-        part = tmp_path / "parts" / name
-        assert part.read_bytes() == (tmp_path / "whole" / name).read_bytes()
-        assert before.get(name, part.stat().st_mtime_ns) == part.stat().st_mtime_ns
+    assert all(file.stat().st_mtime_ns == time for file, time in before.items())
+    whole, parts = ({p.name: p.read_bytes() for p in (tmp_path / case).iterdir()}
+                    for case in ("whole", "parts"))
+    assert parts == whole and len(whole) == 5
 
 
 def test_without_memory_a_line_names_what_needs_less(sample_runs, tmp_path, monkeypatch, capsys):
@@ -5366,25 +5252,8 @@ def test_without_memory_a_line_names_what_needs_less(sample_runs, tmp_path, monk
     assert "out of memory" in line and "--tile" in line and not list(tmp_path.iterdir())
 
 
-def test_the_renderer_is_compiled_where_it_is_asked_for(sample_runs, tmp_path, monkeypatch):
-    calls = []
-
-    def compile(function, **options):
-        def call(*args, **options):
-            calls.extend(arg.shape for arg in args[1:2])             # of the renderer
-            return function(*args, **options)
-
-        return call
-
-    monkeypatch.setattr(torch, "compile", compile)
-    args = ["--ckpt", sample_runs / "ldm", "--steps", 2, "--res", 32, "--tile", 8, "--n", 2]
-    for option in ("off", "auto", "on"):
-        assert main_sample(*args, "--compile", option, "--out", tmp_path / option) == 0
-        assert bool(calls) == (option == "on" or (option == "auto" and torch.cuda.is_available()))
-    assert len(set(calls)) == 2 and len(calls) >= 2 * 10        # statistics, and tiles of one shape
-
-
-def test_drawing_compiles_a_graph_for_decoder_statistics_and_tiles(sample_runs, monkeypatch):
+def test_drawing_compiles_a_graph_for_decoder_statistics_and_tiles(sample_runs, tmp_path,
+                                                                   monkeypatch):
     """Each without a break, at every size and for every picture, and the picture is the same."""
     compiler, graphs = torch.compile, []
 
@@ -5393,15 +5262,12 @@ def test_drawing_compiles_a_graph_for_decoder_statistics_and_tiles(sample_runs, 
                         backend=lambda graph, inputs: graphs.append(graph) or graph)
 
     monkeypatch.setattr(torch, "compile", whole)
-    plain, quick = (models.load(sample_runs / "ldm") for _ in range(2))
-    with pytest.raises(ValueError, match="compile=graphs is for training"):
-        quick.compile("graphs")
-    quick.compile("on")
-    z = main_randn(2, *plain.latent_shape)
-    for i, res in itertools.product(range(2), (64, (40, 72))):
-        ours, theirs = (model.decode(z[i:i + 1], tile=32).draw(res) for model in (quick, plain))
-        torch.testing.assert_close(ours, theirs)
-    assert len(graphs) == 3
+    args = ["--ckpt", sample_runs / "ldm", "--steps", 2, "--res", "32,24x40", "--tile", 16, "--n", 2]
+    for option in ("off", "on"):
+        assert main_sample(*args, "--compile", option, "--out", tmp_path / option) == 0
+        assert len(graphs) == (3 if option == "on" else 0)
+    for file in (tmp_path / "on").iterdir():
+        assert sample_gap(main_png(file)[0], main_png(tmp_path / "off" / file.name)[0]) <= 1
 
 
 def test_drawing_in_bf16_is_that_in_fp32_to_8_bits(monkeypatch):
@@ -5414,32 +5280,45 @@ def test_drawing_in_bf16_is_that_in_fp32_to_8_bits(monkeypatch):
             patch.setattr(models, name, lambda *args, told=told, **more: told)
         patch.setattr(models, "compiled", lambda function, *args, **more: function)
         quick.compile()
-    z = plain.sample([0], steps=4, sampler="dpm++")
-    ours, theirs = (to_uint8(model.decode(z).draw(96)).astype(int) for model in (quick, plain))
+    z = plain.sample([0], steps=2, sampler="dpm++")
+    ours, theirs = (to_uint8(model.decode(z).draw(64)).astype(int) for model in (quick, plain))
     gap = abs(ours - theirs).max(axis=-1)
     assert 0 < gap.max() and (gap <= 1).mean() >= 0.999
 
 
 def test_a_sheet_shows_all_pictures_of_a_call(sample_runs, tmp_path, capsys):
-    args = ["--ckpt", sample_runs / "cm", "--n", 3, "--res", "16,8x16", "--out", tmp_path / "out"]
-    assert main_sample(*args, "--sheet", tmp_path / "new/sheet.png") == 0
-    sheet = np.asarray(Image.open(tmp_path / "new/sheet.png"))
-    assert sheet.shape == (2 * 20 - 4, 3 * 20 - 4, 3)            # six pictures in two rows
-    files = [main_png(tmp_path / f"out/seed0-00000{i}-{res}.png")[0]
-             for i in range(3) for res in ("16x16", "8x16")]
-    for k, pixels in enumerate(files):
-        y = 20 * (k // 3)
-        x = 20 * (k % 3)
-        assert np.array_equal(sheet[y:y + len(pixels), x:x + 16], pixels)
-    assert (sheet[16:20] == 255).all()
-    assert main_sample(*args, "--sheet", tmp_path / "b.jpg") == 0            # nothing drawn anew
-    with Image.open(tmp_path / "b.jpg") as image:
-        assert image.format == "JPEG" and image.size == (56, 36)
-    before = (tmp_path / "b.jpg").read_bytes()
-    for file in ("b.jpg", "c.gif"):
-        line = sample_error(capsys, *args, "--sheet", tmp_path / file)
-        assert "name a new .png or .jpg file" in line and file in line
-    assert (tmp_path / "b.jpg").read_bytes() == before and len(list(tmp_path.iterdir())) == 3
+    args = ["--ckpt", sample_runs / "cm", "--n", 3, "--out", tmp_path / "out"]
+    sheet = tmp_path / "new/sheet.png"
+    assert main_sample(*args, "--res", 16, "--sheet", sheet) == 0
+    pixels = np.asarray(Image.open(sheet))
+    assert pixels.shape == (36, 36, 3)                           # 16 px and 4 between, in two rows
+    for i, (y, x) in enumerate([(0, 0), (0, 20), (20, 0)]):
+        own, _ = main_png(tmp_path / f"out/seed0-00000{i}-16x16.png")
+        assert np.array_equal(pixels[y:y + 16, x:x + 16], own)
+    assert (pixels[16:20] == 255).all() and (pixels[20:, 20:] == 255).all()
+    before = sheet.read_bytes()
+    for file in (sheet, tmp_path / "c.gif"):
+        line = sample_error(capsys, *args, "--res", 16, "--sheet", file)
+        assert "name a new .png or .jpg file" in line and file.name in line
+    assert sheet.read_bytes() == before and not (tmp_path / "c.gif").exists()
+
+
+def test_a_sheet_of_several_sizes_names_them(sample_runs, tmp_path, monkeypatch):
+    words = []
+    monkeypatch.setattr(pictures.ImageDraw.ImageDraw, "text",
+                        lambda pen, corner, word, **how: words.append((corner, word)))
+    assert main_sample("--ckpt", sample_runs / "cm", "--res", "32,16x32", "--out", tmp_path / "out",
+                       "--sheet", tmp_path / "sheet.jpg") == 0
+    assert words == [((0, 0), "32x32"), ((36, 0), "16x32")]
+    with Image.open(tmp_path / "sheet.jpg") as image:
+        assert image.format == "JPEG" and image.size == (68, 32)
+
+
+def test_contact_sheet_enlarges_by_nearest_neighbour():
+    picture = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    sheet = pictures.contact_sheet([[picture, picture], [picture]], 4)
+    assert sheet.shape == (12, 12, 3) and (sheet[8:, 8:] == 255).all() and (sheet[4:8] == 255).all()
+    assert np.array_equal(sheet[:4, :4], picture.repeat(2, 0).repeat(2, 1))
 
 
 # ---- viewer ----
@@ -5451,48 +5330,41 @@ def viewer_at(run, *options):
     model = models.load(run)
     show = functools.partial(sample.shown, model, args)
     gallery = viewer.Gallery(show, viewer.about(model, args, (64, 64)))
-    server = viewer.Server(gallery, 0)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    try:
-        yield gallery, server.server_port
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with viewer.Server(gallery, 0) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield gallery, server.server_port
+        finally:
+            server.shutdown()
+            thread.join()
 
 
-def viewer_get(port, path, method="GET", **headers):
+def viewer_get(port, path):
     """Ask a server: (status, headers, body)."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request(method, path, headers=headers)
-    answer = connection.getresponse()
-    body = answer.read()
-    connection.close()
-    return answer.status, answer.headers, body
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as asked:
+        asked.request("GET", path)
+        answer = asked.getresponse()
+        return answer.status, answer.headers, answer.read()
 
 
-@pytest.mark.parametrize("stage, query", [
-    ("ldm", "seed=3&label=day&steps=2"), ("cm", "seed=3&label=")])
-def test_viewer_tiles_are_windows_of_the_picture(sample_runs, tmp_path, stage, query):
-    sampler = [] if stage == "cm" else ["--sampler", "dpm++"]
-    with viewer_at(sample_runs / stage, *sampler) as (gallery, port):
+@pytest.mark.parametrize("stage, query, options, steps", [
+    ("ldm", "seed=3&label=day&steps=2", ["--sampler", "dpm++"], "0 2\n1 2\n"),
+    ("cm", "seed=3&label=day", [], "")])
+def test_viewer_tiles_are_windows_of_the_picture(sample_runs, tmp_path, stage, query, options, steps):
+    with viewer_at(sample_runs / stage, *options) as (gallery, port):
         assert gallery.about["fields"] == ["seed", "label", "steps"][:2 if stage == "cm" else 3]
         status, headers, body = viewer_get(port, "/")
-        assert status == 200 and b"</html>" in body and b"http:" not in body and b"https:" not in body
+        assert status == 200 and b"</html>" in body and not re.search(rb"https?:", body)
         assert "default-src 'none'" in headers["Content-Security-Policy"]
-
         status, _, body = viewer_get(port, f"/picture?{query}")
-        *steps, name = body.decode().split("\n")[:-1]
-        assert status == 200 and steps == ([] if stage == "cm" else ["0 2", "1 2"])
+        name = body.decode().removeprefix(steps).strip()
+        assert status == 200 and re.fullmatch("[0-9a-f]{16}", name)
         assert viewer_get(port, f"/picture?{query}")[2].decode() == f"{name}\n"   # it is kept
 
-        model = models.load(sample_runs / stage)
-        if stage == "cm":
-            drawn, = [model.functions([0], 3)]
-        else:
-            drawn = model.decode(model.sample([0], 3, 2, labels="day", sampler="dpm++"))
-        for level, y, x in ((0, 0, 0), (2, 3, 1), (9, 100, 511), (viewer.DEPTH, 5, 7)):
+        how = {"steps": 2, "sampler": "dpm++"} if stage == "ldm" else {}
+        drawn = models.load(sample_runs / stage).functions([0], 3, "day", **how)
+        for level, y, x in ((0, 0, 0), (2, 3, 1), (viewer.DEPTH, 5, 7)):
             status, headers, body = viewer_get(port, f"/tile/{name}/{level}/{y}/{x}")
             assert status == 200 and headers["Content-Type"] == "image/png"
             n = 2**level
@@ -5503,9 +5375,9 @@ def test_viewer_tiles_are_windows_of_the_picture(sample_runs, tmp_path, stage, q
         # A saved view is, byte for byte, the file that sample.py writes.
         status, headers, body = viewer_get(port, f"/view/{name}?window=-0.5,-0.25,0.5,0.75&res=40x48")
         file = re.search('"(.*)"', headers["Content-Disposition"])[1]
-        label = [] if stage == "cm" else ["--label", "day", "--steps", 2]
-        assert main_sample("--ckpt", sample_runs / stage, "--seed", 3, *sampler, *label, "--res",
-                           "40x48", "--window", "-0.5,-0.25,0.5,0.75", "--out", tmp_path) == 0
+        options += ["--steps", 2] if stage == "ldm" else []
+        assert main_sample("--ckpt", sample_runs / stage, "--seed", 3, *options, "--label", "day",
+                           "--res", "40x48", "--window", "-0.5,-0.25,0.5,0.75", "--out", tmp_path) == 0
         assert status == 200 and body == (tmp_path / file).read_bytes()
 
 
@@ -5521,80 +5393,79 @@ def test_viewer_keeps_few_pictures_and_one_it_forgot_is_asked_for_again(sample_r
 
 
 def viewer_hostile(name):
-    """500 requests as bytes that no page of ours makes."""
-    rng = np.random.default_rng(0)
-    lines = [f"GET {path} HTTP/1.1" for path in (
-        "/../viewer.py", "/viewer.py", "/weights/cm.pt", "//127.0.0.1/", "/?a", "/%2e%2e/", "*", "/tile",
-        f"/tile/{name}/13/0/0", f"/tile/{name}/1/2/0", f"/tile/{name}/-1/0/0", f"/tile/{name}/0/0/0?x",
-        f"/tile/{'0' * 16}/0/0/0", f"/tile/{name}/99/99999/0", "/picture?seed=-1", "/picture?seed=1e9",
-        "/picture?seed=1&seed=2", "/picture?label=noon", "/picture?steps=5", "/picture?prompt=a",
-        "/picture?x", "/picture?" + "&".join(10 * ["seed=1"]), "/picture?seed=" + 99 * "9",
-        f"/view/{name}", f"/view/{name}?window=-1,-1,1,1&res=9999x9999",
-        f"/view/{name}?window=-1,-1,1,1&res=0x5", f"/view/{name}?window=1,1,-1,-1&res=4x4",
-        f"/view/{name}?window=-1,-1,1e999,1&res=4x4", f"/view/{name}?window=1,2,3&res=4x4",
-        "/" + 9000 * "a", "/" + 70000 * "a")]
-    good = "GET / HTTP/1.1"
-    heads = [f"{line}\r\nHost: localhost" for line in lines]
-    heads += [f"{good}\r\nHost: {host}" for host in ("evil.example", "127.0.0.1.evil.example", "",
-                                                      "evil.example:8000", "[::1]", "127.0.0.2")]
-    heads += [f"{good}\r\nHost: localhost\r\nSec-Fetch-Site: cross-site", good,
-              f"{good}\r\nHost: localhost\r\nX: " + 70000 * "a",
-              f"{good}\r\nHost: localhost" + "".join(f"\r\nX{i}: a" for i in range(200))]
-    heads += [f"{method} / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3" for method in
-              ("POST", "PUT", "HEAD", "DELETE", "OPTIONS", "CONNECT", "get", "BREW")]
-    heads += ["GET / HTTP/9.9\r\nHost: localhost", "GET / HTTX", "GET", "GET / / /", "GET /",
-              "\x16\x03\x01\x02", "GET / HTTP/1.1.1"]
-    wanted = [f"{head}\r\n\r\n".encode("latin-1") for head in heads]
-    while len(wanted) < 500:
-        noise = rng.integers(0, 256, rng.integers(1, 300), dtype=np.uint8).tobytes()
-        kinds = (b"GET /" + noise.replace(b"\n", b"") + b" HTTP/1.0\r\n\r\n",
-                 b"GET /picture?" + noise.hex().encode() + b" HTTP/1.0\r\nHost: localhost\r\n\r\n",
-                 b"Z" + noise.replace(b"\n", b"") + b"\r\n\r\n")
-        wanted.append(kinds[len(wanted) % 3])
-    return wanted
+    """Requests as bytes that no page of ours makes."""
+    paths = ["/../viewer.py", "/viewer.py", "//127.0.0.1/", "/?a", "/%2e%2e/", "*", "/tile",
+             f"/tile/{name}/13/0/0", f"/tile/{name}/1/2/0", f"/tile/{name}/0/0/0?x",
+             f"/tile/{'0' * 16}/0/0/0", "/picture?seed=-1", "/picture?seed=1&seed=2",
+             "/picture?label=noon", "/picture?label=\u00fc", "/picture?steps=5", "/picture?x",
+             "/picture?" + "&".join(10 * ["seed=1"]), f"/view/{name}",
+             *(f"/view/{name}?window={view}" for view in (
+                 "-1,-1,1,1&res=9999x9999", "-1,-1,1,1&res=0x5", "1,1,-1,-1&res=4x4",
+                 "-1,-1,1e999,1&res=4x4", "1,2,3&res=4x4")), "/" + 9000 * "a", "/" + 70000 * "a"]
+    good = "GET / HTTP/1.1\r\nHost: "
+    heads = [f"GET {path} HTTP/1.1\r\nHost: localhost" for path in paths]
+    heads += [good + host for host in ("evil.example", "127.0.0.1.evil.example", "", "[::1]",
+                                       "localhost\r\nSec-Fetch-Site: cross-site",
+                                       "localhost\r\nX: " + 70000 * "a")]
+    heads += [f"{method} / HTTP/1.1\r\nHost: localhost" for method in ("POST", "HEAD", "BREW")]
+    heads += ["GET / HTTP/1.1", "GET / HTTP/9.9", "GET / HTTX", "GET", "GET / / /", "\x16\x03\x01\x02"]
+    noise = np.random.default_rng(0).integers(11, 256, (50, 200), dtype=np.uint8)
+    return [f"{head}\r\n\r\n".encode("latin-1") for head in heads] + [
+        b"GET /" + row.tobytes() + b" HTTP/1.0\r\n\r\n" for row in noise]
 
 
-def test_viewer_refuses_500_hostile_requests_and_lives_on(sample_runs, capfd):
+def test_viewer_refuses_hostile_requests_and_lives_on(sample_runs, capfd):
     with viewer_at(sample_runs / "cm") as (_, port):
         name = viewer_get(port, "/picture?seed=0")[2].decode().strip()
         for request in viewer_hostile(name):
+            answer = b""
             with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
-                client.sendall(request)
-                client.shutdown(socket.SHUT_WR)
-                answer = b"".join(iter(functools.partial(client.recv, 4096), b""))
-            assert re.match(rb"HTTP/1.0 4\d\d ", answer), (request[:200], answer[:200])
+                with contextlib.suppress(ConnectionResetError):      # it does not read all
+                    client.sendall(request)
+                    client.shutdown(socket.SHUT_WR)
+                    for part in iter(functools.partial(client.recv, 4096), b""):
+                        answer += part
+            assert re.match(rb"HTTP/1.0 [45]\d\d |$", answer), (request[:200], answer[:200])
             assert len(answer) < 1500 and b"Traceback" not in answer
+            assert answer or len(request) > 60000
         assert viewer_get(port, f"/tile/{name}/0/0/0")[0] == 200
     assert capfd.readouterr().err == ""
 
 
-def test_viewer_answers_so_many_at_a_time_and_survives_who_goes_away(sample_runs):
+def test_viewer_survives_who_goes_away(sample_runs, capfd):
     with viewer_at(sample_runs / "cm") as (gallery, port):
         with gallery.model:                                          # all wait for the model
-            waiting = [socket.create_connection(("127.0.0.1", port)) for _ in range(viewer.JOBS)]
-            for client in waiting:
-                client.sendall(b"GET /picture?seed=1 HTTP/1.0\r\nHost: localhost\r\n\r\n")
-            assert viewer_get(port, "/")[0] == 429
-            for client in waiting:
-                client.close()
-        for _ in range(500):
-            if viewer_get(port, "/")[0] == 200:
-                break
-            time.sleep(0.02)
+            for _ in range(8):
+                with socket.create_connection(("127.0.0.1", port)) as client:
+                    client.sendall(b"GET /picture?seed=1 HTTP/1.0\r\nHost: localhost\r\n\r\n")
         assert viewer_get(port, "/picture?seed=2")[0] == 200
+    assert capfd.readouterr().err == ""
 
 
-def test_viewer_ends_by_ctrl_c_and_says_what_is_wrong_before(sample_runs, tmp_path, capsys):
-    command = [sys.executable, "sample.py", "--ckpt", sample_runs / "cm", "--view", "--port", "0"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        port = int(re.search(r":(\d+) ", process.stdout.readline())[1])
-        assert viewer_get(port, "/picture?seed=1")[0] == 200
-        assert main_sample("--ckpt", sample_runs / "cm", "--view", "--port", port) == 2
-        process.send_signal(signal.SIGINT)
-        assert process.stdout.read() == "closed\n" and process.wait(60) == 0
-    assert f"--port {port}" in capsys.readouterr().err
-    assert main_sample("--ckpt", sample_runs / "cm-unet", "--view") == 2
-    assert "window" in capsys.readouterr().err
+def test_viewer_ends_by_ctrl_c_and_says_what_is_wrong_before(sample_runs, monkeypatch, capsys):
+    answers = []
+
+    def visited(server):
+        """Ask from another thread, then press Ctrl-C."""
+        try:
+            answers.append(viewer_get(server.server_port, "/picture?seed=1")[0])
+            with pytest.raises(ValueError, match=f"--port {server.server_port}: .* choose another"):
+                viewer.serve(None, server.gallery.about, server.server_port)
+            answers.append("refused")
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    class Visited(viewer.Server):
+        def service_actions(self):
+            """Called by serve_forever at every turn."""
+            if not answers:
+                answers.append("begun")
+                threading.Thread(target=visited, args=(self,)).start()
+
+    monkeypatch.setattr(viewer, "Server", Visited)
+    assert main_sample("--ckpt", sample_runs / "cm", "--view", "--port", 0) == 0
+    assert answers == ["begun", 200, "refused"] and "closed" in capsys.readouterr().out
+    assert "window" in sample_error(capsys, "--ckpt", sample_runs / "cm-unet", "--view")
 
 
 def test_viewer_works_in_a_browser(sample_runs):
@@ -5626,27 +5497,29 @@ def test_a_dive_keeps_its_point_in_place_and_ends_as_close_as_asked():
     assert math.isclose(windows[4][2] - windows[4][0], 2 / 8)        # half-way in octaves
 
 
-@pytest.mark.parametrize("kind", ["webp", "png"])
-def test_moving_pictures(sample_runs, tmp_path, capsys, kind):
-    run, file = sample_runs / "ldm", tmp_path / "new" / f"dive.{kind}"
-    dive = ["--ckpt", run, "--steps", 2, "--zoom", 8, "--at", "0.5,0", "--frames", 4, "--res", 32]
-    assert main_sample(*dive, "--out", file) == 0
+@pytest.mark.parametrize("kind, tolerance", [("webp", 15), ("png", 0)])      # WebP: of noise
+def test_a_dive_is_written_as_a_moving_picture(sample_runs, tmp_path, capsys, kind, tolerance):
+    run, file = sample_runs / "cm", tmp_path / "new" / f"dive.{kind}"
+    dive = ["--ckpt", run, "--zoom", 8, "--at", "0.5,0", "--frames", 4, "--res", 32, "--out"]
+    assert main_sample(*dive, file) == 0
     with Image.open(file) as movie:
         assert movie.n_frames == 4 and movie.size == (32, 32)
         info = movie.text["parameters"] if kind == "png" else movie.getexif()[0x010E]
-        assert json.loads(info)["zoom"] == 8 and json.loads(info)["sampler"] == "dpm++"
+        assert json.loads(info)["zoom"] == 8 and json.loads(info)["at"] == [0.5, 0]
         movie.seek(3)
         last = np.asarray(movie.convert("RGB")).astype(int)
-    model = models.load(run)
-    field = model.decode(model.sample([0], 0, 2, sampler="dpm++"))
-    exact = to_uint8(field.draw(32, pictures.dive(8, (0.5, 0), 4)[-1])[0])
-    assert np.abs(last - exact).mean() <= (0 if kind == "png" else 15)   # WebP: of noise
-
-    assert main_sample(*dive, "--out", file) == 2
-    assert "name a new file" in capsys.readouterr().err
+    function = models.load(run).functions([0])
+    exact = to_uint8(function.draw(32, pictures.dive(8, (0.5, 0), 4)[-1])[0])
+    assert np.abs(last - exact).mean() <= tolerance
+    assert "name a new file" in sample_error(capsys, *dive, file)
     assert list(file.parent.iterdir()) == [file]
-    for bad in (["--frames", 3], ["--zoom", 1], ["--at", "2,0"], ["--morph", 2]):
-        assert main_sample(*dive, *bad, "--out", tmp_path / "b.png") == 2
+
+
+@pytest.mark.parametrize("bad", [["--frames", 3], ["--zoom", 1], ["--at", "2,0"], ["--morph", 2]])
+def test_a_moving_picture_that_cannot_be_is_refused(sample_runs, tmp_path, capsys, bad):
+    line = sample_error(capsys, "--ckpt", sample_runs / "cm", "--zoom", 8, "--frames", 4, *bad,
+                        "--out", tmp_path / "b.png")
+    assert "--morph" in line and not list(tmp_path.iterdir())
 
 
 def test_a_walk_between_pictures_starts_and_turns_at_them(sample_runs, tmp_path):
@@ -5654,13 +5527,11 @@ def test_a_walk_between_pictures_starts_and_turns_at_them(sample_runs, tmp_path)
     assert main_sample("--ckpt", run, "--morph", 3, "--frames", 8, "--label", 1, "--start", 5,
                        "--res", 24, "--out", file) == 0
     with Image.open(file) as movie:
-        assert movie.n_frames == 8
         frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(movie)]
-    exact = models.load(run).functions([5, 6, 7], labels=1)
-    for i, frame in enumerate((0, 2, 4)):
-        alone = to_uint8(exact[i].draw(24)[0])               # not in a batch: other roundings
-        assert np.abs(frames[frame].astype(int) - alone).max() <= 1
-    assert all(np.array_equal(frames[i], frames[8 - i]) for i in (1, 2, 3))
+    for frame, i in ((0, 5), (2, 6), (4, 7)):
+        exact = models.load(run).functions([i], labels=1).draw(24)
+        assert sample_gap(frames[frame], to_uint8(exact[0])) == 0
+    assert len(frames) == 8 and all(np.array_equal(frames[i], frames[8 - i]) for i in (1, 2, 3))
 
 
 def html_colours(about, coord):
@@ -5670,56 +5541,47 @@ def html_colours(about, coord):
     turns = (coord @ np.float32(f["frequencies"]).T / 2) % 1
     angle = np.float32(2 * np.pi) * turns
     h = np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
-    for rows, out in f["shapes"]:
+    for layer, (rows, out) in enumerate(f["shapes"]):
         wide = -(-out // 4) * 4
-        layer, halves = halves[:rows * wide].reshape(rows, wide)[:, :out], halves[rows * wide:]
-        h = (h if (rows, out) == tuple(f["shapes"][0]) else np.maximum(h, 0)) @ layer[:-1] + layer[-1]
+        weights, halves = halves[:rows * wide].reshape(rows, wide)[:, :out], halves[rows * wide:]
+        h = (np.maximum(h, 0) if layer else h) @ weights[:-1] + weights[-1]
     assert halves.size == 0
     return h
 
 
 def test_a_page_holds_the_image_function(tmp_path, capsys):
     file = tmp_path / "out.html"
-    cm = ROOT / "weights/cm.pt"
-    assert main_sample("--ckpt", cm, "--html", file, "--seed", 3, "--label", "dusk") == 0
+    page = ["--model", "cm", "--html", file]
+    assert main_sample(*page, "--seed", 3, "--label", "dusk") == 0
     text = file.read_text()
-    assert 40_000 < len(text) < 200_000 and "http:" not in text and "https:" not in text
+    assert 40_000 < len(text) < 200_000 and not re.search("https?:", text)
     about = json.loads(re.search('<script type="application/json" id="about">(.*?)</script>', text)[1])
     assert about["function"]["info"]["label"] == "dusk"
-    function = models.load(cm).functions([0], 3, "dusk")
-    exact = function.draw(96)[0].movedim(0, -1).reshape(-1, 3).numpy()
-    drawn = html_colours(about, coord_grid((96, 96)).reshape(-1, 2).numpy())
+    function = models.load(sample.bundled("cm")).functions([0], 3, "dusk")
+    exact = function.draw(48)[0].movedim(0, -1).reshape(-1, 3).numpy()
+    drawn = html_colours(about, coord_grid((48, 48)).reshape(-1, 2).numpy())
     assert np.abs(drawn.clip(-1, 1) - exact.clip(-1, 1)).max() < 0.002    # of 2: half precision
-
-    assert main_sample("--ckpt", cm, "--html", file) == 2
-    assert "name a new file" in capsys.readouterr().err
-    assert main_sample("--html", tmp_path / "b.html") == 2               # INFD
-
-
-def test_contact_sheet_enlarges_by_nearest_neighbour():
-    picture = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
-    sheet = pictures.contact_sheet([[picture, picture], [picture]], 4, gap=1)
-    assert sheet.shape == (9, 9, 3) and (sheet[5:, 4:] == 255).all() and (sheet[4] == 255).all()
-    assert np.array_equal(sheet[:4, :4], picture.repeat(2, 0).repeat(2, 1))
+    assert "name a new file" in sample_error(capsys, *page)
+    infd = sample_error(capsys, "--html", tmp_path / "b.html")
+    assert "--html means nothing to a model of the kind INFD" in infd
 
 
 # ---- a photograph of one's own ----
 
-def sample_photo(path, height, width, seed=0, **how):
-    """A smooth picture as a PNG or JPEG file."""
-    small = np.random.default_rng(seed).integers(0, 256, (4, 6, 3), np.uint8)
-    Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC).save(path, **how)
+def sample_photo(path, height, width):
+    """A smooth picture as a PNG file."""
+    small = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
+    Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC).save(path)
     return path
 
 
-@pytest.mark.parametrize("stage", ["ae", "ldm"])
-def test_a_photograph_is_drawn_at_any_size_as_from_python(sample_runs, tmp_path, capsys, stage):
+def test_a_photograph_is_drawn_at_any_size_as_from_python(sample_runs, tmp_path, capsys):
     """The centre square of a wide picture; a window is the slice of the whole."""
     file = sample_photo(tmp_path / "my photo.png", 40, 60)
-    args = ["--ckpt", sample_runs / stage, "--image", file]
+    args = ["--ckpt", sample_runs / "ae", "--image", file]
     assert main_sample(*args, "--res", "24,48", "--out", tmp_path / "a") == 0
     assert "its centre square, 40 of 60x40 pixels, encoded at 16 px" in capsys.readouterr().out
-    infd = models.load(sample_runs / stage)
+    infd = models.load(sample_runs / "ae")
     with Image.open(file) as image:
         square = image.crop((10, 0, 50, 40))
     field = infd.decode(infd.encode(square))
@@ -5730,7 +5592,7 @@ def test_a_photograph_is_drawn_at_any_size_as_from_python(sample_runs, tmp_path,
     window = ["--window", "0,0,1,1", "--res", 24]
     assert main_sample(*args, *window, "--out", tmp_path / "b") == 0
     part, _ = main_png(tmp_path / "b/my photo-24x24.png")
-    assert np.abs(part.astype(int) - drawn[24:, 24:]).max() <= 1
+    assert sample_gap(part, drawn[24:, 24:]) <= 1
     assert main_sample(*args, "--latent-size", 20, "--out", tmp_path / "c") == 0
     larger, _ = main_png(tmp_path / "c/my photo-40x40.png")     # by default as large as it is
     assert np.array_equal(larger, to_uint8(infd.decode(infd.encode(file, 40)).draw(40))[0])
@@ -5747,78 +5609,66 @@ def test_a_photograph_lies_as_its_camera_says(sample_runs, tmp_path):
     assert torch.equal(infd.encode(upright), infd.encode(str(tmp_path / "turned.png")))
 
 
-@pytest.mark.parametrize("args, said", [
-    (["--label", "day"], "--label: --image draws one picture, yours"),
-    (["--sampler", "ddim", "--steps", 4], "--sampler, --steps: --image draws"),
-    (["--n", 2], "--n, --start: --image draws"),
-    (["--latent-size", "8x16"], "give --latent-size one number"),
-    (["--image", "none.jpg"], "none.jpg: No such file"),
-    (["--image", "text.jpg"], "text.jpg: not a PNG, JPEG or WEBP image"),
-])
-def test_a_photograph_that_cannot_be_drawn_as_asked(sample_runs, tmp_path, monkeypatch, capsys,
-                                                    args, said):
+def test_a_photograph_that_cannot_be_drawn_as_asked(sample_runs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     sample_photo("photo.png", 20, 20)
     Path("text.jpg").write_text("no picture")
-    line = sample_error(capsys, "--ckpt", sample_runs / "ldm", "--image", "photo.png", *args)
-    assert said in line and not Path("samples").exists()
-    line = sample_error(capsys, "--ckpt", sample_runs / "cm", "--image", "photo.png")
-    assert "a model of stage cm encodes no pictures" in line
+    for stage, args, said in (
+            ("ldm", ["--label", "day"], "--label: --image draws one picture, yours"),
+            ("ldm", ["--sampler", "ddim", "--steps", 4], "--sampler, --steps: --image draws"),
+            ("ldm", ["--n", 2], "--n, --start: --image draws"),
+            ("ldm", ["--latent-size", "8x16"], "give --latent-size one number"),
+            ("ldm", ["--image", "none.jpg"], "none.jpg: No such file"),
+            ("ldm", ["--image", "text.jpg"], "text.jpg: not a PNG, JPEG or WEBP image"),
+            ("cm", [], "a model of stage cm encodes no pictures")):
+        line = sample_error(capsys, "--ckpt", sample_runs / stage, "--image", "photo.png", *args)
+        assert said in line and not Path("samples").exists()
 
 
-@pytest.mark.parametrize("args, stretched", [
-    (["--res", "16x32"], True), (["--res", "16x32", "--latent-size", "8x16"], False),
-    (["--res", "16x32", "--window", "-0.5,-1,0.5,1"], False), (["--res", "32x32"], False),
-    (["--res", "32x32", "--window", "0,0,1,0.5"], True)])
-def test_a_stretched_picture_is_remarked_on_with_what_people_mean(sample_runs, tmp_path, capsys,
-                                                                  args, stretched):
-    common = ["--ckpt", sample_runs / "ldm", "--steps", 2, "--out", tmp_path / "out"]
-    assert main_sample(*common, *args) == 0
-    said = capsys.readouterr().err
-    assert ("stretches the picture" in said) == stretched == ("--latent-size" in said)
+def test_a_stretched_picture_is_remarked_on_with_what_people_mean(sample_runs, tmp_path, capsys):
+    common = ["--ckpt", sample_runs / "ldm", "--steps", 2, "--res", "16x32", "--out", tmp_path]
+    for more, stretched in (([], True), (["--latent-size", "8x16"], False),
+                            (["--window", "-0.5,-1,0.5,1"], False), (["--window", "0,0,1,1"], True)):
+        common[-1] = tmp_path / "-".join(more)
+        assert main_sample(*common, *more) == 0
+        assert ("stretches the picture" in capsys.readouterr().err) == stretched
 
 
 # ---- one-step models ----
 
 def test_stage_cm_one_function_is_drawn_at_any_size_and_window(sample_runs, tmp_path):
-    common = ["--ckpt", sample_runs / "cm", "--n", 3]
-    assert main_sample(*common, "--res", "16,32,16x48", "--out", tmp_path / "a") == 0
-    window = ["--res", 16, "--window", "0,-1,1,0", "--batch", 1]
-    assert main_sample(*common, *window, "--out", tmp_path / "b") == 0
+    common = ["--ckpt", sample_runs / "cm", "--n", 2, "--out", tmp_path]
+    assert main_sample(*common, "--res", "32,16x48") == 0
+    assert main_sample(*common, "--res", 16, "--window", "0,-1,1,0", "--batch", 1) == 0
+    assert main_sample(*common, "--res", "32x16", "--func-dtype", "bfloat16") == 0
     model = models.load(sample_runs / "cm")
     assert model.weights == "EMA" and model.classes == tuple(SAMPLE_CLASSES)
-    for i in range(3):
-        function = model.functions([i])                          # alone; the files came from three
-        for name, res in (("16x16", 16), ("32x32", 32), ("16x48", (16, 48))):
-            pixels, info = main_png(tmp_path / "a" / f"seed0-{i:06d}-{name}.png")
-            own = data.to_uint8(function.draw(res)[0])
-            assert np.abs(pixels.astype(int) - own).max() <= 1
+    for i in range(2):
+        drawn = {}
+        function = model.functions([i])                          # alone; the files came from two
+        for size in ((32, 32), (16, 48), (32, 16), (16, 16)):
+            drawn[size], info = main_png(tmp_path / f"seed0-{i:06d}-{size[0]}x{size[1]}.png")
             assert info["steps"] == 1 and info["index"] == i
-        large, _ = main_png(tmp_path / "a" / f"seed0-{i:06d}-32x32.png")
-        part, _ = main_png(tmp_path / "b" / f"seed0-{i:06d}-16x16.png")
-        assert np.abs(part.astype(int) - large[16:, :16]).max() <= 1         # twice the size
-    first, _ = main_png(tmp_path / "a/seed0-000000-16x16.png")
-    half = ["--res", 16, "--func-dtype", "bfloat16"]
-    assert main_sample(*common, *half, "--out", tmp_path / "c") == 0
-    pixels, info = main_png(tmp_path / "c/seed0-000000-16x16.png")
-    assert np.abs(pixels.astype(int) - first).max() <= 3 and info["func_dtype"] == "bfloat16"
+            if size != (16, 16):
+                own = to_uint8(function.draw(size)[0])
+                assert sample_gap(drawn[size], own) <= (3 if "func_dtype" in info else 1)
+        assert sample_gap(drawn[16, 16], drawn[32, 32][16:, :16]) <= 1       # twice the size
 
 
 def test_stage_cm_more_steps_stay_at_the_training_resolution(sample_runs, tmp_path, capsys):
-    model = models.load(sample_runs / "cm")
     ckpt = ["--ckpt", sample_runs / "cm"]
     levels = ["--sigmas", "4,0.5", "--label", "dusk"]
     assert main_sample(*ckpt, *levels, "--out", tmp_path / "a") == 0
     pixels, info = main_png(tmp_path / "a/seed0-000000-16x16.png")
-    noises = [runs.torch_noise((3, 16, 16), 0, "x_T", 0, k)[None] for k in range(3)]
-    image = sample_multistep(model.f, noises, (80.0, 4.0, 0.5), torch.tensor([2]))
-    assert np.abs(pixels.astype(int) - data.to_uint8(image[0])).max() <= 1
+    noises = [torch_noise((3, 16, 16), 0, "x_T", 0, k)[None] for k in range(3)]
+    f = models.load(sample_runs / "cm").f
+    image = sample_multistep(f, noises, (80.0, 4.0, 0.5), torch.tensor([2]))
+    assert sample_gap(pixels, to_uint8(image[0])) <= 1
     assert info["sigmas"] == [4.0, 0.5] and info["steps"] == 3
     for args, said in ((["--sigmas", 2, "--res", 32], "only one step of generator=func"),
                        (["--sigmas", "1,2"], "decreasing"), (["--sigmas", "99"], "below 80"),
                        (["--sigmas", "nan"], "decreasing"), (["--sigmas", "1,0"], "above 0"),
-                       (["--steps", 2, "--norm", "paper"], "--steps, --norm means nothing"),
-                       (["--label", 7], "dawn, day")):
+                       (["--steps", 2, "--norm", "paper"], "--steps, --norm means nothing")):
         assert said in sample_error(capsys, *ckpt, "--out", tmp_path / "bad", *args)
     assert not list(tmp_path.glob("bad/*"))
 
@@ -5828,8 +5678,8 @@ def test_stage_cm_a_generator_of_pixels_draws_its_own_size(sample_runs, tmp_path
     assert main_sample(*ckpt, "--out", tmp_path / "a") == 0
     pixels, _ = main_png(tmp_path / "a/seed0-000000-16x16.png")
     model = models.load(sample_runs / "cm-unet")
-    image = sample_onestep(model.f, runs.torch_noise((3, 16, 16), 0, "x_T", 0, 0)[None])
-    assert np.abs(pixels.astype(int) - data.to_uint8(image[0])).max() <= 1
+    image = sample_onestep(model.f, torch_noise((3, 16, 16), 0, "x_T", 0, 0)[None])
+    assert sample_gap(pixels, to_uint8(image[0])) <= 1
     for args, said in ((["--res", "16,32"], "only one step of generator=func"),
                        (["--label", 0], "this model has no classes")):
         assert said in sample_error(capsys, *ckpt, *args, "--out", tmp_path / "b")
@@ -5842,245 +5692,216 @@ def test_stage_cm_a_generator_of_pixels_draws_its_own_size(sample_runs, tmp_path
 @pytest.mark.parametrize("args, said", [
     (["--res", "0"], "write 512"), (["--res", "12y"], "write 512, or 512x1024"),
     (["--res", "1x2x3"], "cannot read"), (["--res", "99999999"], "cannot read"),
-    (["--window", "0,0,2,1"], "need -1 <= y0 < y1 <= 1"),
     (["--window", "0,0,0,1"], "need -1 <= y0 < y1 <= 1"),
-    (["--window", "-1,-1,-0.5"], "takes four numbers"), (["--window", "a"], "--window: invalid"),
+    (["--window", "-1,-1,-0.5"], "and (y0, x0, y1, x1)"), (["--window", "a"], "--window: invalid"),
     (["--norm", "local"], "choose from"), (["--tile", "0"], "at least 1"),
     (["--sampler", "ddim", "--steps", "300"], "use 250 or"),
     (["--sampler", "dpm++", "--steps", "1001"], "1001 sampling steps; choose 1 to "),
+    (["--sampler", "cm"], "sampler cm: this model is drawn by ddim or dpm++"),
     (["--label", "noon"], "this model has dawn, day, dusk, night"), (["--steps", "0"], "steps"),
     (["--n", "0"], "at least 1"), (["--device", "abacus"], "abacus"), (["--eta", "2"], "eta is 2"),
     (["--sampler", "heun"], "choose from"), (["--n", "many"], "invalid int value"),
     (["--sampler", "dpm++", "--eta", "0"], "dpm++ does not: leave it out"),
     (["--sigmas", "4,1"], "--sigmas means nothing to a model of the kind INFD"),
-    (["--compile", "yes"], "choose auto, on, off or graphs"), (["--n"], "expected one argument"),
+    (["--compile", "yes"], "choose auto, on, off or graphs"),
+    (["--compile", "graphs"], "compile=graphs is for training"),
     (["--samplr", "ddim"], "no option --samplr; did you mean --sampler"),
-    (["res=512"], "res=512: write --res 512"), (["--size", "512"], "sizes are given by --res"),
-    (["--fid", "x"], "scores made by metrics.py, measurements by experiments.py"),
-])
+    (["res=512"], "res=512: write --res 512"), (["--size", "512"], "sizes are given by --res")])
 def test_bad_sampling_options(sample_runs, tmp_path, capsys, args, said):
     line = sample_error(capsys, "--ckpt", sample_runs / "ldm", "--out", tmp_path / "out", *args)
     assert said in line and not list(tmp_path.glob("out/*"))
 
 
 def test_mistakes_from_python_are_named_too(sample_runs):
-    infd = models.load(sample_runs / "ldm")
-    cm = models.load(sample_runs / "cm")
-    plain = models.load(sample_runs / "cm-unet")
+    infd, cm = (models.load(sample_runs / stage) for stage in ("ldm", "cm"))
     field = infd.functions([0], steps=2)
-    assert field.draw(np.int64(8)).shape == field.draw([8, 8]).shape == (1, 3, 8, 8)
     for call, said in ((lambda: infd.sample([0], steps=0), "0 sampling steps"),
-                       (lambda: infd.sample([0], labels=["noon"]), "dawn, day, dusk, night"),
+                       (lambda: infd.sample([0], sampler="heun"), "drawn by ddim or dpm\\+\\+"),
+                       (lambda: infd.sample([0], labels=["day", "dusk"]), "2 labels for 1 images"),
                        (lambda: cm.functions([0], labels=4), "label 4: this model has dawn"),
                        (lambda: cm.functions([0], labels=[1.5]), "label 1.5: this model"),
-                       (lambda: cm.sample([0], sigmas=(1, 2)), "decreasing"),
-                       (lambda: infd.sample([0], sampler="heun"), "are: ddim, dpm\\+\\+"),
-                       (lambda: infd.sample([0], 0, 4, sampler="heun"), "there is no sampler heun"),
-                       (lambda: infd.sample(0), "indices 0: give the numbers of the images"),
-                       (lambda: infd.functions([]), "indices \\[\\]: give the numbers"),
-                       (lambda: cm.functions(3), "indices 3: give the numbers"),
-                       (lambda: cm.sample(["a"]), "indices \\['a'\\]: give"),
-                       (lambda: infd.sample([0], labels=["day", "dusk"]), "2 labels for 1 images"),
-                       (lambda: plain.sample([0], labels=["dusk"]), "label dusk: this model has no"),
                        (lambda: field.draw("64"), "resolution '64', window None: give 512"),
-                       (lambda: field.draw((8, 8, 3)), "give 512 or \\(256, 512\\)"),
                        (lambda: field.draw(8.5), "resolution 8.5"),
                        (lambda: field.draw(8, (0, 0, 1)), "and \\(y0, x0, y1, x1\\)"),
-                       (lambda: field.draw(8, (0, 0, 2, 1)), "need -1 <= y0 < y1 <= 1"),
-                       (lambda: cm.functions([0]).draw("big"), "resolution 'big'"),
-                       (lambda: infd.encode("none.jpg"), "none.jpg: No such file"),
                        (lambda: infd.encode(Image.new("RGB", (9, 9)), 15), "a multiple of 2"),
                        (lambda: infd.decode(torch.zeros(1, 4, 8, 8), tile=0), "at least 1 pixel")):
         with pytest.raises(ValueError, match=said):
             call()
     by_name = infd.sample(range(2), steps=2, labels=["dusk", 0], seed=1)
     assert torch.equal(by_name, infd.sample(np.arange(2), steps=2, labels=["2", "dawn"], seed=1))
-    same = cm.functions([0, 1], labels="day").draw(8)
-    torch.testing.assert_close(same, cm.functions([0, 1], labels=torch.tensor([1, 1])).draw(8))
+    same = cm.functions([0, 1], labels="day").draw(np.int64(8))
+    assert torch.equal(same, cm.functions([0, 1], labels=torch.tensor([1, 1])).draw([8, 8]))
 
 
 def test_case_7_folders_and_files_that_cannot_be_used_are_named(sample_runs, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    run = ["--ckpt", sample_runs / "cm", "--out"]
-    for out in (tmp_path / "file", tmp_path / "file/below"):
-        line = sample_error(capsys, *run, out)
+    for args in (["--out", "file"], ["--out", "file/below"], ["--export", "file/a.pt"]):
+        line = sample_error(capsys, "--ckpt", sample_runs / "cm", args[0], tmp_path / args[1])
         assert str(tmp_path / "file") in line and ("exists" in line or "Not a directory" in line)
-    folder = sample_error(capsys, "--ckpt", sample_runs / "cm", "--export", tmp_path / "file/a.pt")
-    assert str(tmp_path / "file") in folder
 
 
-@pytest.mark.skipif(not shutil.which("setpriv"), reason="needs setpriv")
-def test_case_7_without_permission_the_line_says_so(sample_runs, tmp_path):
-    """As a user without root's powers; read-only folders and checkpoints, in one process."""
-    shutil.copy(sample_runs / "cm/step-00000004.pt", tmp_path / "closed.pt")
-    (tmp_path / "closed.pt").chmod(0)
-    (tmp_path / "locked").mkdir()
-    (tmp_path / "locked").chmod(0o555)
-    calls = [[tmp_path / "closed.pt", "--out", tmp_path / "out"],
-             [sample_runs / "cm", "--out", tmp_path / "locked"],
-             [sample_runs / "cm", "--out", tmp_path / "locked/new"]]
-    lines = [f"codes.append(sample.main({['--ckpt', *map(str, args)]}))" for args in calls]
-    code = ["import sample", "codes = []", *lines, "print(codes)"]
-    program = [sys.executable, "-c", "\n".join(code)]
-    if os.geteuid() == 0:
-        powers = "-dac_override,-dac_read_search,-fowner"
-        program = ["setpriv", "--bounding-set", powers, "--inh-caps", powers, *program]
-    done = subprocess.run(program, capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout == "[2, 2, 2]\n"
-    for line, name in zip(done.stderr.splitlines(), ("closed.pt", "locked", "locked"), strict=True):
-        assert line.startswith("error: ") and name in line and "ermission" in line
-    (tmp_path / "locked").chmod(0o755)
+@pytest.mark.skipif(os.name != "posix", reason="needs permissions")
+def test_case_7_without_permission_the_line_says_so(sample_runs, capsys):
+    """As a user without root's powers; read-only folders and checkpoints."""
+    with tempfile.TemporaryDirectory() as folder:
+        closed, ckpt = (shutil.copy(sample_runs / "cm/step-00000004.pt", f"{folder}/{name}.pt")
+                        for name in ("closed", "open"))
+        os.chmod(closed, 0)
+        os.chmod(folder, 0o555)
+        root = os.geteuid() == 0
+        if root:
+            os.seteuid(65534)
+        try:
+            for args in ([closed, "--out", "out"], [ckpt, "--out", folder],
+                         [ckpt, "--out", f"{folder}/new"]):
+                line = sample_error(capsys, "--ckpt", *args)
+                assert "ermission" in line and folder in line
+        finally:
+            if root:
+                os.seteuid(0)
+            os.chmod(folder, 0o755)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs names of bytes")
-def test_case_4_names_that_are_no_text_are_printed_escaped(sample_runs, tmp_path):
+def test_case_4_names_that_are_no_text_are_printed_escaped(sample_runs, tmp_path, monkeypatch):
     """The work is done, said and kept, whatever the terminal can show."""
-    odd = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
-    shutil.copytree(sample_runs / "cm", odd)
-    args = [sys.executable, ROOT / "sample.py", "--ckpt", odd, "--out", odd + "/out"]
-    done = subprocess.run([*map(str, args)], capture_output=True,
-                          env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"})
-    assert done.returncode == 0 and rb"caf\udce9" in done.stdout and not done.stderr
-    assert len(list(Path(odd).glob("out/*.png"))) == 1
+    out = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    terminal = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(terminal, "utf-8", "strict"))
+    assert main_sample("--ckpt", sample_runs / "cm", "--out", out) == 0
+    assert rb"caf\udce9" in terminal.getvalue() and len(list(Path(out).glob("*.png"))) == 1
 
 
 # ---- export ----
 
-def test_export_keeps_what_sampling_needs_in_half_precision(sample_runs, tmp_path, capsys):
-    for stage in ("ldm", "cm"):
-        file = tmp_path / f"{stage}.pt"
-        assert main_sample("--ckpt", sample_runs / stage, "--export", file) == 0
-        whole = models.load(sample_runs / stage)
-        small = models.load(file)
-        assert (small.weights, small.step, small.size) == ("EMA", whole.step, whole.size)
-        assert small.classes == whole.classes
-        content = runs.read_checkpoint(file)
-        assert set(content["state"]) == ({"ema", "scale"} if stage == "ldm" else {"ema"})
-        nets = [m.unet if stage == "ldm" else m.f.net for m in (whole, small)]
-        for ours, theirs in zip(nets[1].parameters(), nets[0].parameters()):
-            torch.testing.assert_close(ours, theirs, rtol=2**-11, atol=2**-25)     # half a unit
-        if stage == "ldm":
-            assert torch.equal(small.scale.std, whole.scale.std)
-        for args, said in ((["--ckpt", sample_runs / stage, "--export", file], "exists; choose"),
-                           (["--ckpt", file, "--raw"], "lacks 'model'")):
-            assert said in sample_error(capsys, *args)
-        assert models.load(sample_runs / stage, raw=True).weights == "trained weights"
-    torch.save({**sample_content("cm"), "stage": "pretrain"}, tmp_path / "x.pt")
-    line = sample_error(capsys, "--ckpt", tmp_path / "x.pt", "--export", tmp_path / "y.pt")
-    assert "neither stage ae, ldm or cm" in line and "pretrain" in line
+@pytest.mark.parametrize("stage", ["ldm", "cm"])
+def test_export_keeps_what_sampling_needs_in_half_precision(sample_runs, tmp_path, capsys, stage):
+    file = tmp_path / "a.pt"
+    assert main_sample("--ckpt", sample_runs / stage, "--export", file) == 0
+    whole, small = (models.load(path) for path in (sample_runs / stage, file))
+    assert (small.weights, small.step, small.size) == ("EMA", whole.step, whole.size)
+    assert small.classes == whole.classes
+    state = runs.read_checkpoint(file)["state"]
+    assert state.keys() == ({"ema", "scale"} if stage == "ldm" else {"ema"})
+    if stage == "ldm":
+        assert torch.equal(small.scale.std, whole.scale.std)
+    whole, small = (m.unet if stage == "ldm" else m.f.net for m in (whole, small))
+    for ours, theirs in zip(small.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2**-11, atol=2**-25)     # half a unit
+    for args, said in ((["--ckpt", sample_runs / stage, "--export", file], "exists; choose"),
+                       (["--ckpt", file, "--raw"], "lacks 'model'")):
+        assert said in sample_error(capsys, *args)
+    assert models.load(sample_runs / stage, raw=True).weights == "trained weights"
 
 
-def test_export_names_no_folder_of_this_machine(tmp_path):
-    given = sample_content("ldm")
+def test_export_names_no_folder_of_this_machine_and_takes_what_is_sampled(tmp_path, capsys):
+    given = sample_content("cm")
     given["config"] |= {"data": str(tmp_path / "faces.zip"), "init": "runs/faces/ae"}
     torch.save(given, tmp_path / "given.pt")
     assert main_sample("--ckpt", tmp_path / "given.pt", "--export", tmp_path / "kept.pt") == 0
     kept = runs.read_checkpoint(tmp_path / "kept.pt")["config"]
     assert kept == given["config"] | {"data": "faces.zip"}
+    torch.save({**given, "stage": "pretrain"}, tmp_path / "given.pt")
+    line = sample_error(capsys, "--ckpt", tmp_path / "given.pt", "--export", tmp_path / "b.pt")
+    assert "neither stage ae, ldm or cm" in line and "pretrain" in line
 
 
 # ---- the weights that come with the project ----
 
-@pytest.mark.parametrize("name", ["infd", "infd_onestep", "cm"])
-def test_bundled_weights_make_pictures_of_the_data(name):
-    """Nearer to held-out scenes than to noise by far; as small as promised; and free of the paths
-    of one machine."""
-    assert sample.bundled(name).stat().st_size <= 12e6
+@pytest.fixture(scope="module")
+def held_out():
+    """128 held-out scenes (128, 3, 32, 32), and their classes."""
+    scenes = data.open_data("synthetic", "val")
+    images = torch.stack([data.to_tensor(scenes[i].draw(32)) for i in range(128)])
+    return images, torch.tensor([scenes.label(i) for i in range(128)])
+
+
+def bundled_classes(pictures, held_out):
+    """Of which class the mean colour of pictures is: the nearest, by the spread within classes."""
+    colour, truth = (images.mean(dim=(2, 3)) for images in (pictures.clamp(-1, 1), held_out[0]))
+    centres = torch.stack([truth[held_out[1] == c].mean(dim=0) for c in range(4)])
+    spread = torch.linalg.cholesky(torch.cov((truth - centres[held_out[1]]).T))
+    apart = torch.linalg.solve_triangular(spread, (colour[:, None] - centres).mT, upper=False)
+    return apart.norm(dim=1).argmin(dim=1)
+
+
+def bundled_pictures(name, first, **how):
+    """16 pictures of all four classes in turn, by bundled weights."""
     model = models.load(sample.bundled(name))
-    if name != "cm":
-        steps = 8 if name == "infd" else 1
-        pictures = model.decode(model.sample(range(16), steps=steps)).draw(64)
-    else:
-        pictures = model.functions(range(16)).draw(64)
-    held_out = data.open_data("synthetic", "val")
-    truth = torch.stack([data.to_tensor(held_out[i].draw(64)) for i in range(16)])
-    noise = torch.stack([runs.torch_noise((3, 64, 64), 0, "demo", i) for i in range(16)])
-    goal = experiments.colour_moments(truth)
+    return model.functions(range(first, first + 16), labels=[0, 1, 2, 3] * 4, **how).draw(32)
+
+
+@pytest.mark.parametrize("name, how", [
+    ("infd", {"steps": 8}), ("infd_onestep", {"steps": 1}), ("cm", {})])
+def test_bundled_weights_make_pictures_of_the_data(held_out, name, how):
+    """Nearer to held-out scenes than to noise by far, of the class asked for; in small files."""
+    assert sample.bundled(name).stat().st_size <= 12e6
+    config = runs.read_checkpoint(sample.bundled(name))["config"].values()
+    assert not [text for text in config if isinstance(text, str) and text.startswith(("/", "~"))]
+    pictures = bundled_pictures(name, 0, **how)
+    noise = torch.stack([torch_noise((3, 32, 32), 0, "demo", i) for i in range(16)])
+    goal = experiments.colour_moments(held_out[0])
     near, far = (metrics.frechet_distance(*experiments.colour_moments(images), *goal)
                  for images in (pictures, noise))
     assert near < 0.2 * far
-    config = runs.read_checkpoint(sample.bundled(name))["config"]
-    texts = [value for value in config.values() if isinstance(value, str)]
-    assert not [text for text in texts if text.startswith(("/", "~"))]
-
-
-def bundled_agreement(n, name="infd", **options):
-    """How many of n pictures have a mean colour of the class asked for, as all of 128 true scenes:
-    of the nearest class, by the spread of colours within classes."""
-    held_out = data.open_data("synthetic", "val")
-    asked = torch.arange(128) % 4
-    assert [held_out.label(i) for i in range(128)] == asked.tolist()
-    truth = torch.stack([data.to_tensor(held_out[i].draw(32)) for i in range(128)])
-    truth = truth.mean(dim=(2, 3))                               # (128, 3)
-    centres = torch.stack([truth[asked == c].mean(dim=0) for c in range(4)])
-    spread = torch.linalg.cholesky(torch.cov((truth - centres[asked]).T))
-
-    def nearest(colour):
-        apart = torch.linalg.solve_triangular(spread, (colour[:, None] - centres).mT, upper=False)
-        return apart.norm(dim=1).argmin(dim=1)
-
-    assert (nearest(truth) == asked).all()
-    model = models.load(sample.bundled(name))
-    found = 0
-    for start in range(0, n, 16):
-        z = model.sample(range(start, start + 16), labels=[0, 1, 2, 3] * 4, **options)
-        drawn = model.decode(z, paper=True).draw(32).clamp(-1, 1).mean(dim=(2, 3))
-        found += (nearest(drawn) == asked[:16]).sum().item()
-    return found
-
-
-@pytest.mark.parametrize("options", [dict(steps=8), dict(name="infd_onestep", steps=1)])
-def test_a_bundled_picture_is_of_the_class_asked_for(options):
-    """Of 16 all; of 5 in 6 where a walk without fresh noise starts at the end of the schedule."""
-    assert bundled_agreement(16, **options) == 16
+    assert (bundled_classes(held_out[0], held_out) == held_out[1]).all()
+    if name != "cm":
+        assert (bundled_classes(pictures, held_out) == torch.arange(16) % 4).all()
 
 
 @slow
-@pytest.mark.parametrize("options", [dict(sampler="dpm++"), dict(eta=0.0), dict(eta=1.0),
-                                     dict(eta=0.0, steps=50), dict(name="infd_onestep", steps=1),
-                                     dict(name="infd_onestep", steps=2)])
-def test_bundled_pictures_are_of_the_class_asked_for(options):
-    assert bundled_agreement(208, **options) >= 0.99 * 208
+@pytest.mark.parametrize("name, how", [
+    ("infd", dict(sampler="dpm++")), ("infd", dict(eta=0.0)), ("infd", dict(eta=1.0)),
+    ("infd", dict(eta=0.0, steps=50)), ("infd_onestep", dict(steps=1)),
+    ("infd_onestep", dict(steps=2))])
+def test_bundled_pictures_are_of_the_class_asked_for(held_out, name, how):
+    right = 0
+    for first in range(0, 208, 16):
+        found = bundled_classes(bundled_pictures(name, first, **how), held_out)
+        right += (found == torch.arange(16) % 4).sum().item()
+    assert right >= 0.99 * 208
 
 
 def test_the_bundled_autoencoder_reconstructs_held_out_scenes():
     model = models.load(sample.bundled("infd"))
-    held_out = data.open_data("synthetic", "val")
-    image, truth = (torch.stack([data.to_tensor(held_out[i].draw(res)) for i in range(4)])
-                    for res in (model.size, 2 * model.size))
-    z = model.autoencoder.encode(image)
-    for paper in (True, False):
-        field = model.decode(z, paper)
-        assert metrics.psnr(field.draw(model.size), image).mean() > 26
-        assert metrics.psnr(field.draw(2 * model.size), truth).mean() > 24
+    scene = data.open_data("synthetic", "val")[0]
+    image, truth = (data.to_tensor(scene.draw(n * model.size))[None] for n in (1, 2))
+    field = model.decode(model.autoencoder.encode(image))
+    assert metrics.psnr(field.draw(model.size), image).item() > 26
+    assert metrics.psnr(field.draw(2 * model.size), truth).item() > 24
 
 
 def test_a_prompt_alone_is_drawn_by_the_bundled_model_of_text(tmp_path):
     """By day the same noise is brighter than at night."""
-    means = {}
+    drawn = []
     for time_of_day in ("by day", "at night"):
         out = tmp_path / time_of_day
         prompt = f"snow-capped mountains {time_of_day} in summer, a clear sky, conifers"
-        assert main_sample("--prompt", prompt, "--n", 2, "--res", 32, "--steps", 8, "--out", out) == 0
-        pictures = [main_png(file) for file in sorted(out.glob("*.png"))]
-        assert {info["ckpt"] for _, info in pictures} == {"infd_text.pt"}
-        means[time_of_day] = [pixels.mean() for pixels, _ in pictures]
-    assert all(day > night + 30 for day, night in zip(means["by day"], means["at night"]))
+        assert main_sample("--prompt", prompt, "--res", 32, "--steps", 4, "--out", out) == 0
+        pixels, info = main_png(out / "seed0-000000-32x32.png")
+        drawn.append(pixels.mean())
+        assert info["ckpt"] == "infd_text.pt" and info["prompt"] == prompt
+    assert drawn[0] > drawn[1] + 30
 
 
-def test_sample_without_a_checkpoint_draws_with_the_bundled_weights(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)                                  # from anywhere, into samples/0001
-    for model, res in (("infd", 96), ("cm", 128)):
-        steps = ["--sampler", "dpm++"] if model == "infd" else []
-        assert main_sample("--model", model, "--res", res, "--n", 2, *steps) == 0
+@pytest.mark.parametrize("args, name", [
+    ([], "infd"), (["--model", "cm"], "cm"), (["--image", "a.png"], "autoencoder"),
+    (["--prompts", "a.txt"], "infd_text"), (["--prompt-at", "a", "0,0,1,1"], "infd_text"),
+    (["--steps", "2"], "infd_onestep"), (["--steps", "3"], "infd"),
+    (["--sampler", "cm"], "infd_onestep"), (["--steps", "2", "--sampler", "ddim"], "infd")])
+def test_sample_without_a_checkpoint_takes_the_bundled_weights_for_what_is_asked(args, name):
+    assert sample.chosen(sample.parser().read(args)) == sample.bundled(name)
+    assert sample.chosen(sample.parser().read([*args, "--ckpt", "a.pt"])) == Path("a.pt")
+
+
+def test_sample_without_a_checkpoint_draws_from_anywhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)                                  # into samples/0001, and so on
+    assert main_sample("--sampler", "cm", "--res", 32, "--label", "night") == 0
+    assert main_sample("--model", "cm", "--n", 2) == 0
     assert "2 pictures (EMA" in capsys.readouterr().out
-    shapes = [Image.open(file).size for file in sorted((tmp_path / "samples").rglob("*.png"))]
-    assert shapes == [(96, 96)] * 2 + [(128, 128)] * 2
-    for few in (["--steps", 1], ["--steps", 2], ["--sampler", "cm"]):    # the one-step INFD
-        assert main_sample(*few, "--res", 32, "--label", "night", "--out", few[1]) == 0
-        info = main_png(next(Path(str(few[1])).glob("*.png")))[1]
-        steps = few[1] if few[0] == "--steps" else 2
-        assert (info["ckpt"], info["sampler"], info["steps"]) == ("infd_onestep.pt", "cm", steps)
+    (_, info), (pixels, _) = (main_png(tmp_path / "samples" / file) for file in (
+        "0001/seed0-000000-32x32.png", "0002/seed0-000001-64x64.png"))
+    assert (info["ckpt"], info["sampler"], info["steps"]) == ("infd_onestep.pt", "cm", 2)
+    assert pixels.shape == (64, 64, 3)
 
 
 # ==================================================================================================
@@ -6696,7 +6517,8 @@ def test_stage_cm_flops_of_the_paper_presets(size, unet, uvit, dit, function):
         options = [f"size={size}", f"generator={name}"]
         cfg = stages_func.cm_config(train.configure("cm", "paper", "celeba", options), 0)
         with torch.device("meta"):
-            net = models.build_generator(name, functools.partial(getattr, cfg))
+            network, _, option = models.GENERATORS[name]
+            net = network(getattr(cfg, option))
             x, t = torch.empty(1, 3, size, size), torch.empty(1)
             if name != "func":
                 assert gflop(lambda: net(x, t)) == pytest.approx(expected, rel=2e-3)
