@@ -144,11 +144,18 @@ class CLIF(nn.Module):
         phi (B, C, h, w); coord (B, H, W, 2), pixel centres as (y, x) in [-1, 1]; cell (B, 2), the
         pixel's height and width in the same units.
         """
+        return self.conv_out(self.body(query(phi, coord, cell), norm))        # (B, 3, H, W)
+
+    def body(self, x: Tensor, norm: Norm = own_statistics) -> Tensor:
+        """All between query and the last layer: x (B, C + 4, H, W) -> (B, hidden, H, W).
+
+        A method because training compiles it: the last layer's gradients are asked for alone.
+        """
         first, *blocks = self.model
-        x = first(query(phi, coord, cell))                                    # (B, hidden, H, W)
+        x = first(x)                                                          # (B, hidden, H, W)
         for block in blocks:
             x = block(x, norm)                                                # (B, hidden, H, W)
-        return self.conv_out(F.silu(norm(self.norm_out, x)))                  # (B, 3, H, W)
+        return F.silu(norm(self.norm_out, x))                                 # (B, hidden, H, W)
 
 
 @dataclass(frozen=True)
