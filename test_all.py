@@ -2424,12 +2424,54 @@ def test_class_folders_are_labels_and_zip_equals_folder(tmp_path):
     assert (again[3].draw(8) == packed[3].draw(8)).all(), "a worker gets its own handle"
 
 
-@pytest.mark.parametrize("names", [
-    ["a/b/1.png", "c/d/1.png"], ["only/1.png", "only/2.png"], ["1.png", "2.png"],
-    ["00000/1.png", "01000/1.png"], ["a/1.png", "b/1.png", "c.png"]])
-def test_folders_that_are_no_classes(tmp_path, names):
+OUTSIDE = "3 outside the official folder"
+ORIGINALS = ["images1024x1024/00000/00001.png", "images1024x1024/59000/59999.png",
+             "images1024x1024/60000/60000.png"]
+THUMBNAILS = [name.replace("images1024x1024", "thumbnails128x128") for name in ORIGINALS]
+CELEBA = [f"{folder}/{i:06d}.jpg" for i in (1, 2, 3)
+          for folder in ("img_align_celeba/img_align_celeba", "img_celeba")]
+
+
+@pytest.mark.parametrize("files, held_out, classes, passed_over", [
+    (["a/b/1.png", "c/d/1.png"], None, (), ""),              # no classes: two levels; one folder;
+    (["only/1.png", "only/2.png"], None, (), ""),
+    (["00000/1.png", "01000/1.png"], None, (), ""),          # pieces of a set; files beside folders
+    (["a/1.png", "b/1.png", "c.png"], None, (), ""),
+    *(([f"{train}/x/1.png", f"{train}/y/1.png", f"{held}/x/2.png", f"{held}/y/3.png"],      # case 2
+       ["2.png", "3.png"], ("x", "y"), "")
+      for train, held in (("train", "test"), ("Train", "valid"), ("TRAIN", "Validation"))),
+    (["train/x/1.png", "train/y/1.png", "test/x/2.png", "val/x/3.png", "more/x/4.png"],
+     ["3.png"], ("x", "y"), "2 neither in train nor in val"),
+    ([*ORIGINALS, *THUMBNAILS], ["60000.png"], (), OUTSIDE),                                # case 6
+    (ORIGINALS, ["60000.png"], (), ""),
+    ([*ORIGINALS, *THUMBNAILS, ("ffhqvalidation.txt", b"00001.png\n59999.png\n")],
+     ["00001.png", "59999.png"], (), OUTSIDE),
+    ([*CELEBA, ("list_eval_partition.txt", b"000001.jpg 0\n000002.jpg 1\n000003.jpg 2\n")],
+     ["000002.jpg", "000003.jpg"], (), OUTSIDE),
+    ([*CELEBA, ("list_eval_partition.csv",                   # Kaggle's
+                b"image_id,partition\r\n000001.jpg,1\r\n000002.jpg,0\r\n000003.jpg,2\r\n")],
+     ["000001.jpg", "000003.jpg"], (), OUTSIDE),
+    (["1.png", ("notes.txt", b""), ("old/1.bmp", b""), ("2.TIF", b""), ".y.png", "a/.cache/x.jpg",
+      "old/__MACOSX/._1.png", (".DS_Store", b"")],
+     None, (), "2 .bmp, .tif (PNG, JPEG and WEBP are read), 3 hidden")])
+def test_sets_are_split_and_classed_as_people_lay_them_out(
+        tmp_path, files, held_out, classes, passed_over):
     image = data_file(data_picture(8))
-    assert data_open(data_folder(tmp_path, dict.fromkeys(names, image))).classes == ()
+    content = dict(file if isinstance(file, tuple) else (file, image) for file in files)
+    for root in data_both(tmp_path / "set", content):
+        train = data_open(root, "train")
+        assert train.classes == classes and train.passed_over == passed_over
+        if held_out is not None:
+            val = data_open(root, "val")
+            assert data_names(val) == held_out and not set(held_out) & set(data_names(train))
+            assert val.classes == classes
+            assert val.labels == (list(range(len(val))) if classes else [0] * len(val))
+
+
+def test_a_set_without_pictures_says_what_it_passed_over(tmp_path):
+    only = data_folder(tmp_path / "only", {"a.heic": b"", "b.avif": b""})
+    with pytest.raises(data.DataError, match=r"holds no .*passed over: 2 \.avif, \.heic \(PNG"):
+        data_open(only)
 
 
 def test_a_picture_is_held_out_by_its_own_name(tmp_path):
@@ -2446,58 +2488,6 @@ def test_a_picture_is_held_out_by_its_own_name(tmp_path):
     few = data_folder(tmp_path / "three", {f"{i}.png": image for i in range(3)})
     with pytest.raises(data.DataError, match="none of its 3 pictures"):
         data_open(few, "val")
-
-
-@pytest.mark.parametrize("train, held", [("train", "test"), ("Train", "valid"),
-                                         ("TRAIN", "Validation")])
-def test_case_2_folders_of_a_split_hold_classes(tmp_path, train, held):
-    image = data_file(data_picture(8))
-    content = {f"{train}/{c}/{i}.png": image for c in "xy" for i in range(5)}
-    content |= {f"{held}/{c}/{i}.png": image for c in "xy" for i in range(3)}
-    for root in data_both(tmp_path / "a", content):
-        sources = {split: data_open(root, split) for split in ("train", "val", "all")}
-        assert [len(source) for source in sources.values()] == [10, 6, 16]
-        assert all(source.classes == ("x", "y") for source in sources.values())
-        assert sources["val"].labels == [0, 0, 0, 1, 1, 1]
-    data_folder(tmp_path / "a", {"val/x/1.png": image, "more/x/1.png": image})
-    over = f"{7 if held == 'test' else 1} neither in train nor in val"
-    assert data_open(tmp_path / "a", "train").passed_over == over
-
-
-def test_celeba_as_its_makers_and_kaggle_lay_it_out(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    wide = data_file(data_picture(218).crop((20, 0, 198, 218)), "JPEG", quality=95)
-    folders = "img_align_celeba/img_align_celeba", "img_celeba"
-    root = data_folder(tmp_path / "data/celeba", {f"{folder}/{i:06d}.jpg": wide
-                                                  for folder in folders for i in range(1, 5)})
-    rows = {"image_id": "partition", **{f"{i:06d}.jpg": i % 3 for i in range(1, 5)}}
-    for name, text in (
-            ("list_eval_partition.csv", "\r\n".join(f"{k},{v}" for k, v in rows.items())),
-            ("list_eval_partition.txt", "\n".join(f"{k} {v}" for k, v in list(rows.items())[1:]))):
-        (root / name).write_text(text)
-        for path in ("celeba", "./data/celeba/"):
-            held_out = data_names(data.open_data(path, "val"))
-            assert held_out == ["000001.jpg", "000002.jpg", "000004.jpg"]
-            train = data.open_data(path)
-            assert len(train) == 1 and train.passed_over == "4 outside the official folder"
-            assert (train[0].draw(178) == np.asarray(data.decode(wide))[20:198]).all()
-        (root / name).unlink()
-
-
-def test_case_6_ffhq_as_its_downloader_lays_it_out(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for i in (0, 1, 2, 59_999, 60_000, 69_999):
-        name = f"{i // 1000 * 1000:05d}/{i:05d}.png"
-        for folder, side in (("images1024x1024", 64), ("thumbnails128x128", 8)):
-            data_folder(Path("data/ffhq", folder), {name: data_file(data_picture(side, i))})
-    for path in ("ffhq", "data/ffhq", "data/ffhq/images1024x1024"):
-        train = data.open_data(path)
-        assert len(train) == 4 and {train[i].size for i in range(4)} == {64}
-        over = "6 outside the official folder" if path.endswith("ffhq") else ""
-        assert train.classes == () and train.passed_over == over
-        assert data_names(data.open_data(path, "val")) == ["60000.png", "69999.png"]
-    Path("data/ffhq/ffhqvalidation.txt").write_text("00001.png\n59999.png\n")
-    assert data_names(data.open_data("ffhq", "val")) == ["00001.png", "59999.png"]
 
 
 def test_case_9_stylegan_and_edm_labels_are_classes(tmp_path):
@@ -2549,6 +2539,11 @@ def test_names_resolve_and_missing_data_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     data_zip(tmp_path / "data/lsun-church.zip", data_pictures(2))
     assert len(data.open_data("lsun-church", "all")) == 2
+    pictures = dict.fromkeys(["59999.png", "60000.png"], data_file(data_picture(8)))
+    for path in ("data/ffhq", "far/images1024x1024/60000"):  # known by its name, or by the folder's
+        data_folder(tmp_path / path, pictures)
+    for name in ("ffhq", "far/images1024x1024", "far/images1024x1024/60000"):
+        assert data_names(data.open_data(name, "val")) == ["60000.png"]
     (tmp_path / "fake.zip").write_bytes(b"this is no zip")
     with pytest.raises(data.DataError, match="not a readable zip"):
         data.open_data("fake.zip")
@@ -2586,21 +2581,6 @@ def test_case_1_linked_folders_are_followed_once_and_loops_end(tmp_path):
     source = data_open(root)
     assert source.classes == ("x", "y", "z") and len(source) == 12
     assert data.fingerprint(source) == data.fingerprint(data_open(tmp_path / "set"))
-
-
-def test_what_is_passed_over_is_counted_and_said(tmp_path):
-    image = data_file(data_picture(8))
-    content = {f"{i}.png": image for i in range(24)} | {"notes.txt": b"", "list.csv": b""}
-    content |= {f"old/{i}.bmp": b"" for i in range(12)} | {f"{i}.TIF": b"" for i in range(8)}
-    content |= {f"old/__MACOSX/._{i}.png": b"" for i in range(5)} | {".DS_Store": b""}
-    content |= {"a/.cache/x.jpg": b"", ".y.png": b"", "a/.z.webp": b""}
-    said = "20 .bmp, .tif (PNG, JPEG and WEBP are read), 8 hidden"
-    for root in data_both(tmp_path / "set", content):
-        source = data_open(root)
-        assert len(source) == 24 and source.passed_over == said
-    only = data_folder(tmp_path / "only", {"a.heic": b"", "b.avif": b""})
-    with pytest.raises(data.DataError, match=r"holds no .*passed over: 2 \.avif, \.heic \(PNG"):
-        data_open(only)
 
 
 def test_case_4_names_that_are_not_utf_8_are_shown_escaped(tmp_path, capsys):
