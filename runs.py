@@ -454,8 +454,6 @@ WHY = {"K": "K is for how many steps the noise levels are planned, by default fo
        "encoder": "The autoencoder has learned since, and its latents are others: train a new UNet "
                   "(start=RUN begins from the old), or give init= as it was"}
 
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)      # Lustre, some NFS
-
 
 class RunFolder:
     """The folder of one run: its lock, log and checkpoints. `with RunFolder(...).owned()` holds it.
@@ -586,10 +584,8 @@ def locked(folder: Path) -> Iterator[None]:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise ValueError(f"another run is writing to {folder}; wait for it, or choose "
                                  f"another --out") from None
-            if error.errno not in NO_LOCKS:
-                raise
             warnings.warn(f"{folder} is on a file system without locks ({error.strerror}): take "
-                          f"care that no two runs write to it")
+                          f"care that no two runs write to it")      # Lustre, some NFS
         yield
 
 
