@@ -6284,25 +6284,27 @@ def test_channels_last_goes_with_the_compiler_on_a_gpu():
         assert not runs.wants_channels_last("false", device, compiles)
 
 
-def test_a_failing_compiler_is_a_warning_and_eager_steps(tmp_path, monkeypatch):
-    """auto: the run equals that of compile=off, not in NHWC. on: it is an error."""
+def test_a_failing_compiler_is_a_warning_and_eager_steps(monkeypatch):
+    """auto: a step is that of compile=off, not in NHWC. on: it is an error."""
     def fails(graph, inputs):
         raise FileNotFoundError("no C++ compiler")
 
-    def args(name):
-        return tmp_path / name, *TINY_AE, "steps=2", f"compile={name}"
-
-    assert main_stage("ae", *args("off")) == 0
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **more: compiler(f, backend=fails))
     monkeypatch.setattr(stages, "wants_compile", lambda option, device: option != "off")
     monkeypatch.setattr(stages, "wants_channels_last", lambda option, device, compiles: compiles)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        assert main_stage("ae", *args("auto")) == 0
-    said = {str(w.message) for w in caught if "compile" in str(w.message)}
-    assert len(said) == 1 and "no C++ compiler" in said.pop()
-    assert main_same(main_state(tmp_path / "auto"), main_state(tmp_path / "off"))
+    ends = []
+    for option in ("auto", "off"):
+        stage = main_made("ae", *TINY_AE, f"compile={option}")
+        batch = next(stage.batches(0))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train.step(stage, batch, 0)
+            train.step(stage, batch, 1)
+        said = {str(w.message) for w in caught if "compile" in str(w.message)}
+        assert len(said) == (option == "auto") and all("no C++ compiler" in one for one in said)
+        ends.append({name: runs.stored(part) for name, part in stage.state.items()})
+    assert main_same(*ends)
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed):
         runs.compiled(nn.Linear(1, 1), "on")(torch.ones(1, 1))
 
@@ -6959,11 +6961,11 @@ def test_stage_cm_muon_steps_along_orthogonal_matrices_inside_blocks_and_nowhere
     moves = []
     for recipe in ([], ["muon=4e-3"]):
         stage = stage_cm(*recipe)
-        before = {name: p.detach().clone() for name, p in stage.f.named_parameters()}
+        before = deepcopy(dict(stage.f.named_parameters()))
         for seed, p in enumerate(stage.f.parameters()):
             p.grad = main_randn(*p.shape, seed=seed)
         assert stages.descend(stage.opts)
-        moves.append({name: p.detach() - before[name] for name, p in stage.f.named_parameters()})
+        moves.append({name: (p - before[name]).detach() for name, p in stage.f.named_parameters()})
     plain, muon = moves
     inside = [name for name in muon if not torch.equal(muon[name], plain[name])]
     decoder = itertools.product(("attn_self", "attn_data"), ("q", "kv", "out"))
@@ -6971,8 +6973,7 @@ def test_stage_cm_muon_steps_along_orthogonal_matrices_inside_blocks_and_nowhere
         ("attn", "q"), ("attn", "kv"), ("attn", "out"), ("mlp", "0"), ("mlp", "2"), *decoder}
     for name in inside:
         values = torch.linalg.svdvals(muon[name])
-        rms = muon[name].square().mean().sqrt()
-        assert rms == pytest.approx(0.2 * 4e-3, rel=0.25), name
+        assert muon[name].square().mean().sqrt() == pytest.approx(0.2 * 4e-3, rel=0.25), name
         square = len(set(muon[name].shape)) == 1     # those are near singular
         assert square or values.max() < 2 * values.min(), name
     with pytest.raises(ValueError, match="muon=0.004 is for transformers"):
@@ -7066,13 +7067,10 @@ def test_one_step_infd_draws_as_infd_does(onestep_run, tmp_path, capsys):
     assert main_sample("--ckpt", onestep_run, "--export", tmp_path / "half.pt") == 0
     half = models.load(tmp_path / "half.pt").sample([5, 6], steps=1, labels=["dusk", "day"])
     close(half, one, 0.02)
-    for steps in ((), ("--steps", 1)):
-        out = tmp_path / f"out{len(steps)}"
-        assert main_sample("--ckpt", tmp_path / "half.pt", *steps, "--res", "24,20x40",
-                           "--window=-0.5,-0.5,0.5,0.5", "--label", "night", "--out", out) == 0
-        infos = [main_png(file)[1] for file in out.glob("*.png")]
-        assert len(infos) == 2
-        assert {(i["sampler"], i["steps"]) for i in infos} == {("cm", 1 if steps else 2)}
+    assert main_sample("--ckpt", tmp_path / "half.pt", "--res", "24,20x40", "--label", "night",
+                       "--window=-0.5,-0.5,0.5,0.5", "--out", tmp_path / "out") == 0
+    infos = [main_png(file)[1] for file in (tmp_path / "out").glob("*.png")]
+    assert [(info["sampler"], info["steps"]) for info in infos] == 2 * [("cm", 2)]
     capsys.readouterr()
     for wrong, said in ((["--steps", 3], "draws in 1 or 2"), (["--sampler", "ddim"], "is cm"),
                         (["--eta", 1], "cm does not"), (["--guidance", 2], "never learned")):
@@ -7379,14 +7377,12 @@ def fault_die_in_save(seed):
 
 
 def fault_kills(tmp_path, kills):
-    """Kill a run again and again, at moments inside and outside of saves.
+    """Kill a run again and again, in every second try inside of a save.
 
     What is left must always go on, and the end be bit for bit that of a run nobody disturbed.
-    Returns how many moments lay inside.
     """
     run = tmp_path / "run"
     gen = np.random.default_rng(0)
-    inside = 0
     args = ["save_every=2", "K=1000", "grid_every=1000000"]
     for kill in range(kills):
         before = (run / "log.jsonl").stat().st_mtime_ns if run.exists() else 0
@@ -7401,9 +7397,7 @@ def fault_kills(tmp_path, kills):
         child.join()
         assert child.exitcode == -signal.SIGKILL
 
-        left = list(run.glob("step-*.part"))
-        inside += kill % 2 or bool(left)
-        assert len(left) <= 1
+        assert len(list(run.glob("step-*.part"))) <= 1
         saved = [runs.read_checkpoint(file)["step"] for file in runs.checkpoints(run)]
         lines = (run / "log.jsonl").read_text().splitlines()
         logged = [json.loads(line)["step"] for line in lines if line.endswith("}")]
@@ -7414,7 +7408,6 @@ def fault_kills(tmp_path, kills):
     assert main_train(*fault_cm(tmp_path / "whole", *args, steps)) == 0
     assert main_same(main_state(run), main_state(tmp_path / "whole"))
     assert main_log(run) == main_log(tmp_path / "whole")
-    return inside
 
 
 @pytest.fixture
@@ -7427,12 +7420,12 @@ def one_thread():
 
 
 def test_fault_f01_two_kills(one_thread, tmp_path):
-    assert fault_kills(tmp_path, 2) >= 1
+    fault_kills(tmp_path, 2)
 
 
 @slow
 def test_fault_f01_fifty_kills(one_thread, tmp_path):
-    assert fault_kills(tmp_path, 50) >= 20
+    fault_kills(tmp_path, 50)
 
 
 # ---- F2, F3, F7, F8: writing a checkpoint ----
