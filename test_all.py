@@ -6735,25 +6735,15 @@ def test_a_published_autoencoder_becomes_a_field(tmp_path):
                             n_embed=32, groups=4, renderer="pixels")
     file = tmp_path / "vae.safetensors"
     theirs = main_published(file, cfg)
-    options = [*CONVERT, f"init={file}", "frozen_encoder=true", "ae.groups=4"]
-    stage = main_made("ae", *options)
+    stage = main_made("ae", *CONVERT, f"init={file}", "ae.groups=4")
     fresh = deepcopy(stage.net.renderer.state_dict())
     stage.begin()
+    assert stage.net.cfg == replace(cfg, renderer="clif", hidden=32, num_blocks=1)
     image, z = main_randn(2, 3, 16, 16), main_randn(2, 4, 4, 4, seed=1)
     assert torch.equal(stage.net.encode(image), theirs.encode(image))
     phi = stage.net.decode(z)
     assert torch.equal(phi, theirs.decode(z)) and phi.shape == (2, 16, 16, 16)
     assert main_same(stage.net.renderer.state_dict(), fresh) and isinstance(stage.net.renderer, CLIF)
-
-    assert main_stage("ae", tmp_path / "ae", *options) == 0
-    file.rename(tmp_path / "moved.safetensors")                      # the run needs it no more
-    made = models.load(tmp_path / "ae").autoencoder
-    assert made.cfg == replace(cfg, renderer="clif", hidden=32, num_blocks=1)
-    assert torch.equal(made.encode(image), theirs.encode(image))
-    moved = [not torch.equal(v, theirs.state_dict()[k]) for k, v in made.state_dict().items()
-             if k.startswith("decoder.")]
-    assert all(moved) and not torch.equal(made.renderer.model[0].weight, fresh["model.0.weight"])
-    assert made.field(made.encode(image)).draw(40).shape == (2, 3, 40, 40)
 
 
 def test_text_golden_conversion_of_a_file_of_diffusers():
@@ -6788,10 +6778,8 @@ def test_conversion_refuses_what_does_not_fit(tmp_path, capsys):
         (tmp_path / f"{name}.safetensors").write_bytes(text_safetensors(content))
     for option, said in (
             ("ae.ch=64", "ae.ch=64: the file that the run starts from has 32; leave ae.ch out"),
-            ("ae.ch_mult=1,1,1", "the file that the run starts from has (1, 1)"),
             ("ae.groups=5", "GroupNorm needs multiples of groups=5"),
             ("size=17", "sides must be multiples of 2"),
-            (f"init={tmp_path}/none.safetensors", "no file at"),
             (f"init={tmp_path}/wide.safetensors", "does not fit"),
             (f"init={tmp_path}/nan.safetensors", "decoder.conv_in.bias is not finite"),
             (f"init={tmp_path}/unet.safetensors", "unet.safetensors: it has no autoencoder")):
@@ -6861,11 +6849,9 @@ def test_a_unet_may_start_from_that_of_a_published_file(tmp_path, capsys):
     for name, z_channels in (("own", 3), ("four", 4)):
         ae = ["ae.ch=16", "ae.ch_mult=1,1,1", f"ae.z_channels={z_channels}"]
         main_saved(tmp_path / name, main_made("ae", *CONVERT, *ae))
-    for more, said in (
-            ("unet.model_channels=64", "the file that the run starts from has 32"),
-            ("latent_norm=true", "latent_norm=True: the file that the run starts from has False"),
-            ("text=true", "leave text out"), (f"start={vae}", "has no UNet"),
-            (f"init={tmp_path / 'four'}", "does not fit")):
+    for more, said in (("unet.model_channels=64", "the file that the run starts from has 32"),
+                       ("text=true", "leave text out"), (f"start={vae}", "has no UNet"),
+                       (f"init={tmp_path / 'four'}", "does not fit")):
         assert main_stage("ldm", tmp_path / "b", *args, more) == 2
         assert said in main_error(capsys), more
     main_made("ldm", *args, f"init={tmp_path / 'own'}").begin()
@@ -7072,7 +7058,7 @@ def test_one_step_infd_draws_as_infd_does(onestep_run, tmp_path, capsys):
     infos = [main_png(file)[1] for file in (tmp_path / "out").glob("*.png")]
     assert [(info["sampler"], info["steps"]) for info in infos] == 2 * [("cm", 2)]
     capsys.readouterr()
-    for wrong, said in ((["--steps", 3], "draws in 1 or 2"), (["--sampler", "ddim"], "is cm"),
+    for wrong, said in ((["--steps", 3], "draws in 1 or 2"), (["--sampler", "ddim"], "drawn by cm"),
                         (["--eta", 1], "cm does not"), (["--guidance", 2], "never learned")):
         assert main_sample("--ckpt", onestep_run, *wrong, "--out", tmp_path / "no") == 2
         assert said in main_error(capsys), wrong
