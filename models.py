@@ -12,7 +12,6 @@ import math
 import operator
 import os
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -476,8 +475,6 @@ def filled(network: Callable, cfg: object, weights: dict[str, Tensor], what: str
     First without memory: a damaged width cannot ask for terabytes.
     """
     plain = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): weights[name] for name in weights}
-    if plain.keys() != weights.keys():
-        print(f"{what}: left module. and _orig_mod. out of the names of weights", file=sys.stderr)
     with torch.device("meta"):
         made = network(cfg)
     wanted = {name: value.shape for name, value in made.state_dict().items()}
