@@ -5660,7 +5660,10 @@ def bundled_classes(pictures, held_out):
 def bundled_pictures(name, first, **how):
     """16 pictures of all four classes in turn, by bundled weights."""
     model = models.load(sample.bundled(name))
-    return model.functions(range(first, first + 16), labels=[0, 1, 2, 3] * 4, **how).draw(32)
+    asked = {"indices": range(first, first + 16), "labels": [0, 1, 2, 3] * 4}
+    if name == "cm":
+        return model.functions(**asked).draw(32)
+    return model.decode(model.sample(**asked, **how), paper=True).draw(32)   # at once
 
 
 @pytest.mark.parametrize("name, how", [
@@ -5709,7 +5712,8 @@ def test_a_prompt_alone_is_drawn_by_the_bundled_model_of_text(tmp_path):
     for time_of_day in ("by day", "at night"):
         out = tmp_path / time_of_day
         prompt = f"snow-capped mountains {time_of_day} in summer, a clear sky, conifers"
-        assert main_sample("--prompt", prompt, "--res", 32, "--steps", 4, "--out", out) == 0
+        assert main_sample("--prompt", prompt, "--res", 32, "--steps", 4, "--norm", "paper",
+                           "--out", out) == 0
         pixels, info = main_png(out / "seed0-000000-32x32.png")
         drawn.append(pixels.mean())
         assert info["ckpt"] == "infd_text.pt" and info["prompt"] == prompt
