@@ -253,19 +253,26 @@ def cost(call: Callable, images: int, n: int, device: torch.device) -> dict[str,
 
 
 def gpu_use(call: Callable, each: float, n: int = 3) -> dict[str, float]:
-    """What the profiler sees of a call of so many seconds: the share the GPU idles, its kernels.
-
-    What runs at the same time counts twice as busy.
-    """
+    """What the profiler sees of a call of so many seconds: the share the GPU idles, its kernels."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(n):
             call()
         torch.cuda.synchronize()
     seen = [event for event in profile.events() if not event.is_user_annotation
             and event.device_type == torch.autograd.DeviceType.CUDA]
-    busy = sum(event.time_range.elapsed_us() for event in seen) / 1e6
+    busy = covered([(event.time_range.start, event.time_range.end) for event in seen]) / 1e6
     kernels = [event for event in seen if not event.name.startswith(("Memcpy", "Memset"))]
     return {"gpu_idle": max(0, 1 - busy / (n * each)), "kernels": len(kernels) / n}
+
+
+def covered(spans: Sequence[tuple[float, float]]) -> float:
+    """How much spans (start, end) cover together; they may overlap."""
+    total = 0
+    reached = -math.inf
+    for start, end in sorted(spans):
+        total += max(0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
 
 
 Rows = Iterator[tuple[str, dict]]                    # name and numbers of what was measured

@@ -8120,6 +8120,10 @@ def test_bench_curves_lays_losses_beside_exact_ones(capsys, tmp_path, dtype, gap
     assert Image.open(out).height == 4 * experiments.PANEL[1]
 
 
+def test_a_gpu_is_busy_while_any_kernel_runs():
+    assert experiments.covered([(0, 4), (1, 2), (3, 6), (6, 7), (9, 10)]) == 8
+
+
 def test_agreement_reads_captions_and_counts_what_pictures_show():
     """One that knows is right of all captions, and of another's as often as both say the same."""
     captions = [Landscapes("val").caption(i) for i in range(40)]
