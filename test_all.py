@@ -3843,10 +3843,7 @@ def metrics_folder(path: Path, pictures: np.ndarray) -> Path:
 
 
 def metrics_zip(path: Path, folder: Path) -> Path:
-    with zipfile.ZipFile(path, "w") as archive:
-        for file in sorted(folder.iterdir()):
-            archive.write(file, file.name)
-    return path
+    return data_zip(path, {file.name: file.read_bytes() for file in sorted(folder.iterdir())})
 
 
 @pytest.fixture
@@ -3865,12 +3862,6 @@ def metrics_squeeze_home(monkeypatch) -> None:
         if not (shared / name).exists():
             pytest.skip(f"no SqueezeNet weights in {torch.hub.get_dir()}")
         monkeypatch.setenv("TORCH_HOME", str(shared.parent))
-
-
-def metrics_random_moments(d: int, rank: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    root = torch.randn(d, rank, dtype=torch.float64, generator=g)
-    return torch.randn(d, dtype=torch.float64, generator=g), root @ root.T
 
 
 def metrics_scores(capsys, *arguments: object) -> list[dict]:
@@ -4033,7 +4024,8 @@ def test_metrics_golden_lpips_tiny(metrics_squeeze_home):
 
 def test_metrics_frechet_distance_has_closed_forms():
     """Of equal covariances, the distance of the means; of diagonal ones, that of their roots."""
-    mu, sigma = metrics_random_moments(40, rank=60, seed=0)
+    root = randn(40, 60, dtype=torch.float64)
+    mu, sigma = root[:, 0], root @ root.T
     shift = torch.linspace(-1, 1, 40, dtype=torch.float64)
     got = metrics.frechet_distance(mu, sigma, mu + shift, sigma)
     assert got == pytest.approx(shift.square().sum().item(), rel=1e-9)
@@ -4044,8 +4036,9 @@ def test_metrics_frechet_distance_has_closed_forms():
 
 @pytest.mark.parametrize("rank", [300, 20, 1])
 def test_metrics_frechet_distance_of_a_set_to_itself_is_zero(rank):
-    mu, sigma = metrics_random_moments(200, rank, seed=rank)
-    assert metrics.frechet_distance(mu, 100 * sigma, mu, 100 * sigma) < 1e-6
+    root = 10 * randn(200, rank, dtype=torch.float64)
+    mu, sigma = root[:, 0], root @ root.T
+    assert metrics.frechet_distance(mu, sigma, mu, sigma) < 1e-6
 
 
 def test_metrics_moments_streamed_equal_the_whole():
@@ -4061,9 +4054,8 @@ def test_metrics_moments_streamed_equal_the_whole():
 
 @pytest.mark.parametrize("n, m, d", [(2, 2, 1), (9, 5, 3), (1001, 13, 7)])
 def test_metrics_kid_equals_its_definition(n, m, d):
-    g = torch.Generator().manual_seed(n)
-    x = torch.randn(n, d, generator=g).double()
-    y = (torch.randn(m, d, generator=g) * 2 + 1).double()
+    x = randn(n, d).double()
+    y = (randn(m, d, seed=1) * 2 + 1).double()
     within_x, within_y, across = ((a @ b.T / d + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
     want = (within_x.sum() - within_x.trace()) / (n * (n - 1)) - 2 * across.mean()
     want += (within_y.sum() - within_y.trace()) / (m * (m - 1))
@@ -4086,11 +4078,9 @@ def test_metrics_precision_recall_of_disjoint_and_collapsed_sets():
     precision, recall = metrics.precision_recall(collapsed, x)
     assert precision == 1 and recall == 1 / 50       # radius 0 still holds the point itself
     for seed in range(5):                            # with a twin of each, all radii are 0
-        g = torch.Generator().manual_seed(seed)
-        x = torch.randn(50, 100, generator=g) * 3 + 50
-        twins = torch.cat([x, x[torch.randperm(50, generator=g)]])
+        x = randn(50, 100, seed=seed) * 3 + 50
         for block in (7, 1000):
-            assert metrics.precision_recall(x, twins, k=1, block=block) == (1, 1)
+            assert metrics.precision_recall(x, x.flip(0).repeat(2, 1), k=1, block=block) == (1, 1)
 
 
 def test_metrics_tf_resize_reads_from_the_corner():
