@@ -179,6 +179,12 @@ def formula(weights: dict, seed: int) -> dict:
     return out
 
 
+def meta(keys: dict, prefix: str = "") -> dict:
+    """Tensors without storage from {name: [shape, dtype]}, of the part whose names begin so."""
+    return {name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+            for name, (shape, dtype) in published.below(keys, prefix).items()}
+
+
 def loaded(make, weights: dict | None = None) -> nn.Module:
     """make() with these weights and no others, by default `formula`'s: frozen, in eval mode."""
     with torch.device("meta"):
@@ -528,9 +534,7 @@ def test_golden_full_width(part, make, cfg):
     """The published sizes, with every weight a function of its published name."""
     config, _, i, o = reference("infd/full_arch_probe.pt")
     keys = golden("infd/state_dict_keys_full.json")
-    shapes = {key.removeprefix(part + "."): torch.empty(shape, dtype=getattr(torch, dtype))
-              for key, (shape, dtype) in keys.items() if key.startswith(part + ".")}
-    weights = field_rename(formula(shapes, config["seed"]), part + ".")
+    weights = field_rename(formula(meta(keys, part + "."), config["seed"]), part + ".")
     assert count(make, cfg) == config[part]["n_params"]
     model = loaded(lambda: make(cfg), weights)
     if part == "encoder":
@@ -665,13 +669,15 @@ LDM_TINY = UNetConfig(model_channels=32, channel_mult=(1, 2), num_res_blocks=1, 
 
 
 def ldm_unet_config(args):
-    """Official UNet arguments of either family -> our config."""
+    """Official UNet arguments of any family -> our config."""
+    same = ("in_channels", "out_channels", "model_channels", "num_res_blocks", "num_heads",
+            "context_dim", "transformer_depth")
+    levels = {2**i for i in range(len(args["channel_mult"]))}
     return UNetConfig(
-        in_channels=args["in_channels"], out_channels=args["out_channels"],
-        model_channels=args["model_channels"], channel_mult=args["channel_mult"],
-        num_res_blocks=args["num_res_blocks"], attention_ds=args["attention_resolutions"],
-        num_head_channels=max(args.get("num_head_channels", -1), 0),
-        num_heads=args.get("num_heads", 1),
+        **{name: args[name] for name in same if args.get(name)},
+        channel_mult=tuple(args["channel_mult"]),
+        attention_ds=tuple(sorted(levels & {*args["attention_resolutions"]})),
+        num_head_channels=max(args.get("num_head_channels") or 0, 0),
         scale_shift_norm=args.get("use_scale_shift_norm", False),
         resblock_updown=args.get("resblock_updown", False),
         num_classes=args.get("num_classes") or 0)
@@ -949,9 +955,7 @@ def test_ldm_golden_infd_unet():
 def test_ldm_golden_infd_full_unet():
     """The published keys and shapes, and the output, by weights that follow from the keys."""
     config, _, i, out = reference("infd/full_arch_probe.pt")
-    theirs = {key.removeprefix("z_dm."): torch.empty(shape, device="meta")
-              for key, (shape, _) in golden("infd/state_dict_keys_full.json").items()
-              if key.startswith("z_dm.")}
+    theirs = meta(golden("infd/state_dict_keys_full.json"), "z_dm.")
     cfg = UNetConfig()
     model = loaded(lambda: UNet(cfg), adm_weights(formula(theirs, config["seed"]), 32))
     assert len(theirs) == 368 and list(theirs) == list(model.state_dict())
@@ -2918,28 +2922,12 @@ def test_scene_classes_captions_and_splits():
 # From a prompt or a file of others to a picture: text.py, published.py
 # ==================================================================================================
 
-def text_meta(keys, prefix=""):
-    """Tensors without storage from {name: [shape, dtype]}."""
-    return {prefix + name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
-            for name, (shape, dtype) in keys.items()}
-
-
 def text_fits(make, weights, parameters):
     """make() has tensors of exactly these names and shapes, and so many numbers."""
     with torch.device("meta"):
         own = make().state_dict()
     assert {k: v.shape for k, v in own.items()} == {k: v.shape for k, v in weights.items()}
     assert sum(v.numel() for v in own.values()) == parameters
-
-
-def text_published_unet(config):
-    """UNetConfig of a golden file's options."""
-    levels = [2**i for i in range(len(config["channel_mult"]))]
-    same = ("in_channels", "out_channels", "model_channels", "num_res_blocks", "context_dim",
-            "num_heads", "transformer_depth")
-    return UNetConfig(**{name: config[name] for name in same}, num_head_channels=0,
-                      channel_mult=tuple(config["channel_mult"]),
-                      attention_ds=tuple(sorted({*levels} & {*config["attention_resolutions"]})))
 
 
 def text_autoencoder(weights):
@@ -3252,7 +3240,7 @@ def test_text_golden_sd_v1_keys():
     keys = {}
     for part in ("unet", "first_stage", "text"):
         keys |= data[part]["keys"]
-    parts = split_weights(text_meta(keys))
+    parts = split_weights(meta(keys))
     assert (parts.unknown, parts.schedule, parts.averaged) == ((), SD_V1, False)
     assert unet_config(parts.unet) == TEXT_UNET and autoencoder_config(parts.autoencoder) == TEXT_AE
     assert text_config(parts.text) == TextConfig()
@@ -3291,7 +3279,7 @@ def test_text_golden_averaged_names():
         short = name.removeprefix("model.").replace(".", "")
         keys["model_ema." + short] = data["unet"]["keys"][name]
     assert set(data["ema"]["examples"]) <= set(keys)
-    weights = text_meta(keys) | text_meta(data["ema"]["extra"])
+    weights = meta(keys) | meta(data["ema"]["extra"])
     assert len(weights) == len(data["unet"]["keys"]) + data["ema"]["n_keys"]
     assert split_weights(weights).averaged and not split_weights(weights, raw=True).averaged
     del weights["model_ema.diffusion_modeltime_embed0weight"]
@@ -3391,7 +3379,7 @@ def test_text_golden_spatial_transformer():
 
 def test_text_golden_unet():
     config, weights, given, out = reference("text/unet_text.pt")
-    cfg = text_published_unet(config)
+    cfg = ldm_unet_config(config)
     assert unet_config(weights, config["num_heads"]) == cfg
     assert count(UNet, cfg) == config["n_params"]
     unet = loaded(lambda: UNet(cfg), weights)
@@ -3545,7 +3533,7 @@ def test_text_golden_stable_diffusion_from_prompt_to_picture(text_tiny, name):
     config, given, out = data["config"], data["inputs"], data["outputs"]
     model = models.load(text_tiny_file(name), merges=str(merges))
     assert model.weights == ("published EMA" if name.endswith(".pt") else "published weights")
-    assert model.unet.cfg == text_published_unet(config["unet"])
+    assert model.unet.cfg == ldm_unet_config(config["unet"])
     assert len(model.tokenizer) == config["text"]["vocab"]
 
     ids = model.tokenizer(given["prompts"])
