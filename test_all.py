@@ -240,11 +240,6 @@ def field_grid(phi: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor
     return coord, torch.tensor([[2 / height, 2 / width]]).expand(len(phi), 2)
 
 
-def field_window(height: int, width: int, y0: int, x0: int, y1: int, x1: int) -> tuple:
-    """The window of pixels y0 to y1 - 1 and x0 to x1 - 1 of a picture."""
-    return 2 * y0 / height - 1, 2 * x0 / width - 1, 2 * y1 / height - 1, 2 * x1 / width - 1
-
-
 def field_spy(renderer: nn.Module) -> nn.Module:
     """Let a renderer note in `drawn` the (height, width) of every grid it draws."""
     def note(_, args):
@@ -450,7 +445,7 @@ def test_window_equals_slice_and_costs_its_own_pixels(paper):
     full = field.draw((50, 90))
     for box in ((0, 0, 50, 90), (17, 33, 40, 67), (32, 64, 49, 90), (24, 44, 25, 45)):
         y0, x0, y1, x1 = box
-        window = field_window(50, 90, *box)
+        window = (y0 / 25 - 1, x0 / 45 - 1, y1 / 25 - 1, x1 / 45 - 1)
         spy.drawn.clear()
         field_equal(field.draw((y1 - y0, x1 - x0), window), full[..., y0:y1, x0:x1])
     assert paper or spy.drawn == [(13, 13)]
@@ -1109,7 +1104,6 @@ CM_TINY = GeneratorConfig(size=16, dim=24, heads=3, mlp_ratio=2.0, encoder_depth
                           groups=4, hidden=16, layers=3, pe_dim=8, pe_sigma=32.0)
 CM_VIT = TransformerConfig(size=16, dim=24, depth=3, heads=3, mlp_ratio=2.0)
 CM_ECT_MODEL = ConsistencyConfig(sigma_min=0.003, boundary=False)
-CM_NETS = [(FunctionGenerator, CM_TINY), (DiT, CM_VIT), (UViT, CM_VIT)]
 CM_NETWORK = dict(rtol=1e-4, atol=2e-5)                  # tolerances of golden/cm/README.md
 CM_CHAIN = dict(rtol=1e-4, atol=1e-4)
 CM_FREQUENCY = dict(rtol=1e-3, atol=1e-3)                # sines of angles near 1000
@@ -1301,8 +1295,8 @@ def test_cm_f_at_sigma_min_is_the_identity():
     """Bounded nets and unbounded ones alike: c_out is exactly zero there."""
     cfg = ConsistencyConfig()
     sigma = torch.full((2,), cfg.sigma_min)
-    for net in (cm_toy(), *(cm_randomised(build(shape)) for build, shape in CM_NETS)):
-        f = ConsistencyModel(net, cfg)
+    for net in (cm_toy(), FunctionGenerator(CM_TINY), DiT(CM_VIT), UViT(CM_VIT)):
+        f = ConsistencyModel(cm_randomised(net), cfg)
         assert (f(CM_X, sigma) - CM_X).abs().max() <= 1e-6
         assert (f(CM_X, 2 * sigma) - CM_X).abs().max() > 1e-6
 
