@@ -542,7 +542,7 @@ class RunFolder:
                 file.write(json.dumps(line) + "\n")
 
     def save(self, step: int, state: dict, extra: dict, last: bool) -> None:
-        """Write step-<number>.pt (rank 0); the last two stay, and those that cfg.keep_every divides.
+        """Write step-<number>.pt (rank 0); the last two stay, and what cfg.keep_every divides.
 
         extra: plain values beside the state. A failure is a warning, NotSaved if it was the `last`
         chance. NotFinite where weights are no longer numbers: the older checkpoints are good.

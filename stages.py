@@ -1,6 +1,6 @@
 """What the four stages of training share: options, gradients, optimisers, held-out scores.
 
-stages_infd.py has ae and ldm, stages_func.py has pretrain and cm. `train.step` is what they are for.
+stages_infd.py has ae and ldm, stages_func.py has pretrain and cm. `train.step` trains any of them.
 """
 from __future__ import annotations
 

@@ -208,7 +208,7 @@ class CMStage(Stage):
         return loss, {"loss": loss, "difference": d.mean()}
 
     def follow(self, batch: dict, k: int, taken: Tensor) -> dict[str, Tensor]:
-        """The teacher: theta^- <- mu theta^- + (1 - mu) theta. To log: the place in the schedule."""
+        """The teacher: theta^- <- mu theta^- + (1 - mu) theta. Logs the place in the schedule."""
         if self.target is not self.f:
             ema_update(self.target, self.f, self.schedule.mu(k, self.cfg.K))
         place = self.schedule.log(k, self.cfg.K).items()

@@ -5940,8 +5940,8 @@ def test_a_run_says_what_it_learns_from_how_long_it_takes_and_what_comes_next(tm
     assert main_stage("ae", tmp_path / "ae", *args, "steps=24") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("stage ae: 50,000 pictures of synthetic to train on and 10,000 held "
-                               "out (their score says when to stop), centre squares at 16 px and 16 "
-                               "px patches of them at 16 to 32 px, 4 classes (dawn, day, dusk, ")
+                               "out (their score says when to stop), centre squares at 16 px and "
+                               "16 px patches of them at 16 to 32 px, 4 classes (dawn, day, dusk, ")
     assert "parameters, 24 steps of batch 2, cpu, into" in lines[1]
     assert lines[2] == f"starting from step 0: no checkpoint in {tmp_path / 'ae'}"
     assert lines[3].endswith(" minutes to go, by the first 20 steps")
@@ -6247,7 +6247,7 @@ def test_checkpointed_blocks_have_the_same_gradients(net):
     ("ae", "batch=3 accum=2", "batch=3 a multiple of accum=2"),
     ("ae", "ae.kl=perhaps", "option ae.kl=perhaps: expected bool"),
     ("ae", "steps", "options are written key=value"),
-    ("ae", "--steps 300", "options of a stage have no dashes, as steps=100: --help STAGE lists them"),
+    ("ae", "--steps 300", "options of a stage have no dashes, as steps=100: --help STAGE"),
     ("ae", "data=cats", "data=cats: write --data cats"),
     ("ae", "--data no/such/folder", "synthetic"),
     ("ae", "dtype=fp16", "dtype=fp16: choose auto, bf16 or fp32"),
@@ -6613,7 +6613,7 @@ def test_a_published_autoencoder_becomes_a_field(tmp_path):
     assert torch.equal(stage.net.encode(image), theirs.encode(image))
     phi = stage.net.decode(z)
     assert torch.equal(phi, theirs.decode(z)) and phi.shape == (2, 16, 16, 16)
-    assert main_same(stage.net.renderer.state_dict(), fresh) and isinstance(stage.net.renderer, CLIF)
+    assert main_same(stage.net.renderer.state_dict(), fresh)
 
 
 def test_text_golden_conversion_of_a_file_of_diffusers():
@@ -6684,7 +6684,7 @@ def test_latents_of_a_published_file_are_drawn_by_its_converted_autoencoder(tmp_
                      for path in (file, tmp_path / "ae"))
     assert (pixels == wanted).all() and (pixels != plain).any()
     assert info["decoder"] == "step-00000001.pt" and len(info["decoder_sha256"]) == 16
-    for more, said in ((["--decoder", tmp_path / "own"], "own/step-00000001.pt has not the encoder"),
+    for more, said in ((["--decoder", tmp_path / "own"], "step-00000001.pt has not the encoder"),
                        (["--decoder", ROOT / "weights/cm.pt"], "cm.pt has not the encoder")):
         assert said in text_error(capsys, *call, *more, "--out", tmp_path / "b")
     assert "--decoder means nothing" in text_error(capsys, "--model", "cm", "--decoder", "a")
@@ -6905,7 +6905,7 @@ def test_one_step_infd_resumes_bit_for_bit(main_runs, onestep_run, tmp_path):
 
 
 def test_one_step_infd_draws_as_infd_does(onestep_run, tmp_path, capsys):
-    """At any size and window, in one call or two, by a label; exported too; what it is not asked."""
+    """At any size and window, in one call or two, by a label; exported too."""
     model = models.load(onestep_run)
     calls = []
     model.f.net.register_forward_hook(lambda *call: calls.append(call[1][1]))
@@ -7517,7 +7517,8 @@ def fault_resume(stage, steps, stops, main_runs, tmp_path, monkeypatch):
                                       "grid_every=5", *options))
 
     monkeypatch.setattr(runs.Meter, "wait_for", told)
-    more = ["cache=false", "pictures=0"] if stage == "ldm" else []   # a cache needs no loader
+    uncached = ["cache=false", "pictures=0", "latent_norm=false"]    # a cache needs no loader
+    more = uncached if stage == "ldm" else []
     assert trained("whole", *more) == 0
     whole = runs.newest_checkpoint(tmp_path / "whole")[1]
     parts = {"ae": {"disc", "opt_d"}, "ldm": {"scale"}, "pretrain": set(), "cm": {"target"}}[stage]
@@ -7689,7 +7690,7 @@ def test_fault_f14_twenty_steps_without_numbers_end_the_run():
         meter.add({"taken": torch.tensor(k == 15)}, 4, k, torch.arange(4 * k, 4 * k + 4))
         if k % 10 == 9:
             assert meter.means()["skipped"] == 10 - (k == 19)
-    with pytest.raises(runs.NotFinite, match=r"20 steps .* images \[140, 141, 142, 143\] of step 35"):
+    with pytest.raises(runs.NotFinite, match=r"images \[140, 141, 142, 143\] of step 35"):
         meter.means()
 
 

@@ -372,7 +372,7 @@ def check_data(name: str) -> int:
 
 def run(argv: list[str]) -> int:
     """Do what the command line says; returns the exit code."""
-    args = parser().read(argv, "options of a stage have no dashes, as steps=100: --help STAGE lists them")
+    args = parser().read(argv, "options of a stage have no dashes, as steps=100: --help STAGE")
     if args.help is not None:
         print(option_help(args.help) if args.help else parser().format_help())
         return 0
