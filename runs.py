@@ -38,7 +38,6 @@ fcntl = importlib.import_module("fcntl") if os.name == "posix" else None     # n
 
 # ---- random numbers ----
 
-
 def _digest(key: tuple[int | str, ...]) -> int:
     plain = tuple(k if isinstance(k, str) else operator.index(k) for k in key)
     return int.from_bytes(hashlib.blake2b(repr(plain).encode(), digest_size=16).digest(), "little")
@@ -125,7 +124,6 @@ def print_once(text: str) -> None:
 
 
 # ---- how a program ends ----
-
 
 class Stopped(Exception):
     """A signal asked the program to end; the argument is the exit code, 143 or 130."""
@@ -378,7 +376,6 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], what: str) -> No
 
 
 # ---- the log ----
-
 
 class Meter:
     """Averages what the steps report; the host waits for the device at a line of the log alone."""
@@ -641,7 +638,6 @@ def cut_log(log: Path, step: int) -> None:
 
 
 # ---- what the device gives ----
-
 
 def pick_device(name: str) -> torch.device:
     """Choose the device. auto: a CUDA GPU (one for each process), else Apple's, else the CPU."""

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -179,8 +178,9 @@ class Stage:
         for part in (*self.frozen, *self.state.values()):
             if isinstance(part, nn.Module):
                 part.to(memory_format=memory_format)
-        for opt in itertools.chain(*(v for v in self.state.values() if isinstance(v, list))):
-            lay_out_state(opt)
+                continue
+            for opt in part:
+                lay_out_state(opt)
 
     @classmethod
     def implied(cls, given: dict) -> dict[str, object]:

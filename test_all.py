@@ -6264,7 +6264,9 @@ def test_checkpointed_blocks_have_the_same_gradients(net):
     ("ldm", "init=", "run --stage ae first"),
     ("ldm", f"init={ROOT}/weights/cm.pt", "is a model of stage cm; give one of stage ae"),
     ("ldm", "size=32", "was trained at size=16; give size=16"),
+    ("ldm", "flip=true", "and that with flip=false"),
     ("ldm", "start={ae}", "is no run of stage ldm"),
+    ("ldm", "text=true unet.attention_ds=1 start={ldm}", "knows no words of text=true"),
     ("ldm", "text=true labels=true", "not classes: leave labels=true out"),
     ("ldm", "p_uncond=2", "p_uncond=2 is a probability"),
     ("ldm", "text=true --data {plain}", "plain has no captions; put name"),
@@ -6441,8 +6443,6 @@ def test_cached_latents_are_those_of_the_pictures_that_would_be_drawn(main_runs)
         torch.testing.assert_close(cached.encode(a), fresh.encode(b), rtol=0, atol=1e-5)
     part = main_made("ldm", *options, "pictures=5", source=source)
     assert [z.shape for z in part.latents] == 5 * [part.base.latent_shape]
-    with pytest.raises(ValueError, match="and that with flip=false"):
-        main_made("ldm", *options, "flip=true")
     with pytest.raises(ValueError, match="stage ldm takes no loss of your own"):
         main_made("ldm", *options, loss=l2)
 
@@ -6507,10 +6507,8 @@ def test_stage_ldm_learns_words_of_captions_and_its_checkpoint_knows_them(text_r
     assert "does not know unicorn; it knows" in capsys.readouterr().err
     info = main_png(next(out.glob("*.png")))[1]
     assert (info["prompt"], info["guidance"]) == ("a lake, a unicorn", 3.0)
-    for wrong, said in ((["--label", "dusk"], "has no classes, it draws what a prompt says"),
-                        (["--prompt", " "], "one that is not empty")):
-        assert main_sample("--ckpt", text_run, "--steps", 2, *wrong) == 2
-        assert said in main_error(capsys)
+    assert main_sample("--ckpt", text_run, "--steps", 2, "--label", "dusk") == 2
+    assert "has no classes, it draws what a prompt says" in main_error(capsys)
     deaf = replace(model, guidance=1.0)                          # trained with p_uncond=0
     with pytest.raises(ValueError, match="never learned to draw without"):
         deaf.sample([0], **one, prompts=["a lake"], guidance=2.0)
@@ -6525,7 +6523,7 @@ def test_stage_ldm_from_captions_resumes_bit_for_bit(main_runs, text_run, tmp_pa
 
 
 def test_a_run_that_starts_from_an_exported_file_keeps_the_numbers_of_its_words(
-        main_runs, text_run, tmp_path, capsys):
+        main_runs, text_run, tmp_path):
     models.export(text_run, tmp_path / "given.pt")
     args = [*TINY_LDM, *TINY_TEXT, f"init={main_runs / 'ae'}", "pictures=1"]     # of fewer words
     stage = main_made("ldm", *args, f"start={tmp_path / 'given.pt'}")
@@ -6535,8 +6533,6 @@ def test_a_run_that_starts_from_an_exported_file_keeps_the_numbers_of_its_words(
     assert stage.tokenizer.words != WordTokenizer.learn([Landscapes().caption(0)]).words
     for name, value in ours.text.state_dict().items():
         assert torch.equal(stage.net["text"].state_dict()[name], value)
-    assert main_stage("ldm", tmp_path / "b", *args, f"start={main_runs / 'ldm'}") == 2
-    assert "knows no words of text=true" in main_error(capsys)
 
 
 def test_a_condition_left_out_is_the_empty_caption_or_the_null_class(main_runs):
