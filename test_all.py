@@ -713,12 +713,13 @@ def test_ldm_parameter_counts_equal_the_published_models(cfg, parameters):
     assert count(UNet, cfg) == parameters
 
 
-def test_ldm_zero_init_covers_exactly_the_residual_ends():
-    state = UNet(UNetConfig(model_channels=32)).state_dict()     # the INFD tensors, narrower
-    zeros = [k for k, v in state.items()
-             if not k.endswith((".0.bias", "norm.bias")) and not v.any()]
-    ends = [k for k in state if "out_layers.3." in k or "proj_out." in k or k.startswith("out.2.")]
-    assert zeros == ends and len(zeros) == 78
+@pytest.mark.parametrize("cfg, number", [(UNetConfig(model_channels=32), 78),
+                                         (replace(LDM_TINY, context_dim=24), 26)])
+def test_ldm_zero_init_covers_exactly_the_residual_ends(cfg, number):
+    state = UNet(cfg).state_dict()                       # the first: INFD's tensors, narrower
+    ends = [k for k in state if re.search(r"out_layers\.3\.|\.proj_out\.|^out\.2\.", k)]
+    assert len(ends) == number and not any(state[k].any() for k in ends)
+    assert all(v.any() for k, v in state.items() if k.endswith("weight") and k not in ends)
 
 
 def test_ldm_unet_does_not_mix_samples_and_takes_any_memory_format():
