@@ -781,6 +781,19 @@ def test_ldm_unet_refuses_what_does_not_fit():
 LDM_DIFFUSION = GaussianDiffusion(DiffusionConfig())
 
 
+def test_ldm_loss_is_the_mean_square_of_each_sample_and_passes_the_class_on():
+    t = torch.tensor([0, 500, 999])
+    y = torch.tensor([4, 5, 6])
+
+    def model(x_t, *told):
+        assert told[0] is t and told[1] is y
+        return torch.tensor([2.0, 1.0, -1.0]).view(3, 1, 1, 1).expand_as(x_t)
+
+    x_0 = torch.zeros(3, 2, 4, 4)
+    loss = LDM_DIFFUSION.loss(model, x_0, t, torch.full_like(x_0, 2.0), y)
+    assert torch.equal(loss, torch.tensor([0.0, 1.0, 9.0]))
+
+
 @pytest.mark.parametrize("steps, eta", [*itertools.product([5, 200], [0.0, 0.3, 1.0])])
 def test_ldm_ddim_keeps_the_variance_of_every_timestep(steps, eta):
     # If all data are 0, x_t is N(0, 1 - alpha_bar_t) and eps = x_t / sqrt(1 - alpha_bar_t). A step
