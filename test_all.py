@@ -544,6 +544,23 @@ def test_golden_full_width(part, make, cfg):
         agree(o, disc_eval_logits=model(i["disc_x"]))
 
 
+def test_golden_keys_of_stage1():
+    """Every key of a published checkpoint has its place, and every parameter of ours its key."""
+    keys = golden("infd/state_dict_keys_full.json")
+    theirs = {k: shape for k, (shape, _) in keys.items() if not k.startswith(("z_dm", "perc_loss."))}
+    with torch.device("meta"):
+        ours = FieldAutoencoder(AutoencoderConfig()).state_dict()
+        disc = PatchDiscriminator(DiscriminatorConfig())
+        disc = nn.SyncBatchNorm.convert_sync_batchnorm(disc)         # as for several GPUs
+    ours |= {"disc." + k: v for k, v in disc.state_dict().items()}
+    assert field_rename(theirs) == {k: list(v.shape) for k, v in ours.items()}
+
+
+def test_parameter_counts():
+    assert count(Encoder, AutoencoderConfig(kl=True)) == 22_351_280
+    assert count(LIIF, LIIFConfig()) == 494_339
+
+
 def test_golden_vq():
     cfg, weights, i, o = reference("infd/vq.pt")
     model = VectorQuantizer(cfg["n_embed"], cfg["embed_dim"], cfg["beta"])
