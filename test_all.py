@@ -914,6 +914,13 @@ def test_ldm_samplers_converge_to_the_flow_of_a_gaussian_at_their_order(sampler,
         assert 0.8 * 2**order < coarse / fine < 1.3 * 2**order, errors
 
 
+def test_ldm_a_step_of_the_flow_is_ddim_without_noise():
+    x_t, eps = randn(2, 1, 3, 2, 2, dtype=torch.float64)
+    for t, t_prev in [(999, 700), (3, 0), (0, -1)]:
+        x, x_0 = LDM_DIFFUSION.ddim_step(x_t, eps, t, t_prev, eta=0.0)
+        assert torch.allclose(x, LDM_DIFFUSION.flow_step(x_t, x_0, t, t_prev), atol=1e-12)
+
+
 def test_ldm_solver_timesteps_are_distinct_and_even_in_the_log_of_the_noise():
     for steps in (1, 2, 24, 777, 999, 1000):
         times = LDM_DIFFUSION.solver_timesteps(steps)
