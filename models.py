@@ -27,7 +27,7 @@ from clif import Field, Window
 from conditions import (LED, SHIFTED, Condition, check_conditions, conditioned, fitted_noise,
                         laid_out, misfit)
 from consistency import (ConsistencyConfig, ConsistencyModel, LatentConsistency, sample_function,
-                         sample_multistep, sample_onestep)
+                         sample_multistep)
 from data import MAX_BYTES, Photo, decode, shown, to_rgb, to_tensor
 from inr_generator import (DiT, FunctionGenerator, GeneratorConfig, ImageFunction,
                            TransformerConfig, UViT)
@@ -399,8 +399,6 @@ class OneStep:
                              f"levels below {levels[0]:g} and above 0")
         y = draw_labels(self.f.net, self.classes, indices, seed, labels)
         noises = [self.noise(indices, seed, k) for k in range(len(levels))]
-        if len(levels) == 1:
-            return sample_onestep(self.f, noises[0], y)
         return sample_multistep(self.f, noises, levels, y)
 
     @torch.no_grad()

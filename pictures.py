@@ -114,7 +114,7 @@ def write_sheet(path: Path, files: Sequence[Path], labels: Sequence[str] = ()) -
     sheet = Image.fromarray(contact_sheet(rows, side))
     pen = ImageDraw.Draw(sheet)
     for i, label in enumerate(labels):
-        corner = (i % columns * (side + GAP), i // columns * (side + GAP))
+        corner = (i % columns * (side + GAP) + 3, i // columns * (side + GAP) + 1)
         pen.text(corner, label, font_size=max(8, side // 20), stroke_width=1, stroke_fill="black")
     sheet.save(path, quality=92)
 

@@ -5169,7 +5169,7 @@ def test_a_sheet_of_several_sizes_names_them_and_enlarges_by_nearest_neighbour(
                         lambda pen, corner, word, **how: words.append((corner, word)))
     assert main_sample("--ckpt", sample_runs / "cm", "--res", "32,8x16", "--out", tmp_path,
                        "--sheet", tmp_path / "sheet.png") == 0
-    assert words == [((0, 0), "32x32"), ((36, 0), "8x16")]
+    assert words == [((3, 1), "32x32"), ((39, 1), "8x16")]
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
     small, _ = main_png(tmp_path / "seed0-000000-8x16.png")
     assert np.array_equal(sheet[:16, 36:], small.repeat(2, 0).repeat(2, 1))
