@@ -117,6 +117,7 @@ GUIDANCE = 4.0                              # of text, for models trained here (
 # Steps: of ddim as published; of dpm++ as many as come within 40 dB of ddim's (docs/results.md).
 # cm: of the one-step model, the second from noise of the level SECOND.
 SAMPLERS = {"ddim": 200, "dpm++": 20, "cm": 2}
+LED_STEPS = {"ddim": 50, "dpm++": 20, "cm": 1}              # by conditions
 SECOND = 2.0
 START = 10.0                                # noise to signal where a walk with eta < 1 starts: if
                                             # the schedule ends above twice that; see `settle`
@@ -195,12 +196,6 @@ class INFD:
         """How firmly conditions lead where nothing is said."""
         return LED if self.f is None else SHIFTED
 
-    def steps_of(self, sampler: str, led: bool = False) -> int:
-        """How many steps a sampler takes where nothing is said; led: by conditions."""
-        if led and sampler != "dpm++":
-            return {"ddim": 50, "cm": 1}[sampler]
-        return self.ddim_steps if sampler == "ddim" else SAMPLERS[sampler]
-
     def settings(self, sampler: str | None = None, steps: int | None = None,
                  eta: float | None = None, led: bool = False) -> dict:
         """Fill in what these leave open of how to `sample`, or ValueError; led: by conditions."""
@@ -210,7 +205,8 @@ class INFD:
         known = ("ddim", "dpm++") if self.f is None else ("cm",)
         if sampler not in known:
             raise ValueError(f"sampler {sampler}: this model is drawn by {' or '.join(known)}")
-        how = {"sampler": sampler, "steps": self.steps_of(sampler, led) if steps is None else steps}
+        usual = LED_STEPS if led else SAMPLERS | {"ddim": self.ddim_steps}
+        how = {"sampler": sampler, "steps": usual[sampler] if steps is None else steps}
         if sampler == "ddim":
             how["eta"] = self.eta if eta is None else eta
         elif eta is not None:
