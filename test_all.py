@@ -2399,7 +2399,7 @@ def test_a_corrupt_image_is_replaced_by_the_next_and_named(tmp_path):
 
 
 def test_many_corrupt_images_stop_the_run(tmp_path):
-    bad = [f"{i:05d}.png" for i in range(0, 100, 5)]
+    bad = [f"{i:05d}.png" for i in range(0, 100, 20)]
     source = data_open(data_folder(tmp_path, data_pictures(100) | dict.fromkeys(bad, b"none")))
     message = r"1\d of the first \d+ images.*--check-data"
     with warnings.catch_warnings(), pytest.raises(data.DataError, match=message) as caught:
@@ -2606,7 +2606,7 @@ def test_case_1_linked_folders_are_followed_once_and_loops_end(tmp_path):
     data_folder(tmp_path / "set", {f"{c}/{c}{i}.png": image for c in "xyz" for i in range(4)})
     root = data_folder(tmp_path / "linked", {f"z/z{i}.png": image for i in range(4)})
     for name, target in (("x", "../set/x"), ("y", "../set/y"), ("a", "z"), ("z/up", ".."),
-                         ("out", "../.."), ("again", "../set/x"), ("self", "self")):
+                         ("z/twin", "../../set/x"), ("out", "../.."), ("again", "../set/x"), ("self", "self")):
         (root / name).symlink_to(target)
     (root / "x.png").symlink_to("../set/x/x0.png")
     assert data.Files(root).pictures == [
@@ -2707,6 +2707,10 @@ def test_a_prepared_set_gives_the_batches_of_its_source(data_prepared):
     again = pickle.loads(pickle.dumps(both))
     assert isinstance(both.pixels, np.memmap) and len(pickle.dumps(both)) < 4000
     assert (again[0].draw(16) == both[0].draw(16)).all()
+    with pytest.raises(data.DataError, match="was prepared at 16 px, not 32"):
+        both[0].draw(32)
+    with pytest.raises(data.DataError, match="was prepared at 16 px, not 32"):
+        data.random_patch(both[0], rng(0), data.DataConfig(size=16, patch=16, max_size=32))
 
 
 def test_an_interrupted_preparation_leaves_nothing_and_starts_again(
@@ -4171,11 +4175,19 @@ def test_metrics_patches_depend_on_seed_and_number_only():
     assert not torch.equal(metrics.crop_patches(images, 0, 8, seed=2), patches)
     patches = metrics.crop_patches(images[:1].expand(200, -1, -1, -1), 0, 19, 0)
     assert len(patches[:, 0, 0, 0].unique()) == 2 * 12       # all places, borders included
+    pictures = torch.from_numpy(metrics_pictures(9)).movedim(-1, 1)
+    net = MetricsStub()
+    batches = (pictures / 127.5 - 1 + 1e-3).split(4)         # numbers go on from batch to batch
+    got = metrics.statistics(batches, net, metrics.Protocol(patch=8, seed=1), ["pool"])
+    want = net(metrics.crop_patches(pictures, 0, 8, seed=1))["pool"].float()
+    torch.testing.assert_close(got.rows["pool"], want)
 
 
 def test_metrics_statistics_serve_their_own_pictures_and_protocol_only(tmp_path, metrics_stub):
     samples = metrics_folder(tmp_path / "samples", metrics_pictures(20))
     reference = metrics_folder(tmp_path / "reference", metrics_pictures(30, seed=1))
+    changing = reference / "0007.png"
+    changing.write_bytes(changing.read_bytes().ljust(4000, b"\0"))
     cache = tmp_path / "cache"
     protocol = metrics.Protocol(size=8, filter="box")
 
@@ -4201,7 +4213,8 @@ def test_metrics_statistics_serve_their_own_pictures_and_protocol_only(tmp_path,
     for other in (metrics.Protocol(size=8), metrics.Protocol(), replace(protocol, size=16)):
         assert seen(["fid"], other)[1] == 50
     assert len(list(cache.iterdir())) == 4
-    Image.fromarray(metrics_pictures(1, seed=9)[0]).save(reference / "0007.png")
+    other = data_file(Image.fromarray(metrics_pictures(1, seed=9)[0]))
+    changing.write_bytes(other.ljust(4000, b"\0"))          # another picture of as many bytes
     changed, n = seen(["fid", "sfid"])
     assert n == 50 and changed[0].value != first[0].value
 
