@@ -20,8 +20,8 @@ from clif import WHOLE_PLANE, Window, check_frame
 from commandline import Parser
 from conditions import LED, SHIFTED, paired, read_given
 from models import INFD, SAMPLERS, OneStep, draw_labels, export, load, photo
-from pictures import (SHEET, Drawing, dive, png_head, whole, write_html, write_movie, write_png,
-                      write_sheet)
+from pictures import (SHEET, Drawing, check_new, dive, png_head, whole, write_html, write_movie,
+                      write_png, write_sheet)
 from runs import cli, pick_device
 from viewer import about, serve
 
@@ -76,7 +76,7 @@ def parser() -> Parser:
         help="512, or 256,512; 256x512 (height x width) stretches: see --latent-size, --window")
     add("--window", type=numbers, metavar="y0,x0,y1,x1", help="a part of -1,-1,1,1, at --res")
     add("--out", metavar="PATH", help="(a new folder under samples/); nothing is ever overwritten")
-    add("--sheet", metavar="FILE", help="all pictures on one sheet, too, with their sizes where they differ: .png or .jpg")
+    add("--sheet", metavar="FILE", help="all pictures on one sheet, too, with their sizes: .png or .jpg")
     add("--batch", type=int, default=4, help="images made together (4)")
     add("--device", default="auto", help="auto, cpu, cuda, mps (auto)")
 
@@ -299,18 +299,18 @@ def described(model: INFD | OneStep, args: argparse.Namespace, common: dict, i: 
 
 
 def planned(model: INFD | OneStep, args: argparse.Namespace, common: dict, sizes: list,
-            out: Path) -> tuple[dict, dict]:
-    """Name the files of a call by (index, size), and what their PNGs begin with."""
+            out: Path) -> dict[tuple, tuple[Path, bytes]]:
+    """The files of a call by (index, size), and what these PNGs begin with."""
     files = {}
-    heads = {}
     for i, size in itertools.product(range(args.start, args.start + args.n), sizes):
         name = Path(args.image).stem if args.image else f"seed{args.seed}-{i:06d}"
-        files[i, size] = file = out / f"{name}-{size[0]}x{size[1]}.png"
+        file = out / f"{name}-{size[0]}x{size[1]}.png"
         info = {**described(model, args, common, i), "window": args.window, "res": size}
-        heads[i, size] = head = png_head(size, info)
+        head = png_head(size, info)
         if file.exists() and file.open("rb").read(len(head)) != head:
             raise FileExistsError(f"{file} exists and is another picture; choose another --out")
-    return files, heads
+        files[i, size] = file, head
+    return files
 
 
 def say_stretched(size: tuple[int, int], window: Window, latent: tuple[int, int]) -> None:
@@ -426,31 +426,30 @@ def run(argv: list[str]) -> None:
     common = origin(model) | made
     if more:
         return exhibit(model, args, common, sizes[0], draw)
-    sheet = args.sheet and Path(args.sheet)
-    if sheet and (sheet.exists() or sheet.suffix not in (".png", ".jpg")
-                  or max(map(max, sizes)) > SHEET):
-        raise ValueError(f"--sheet {sheet}: name a new .png or .jpg file, for pictures of up to "
-                         f"{SHEET} pixels a side")
+    if args.sheet:
+        check_new(Path(args.sheet), ".png", ".jpg")
+        if max(map(max, sizes)) > SHEET:
+            raise ValueError(f"--sheet is for pictures of up to {SHEET} pixels a side")
 
     for size, window in zip(sizes, windows):
         say_stretched(size, window, made.get("latent_size") or (1, 1))
     taken = [int(p.name) for p in Path("samples").glob("*") if p.name.isdecimal()]
     out = Path(args.out or f"samples/{max(taken, default=0) + 1:04d}")
-    for folder in (out, sheet.parent if sheet else out):
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()                   # says what is wrong at once
-    files, heads = planned(model, args, common, sizes, out)
+    out.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out).close()                          # says what is wrong at once
+    files = planned(model, args, common, sizes, out)
 
-    todo = [i for (i, _), file in files.items() if i % world == rank and not file.exists()]
+    todo = [i for (i, _), (file, _) in files.items() if i % world == rank and not file.exists()]
     todo = list(dict.fromkeys(todo))
     for at in range(0, len(todo), args.batch):
         for i, drawing in draw(todo[at:at + args.batch]):
             for size in sizes:
-                if not files[i, size].exists():                      # one that is there is the same
-                    write_png(files[i, size], heads[i, size], size, drawing(size, args.window))
-    if sheet:
+                file, head = files[i, size]
+                if not file.exists():                                # one that is there is the same
+                    write_png(file, head, size, drawing(size, args.window))
+    if args.sheet:
         labels = [f"{size[0]}x{size[1]}" for _, size in files] if len(sizes) > 1 else []
-        write_sheet(sheet, list(files.values()), labels)
+        write_sheet(Path(args.sheet), [file for file, _ in files.values()], labels)
     if rank == 0:
         plural = "s" * (len(files) > 1)
         print(f"{len(files)} picture{plural} ({model.weights}, step {model.step}) in {out}")

@@ -4999,6 +4999,8 @@ def test_a_tile_is_part_of_a_picture_only_where_it_changes_it(sample_runs, tmp_p
     assert main_sample(*args, "--norm", "paper") == 0
     assert main_sample(*args, "--norm", "paper", "--tile", 16) == 0          # the model's own
     assert "another picture" in sample_error(capsys, *args, "--norm", "paper", "--tile", 8)
+    field = models.load(sample_runs / "ldm").decode(randn(1, 4, 8, 8), paper=True)
+    assert field.paper and field.tile == 16
 
 
 @pytest.mark.parametrize("size", [(1, 2), (5, 7), (64, 33)])
@@ -5120,9 +5122,11 @@ def test_a_sheet_shows_all_pictures_of_a_call(sample_runs, tmp_path, capsys):
     for i, (y, x) in enumerate([(0, 0), (0, 20), (20, 0)]):
         pixels[y:y + 16, x:x + 16] = main_png(tmp_path / f"seed0-00000{i}-16x16.png")[0]
     assert np.array_equal(np.asarray(Image.open(sheet)), pixels)
+    assert main_sample(*args, tmp_path / "b.jpg") == 0           # nothing drawn anew
+    with Image.open(tmp_path / "b.jpg") as image:
+        assert image.format == "JPEG" and image.size == (36, 36)
     for file in (sheet, tmp_path / "c.gif"):
-        line = sample_error(capsys, *args, file)
-        assert "name a new .png or .jpg file" in line and file.name in line
+        assert f"{file}: name a new file, .png or .jpg" in sample_error(capsys, *args, file)
 
 
 def test_a_sheet_of_several_sizes_names_them_and_enlarges_by_nearest_neighbour(
