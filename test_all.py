@@ -2433,7 +2433,8 @@ def test_a_data_set_class_of_ones_own_is_enough():
     item = functools.partial(data.random_patch, cfg=data.DataConfig(16, 8, 30))
     batch = next(data.loader(own, item, 5, workers=1, captions=True))
     order = data._order(0, 0, 5).tolist()
-    assert batch["patch"].shape == (5, 3, 8, 8) and batch["label"].tolist() == [i % 2 for i in order]
+    assert batch["patch"].shape == (5, 3, 8, 8)
+    assert batch["label"].tolist() == [i % 2 for i in order]
     assert batch["caption"] == [f"number {i}" for i in order]
     assert data.as_source(own) is own
     plain = data.as_source([(data_picture(8), 1)])
@@ -2606,7 +2607,8 @@ def test_case_1_linked_folders_are_followed_once_and_loops_end(tmp_path):
     data_folder(tmp_path / "set", {f"{c}/{c}{i}.png": image for c in "xyz" for i in range(4)})
     root = data_folder(tmp_path / "linked", {f"z/z{i}.png": image for i in range(4)})
     for name, target in (("x", "../set/x"), ("y", "../set/y"), ("a", "z"), ("z/up", ".."),
-                         ("z/twin", "../../set/x"), ("out", "../.."), ("again", "../set/x"), ("self", "self")):
+                         ("z/twin", "../../set/x"), ("out", "../.."), ("again", "../set/x"),
+                         ("self", "self")):
         (root / name).symlink_to(target)
     (root / "x.png").symlink_to("../set/x/x0.png")
     assert data.Files(root).pictures == [
@@ -4347,7 +4349,7 @@ def test_metrics_say_what_they_passed_over(tmp_path, metrics_stub, capsys):
 
 
 def test_metrics_print_names_that_are_not_utf8(tmp_path, metrics_stub, capsys):
-    odd = metrics_folder(Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")), metrics_pictures(6))
+    odd = metrics_folder(tmp_path / os.fsdecode(b"caf\xe9"), metrics_pictures(6))
     for words in (("fid", odd, odd), ("psnr", odd, odd)):
         assert metrics.main(list(map(str, words))) == 0      # capsys is strict UTF-8
         text, line = capsys.readouterr().out.splitlines()
@@ -8297,7 +8299,7 @@ def test_torchrun_hands_on_what_the_readme_gives_it():
 
 
 def test_readme_python_runs_as_it_stands(monkeypatch, tmp_path, capsys):
-    """Five examples of at most 20 lines, each block a program of its own; the networks are small."""
+    """Five examples of at most 20 lines, each block a program of its own, of small networks."""
     configure = train.configure
     small = {"ae": TINY_AE, "cm": TINY_CM}
 
