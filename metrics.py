@@ -239,7 +239,7 @@ Images = str | Path | ImageSet | Iterable[Tensor]            # tensors: (B, 3, H
 
 def image_batches(source: ImageSet | Iterable[Tensor], protocol: Protocol,
                   batch: int = 32) -> Iterator[Tensor]:
-    """Yield pictures in order, uint8 (B, 3, H, W), decoded by threads."""
+    """Yield pictures in order, uint8 (B, 3, H, W); threads decode the next batch meanwhile."""
     if not isinstance(source, ImageSet):
         for images in source:
             yield torch.from_numpy(to_uint8(images)).movedim(-1, 1)
@@ -247,8 +247,10 @@ def image_batches(source: ImageSet | Iterable[Tensor], protocol: Protocol,
     numbers = range(len(source.pictures))
     read = partial(source.read, protocol=protocol)
     with ThreadPoolExecutor() as pool:
+        ahead = pool.map(read, numbers[:batch])
         for start in tqdm(numbers[::batch], source.name, disable=None, leave=False):
-            images = list(pool.map(read, numbers[start:start + batch]))
+            images = list(ahead)
+            ahead = pool.map(read, numbers[start + batch:start + 2 * batch])
             if len({image.shape for image in images}) > 1:
                 raise ValueError(f"{source.name} holds images of several sizes: use --size")
             yield torch.from_numpy(np.stack(images))

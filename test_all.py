@@ -74,9 +74,9 @@ import stages_infd
 import text
 import train
 import viewer
-from autoencoder import (AutoencoderConfig, Decoder, DiscriminatorConfig, Encoder, FieldAutoencoder,
-                         PatchDiscriminator, PixelHead, VectorQuantizer, adaptive_weight,
-                         first_order, hinge_loss, kl_loss, split_moments)
+from autoencoder import (Attention, AutoencoderConfig, Decoder, DiscriminatorConfig, Encoder,
+                         FieldAutoencoder, PatchDiscriminator, PixelHead, VectorQuantizer,
+                         adaptive_weight, first_order, hinge_loss, kl_loss, split_moments)
 from clif import (CLIF, CLIFConfig, Field, FrameNorm, LIIF, LIIFConfig, check_frame, coord_grid,
                   query)
 from conditions import (LED, SHIFTED, Condition, conditioned, fitted_noise, inside, laid_out, like,
@@ -559,6 +559,22 @@ def test_golden_keys_of_stage1():
 def test_parameter_counts():
     assert count(Encoder, AutoencoderConfig(kl=True)) == 22_351_280
     assert count(LIIF, LIIFConfig()) == 494_339
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_attention_runs_in_a_fused_kernel(device):
+    """And gives what the plain formula gives; where no fused kernel fits, sdpa_kernel raises."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA")
+    torch.manual_seed(0)
+    model = Attention(64, 8).to(device).requires_grad_(False)
+    x = torch.randn(2, 64, 16, 20, device=device)
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
+                      SDPBackend.CUDNN_ATTENTION]):
+        got = model(x)
+    with sdpa_kernel(SDPBackend.MATH):
+        want = model(x)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5 if device == "cpu" else 1e-3)
 
 
 def test_golden_vq():
