@@ -6068,6 +6068,19 @@ def test_ema_of_a_constant_rate_is_a_geometric_mean_of_the_past():
     assert a.weight.item() == pytest.approx(1 - 0.9 ** 5)
 
 
+def test_rates_of_step_k_drop_at_the_end_and_the_average_warms_up():
+    options = ["steps=10", "lr=1e-2", "muon=1e-3", "lr_drop=true", "ema=0.99", "ema_warmup=true"]
+    stage = main_made("pretrain", *TINY_FUNC, *options)
+    for k, drop in ((7, 1), (8, 0.1)):
+        before = [p.clone() for p in stage.ema.parameters()]
+        train.step(stage, next(stage.batches(0)), k)
+        rates = [opt.param_groups[0]["lr"] for opt in stage.opts]
+        assert rates == pytest.approx([1e-2 * drop, 1e-3 * drop])
+        share = (1 + k) / (10 + k)
+        for old, new, p in zip(before, stage.ema.parameters(), stage.net.parameters()):
+            torch.testing.assert_close(new, share * old + (1 - share) * p)
+
+
 def main_gan(*options):
     """A small first stage with the GAN on, and its first batch."""
     stage = main_made("ae", *TINY_AE, *TINY_GAN, *options)
