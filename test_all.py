@@ -4573,6 +4573,8 @@ def test_conditions_of_step_size_0_and_masked_out_ones_change_no_bit(stage, how)
         made = model.functions([3, 8], labels=[1, 2], steps=3, conditions=conditions, **how, **more)
         return made.draw(16)
 
+    if stage == "ldm":
+        assert model.settings(led=True) == {"sampler": "ddim", "steps": 50, "eta": 1.0}
     plain = drawn()
     led = drawn(*ASKED)
     assert torch.equal(drawn(*ASKED, step_size=0), plain) and torch.equal(drawn(HIDDEN), plain)
@@ -4670,7 +4672,7 @@ def test_conditions_of_the_command_line_and_what_the_picture_says(sample_runs, t
     a, b, hidden = (conditions_file(tmp_path / f"{side}.png", side, alpha)
                     for side, alpha in ((4, 255), (8, 255), (5, 0)))
     given = ["--given", a, "--given", b, "--at=-0.25,-0.25,0.25,0.25"]
-    ddim = ["--sampler", "ddim", "--steps", 3]
+    ddim = ["--sampler", "ddim", "--steps", 5]
 
     def drawn(stage, *args, first=1):
         out = tmp_path / str(len(list(tmp_path.iterdir())))
