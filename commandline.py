@@ -5,6 +5,7 @@ import argparse
 import difflib
 import functools
 import textwrap
+from collections.abc import Iterable
 
 
 class Help(argparse.Action):
@@ -60,8 +61,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         raise ValueError(message)
 
-    def read(self, argv: list[str], elsewhere: str = "") -> argparse.Namespace:
-        """Read options and words in any order. elsewhere: what to say of an option unlike all."""
+    def read(self, argv: list[str], elsewhere: str = "",
+             words: Iterable[str] = ()) -> argparse.Namespace:
+        """Read options and words in any order. elsewhere: what to say of an option unlike all;
+        words: the names that are written key=value here."""
         args, unknown = self.parse_known_intermixed_args(argv)
         if not unknown:
             return args
@@ -69,6 +72,10 @@ class Parser(argparse.ArgumentParser):
         name, _, value = unknown[0].lstrip("-").partition("=")
         if name in flags and value:
             raise ValueError(f"{unknown[0]}: write --{name} {value}")
+        word = name.replace("-", "_")
+        if word in words:
+            behind = argv[argv.index(unknown[0]) + 1:]
+            raise ValueError(f"{unknown[0]}: write {word}={value or [*behind, 'VALUE'][0]}")
         like = ", ".join(f"--{flag}" for flag in difflib.get_close_matches(name, flags))
         hints = [f"did you mean {like}?" if like else "", elsewhere]
         raise ValueError(f"there is no option {unknown[0]}; "

@@ -18,6 +18,7 @@ import os
 import re
 import shlex
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -101,6 +102,7 @@ def fit(stage: Stage, out: Path) -> None:
                     logs |= stage.validate()
             meter.add(logs, cfg.batch, k, batch["index"])
             if compiles and k == start:
+                print_once(f"the first step took {time.perf_counter() - meter.since:.0f} s")
                 meter.restart()                      # the rate is that of the other steps
             if last or done % cfg.log_every == 0:
                 line = {"step": done, **meter.means()}
@@ -222,7 +224,7 @@ PAPER_SIZE = {
 def options_of(stage: str) -> type[Run]:
     """The options of a stage; ValueError where there is none of that name."""
     if stage not in STAGES:
-        raise ValueError(f"there is no stage {stage}; there are: {', '.join(STAGES)}")
+        raise ValueError(f"there is no stage {stage}; there are: {', '.join(STAGES)}; {MOVED}")
     return STAGES[stage].options
 
 
@@ -335,6 +337,9 @@ def introduce(stage: Stage, out: Path) -> None:
 
 # ---- command line ----
 
+MOVED = "demo, compare and bench are programs of experiments.py"
+
+
 def parser() -> Parser:
     """Describe the command line."""
     p = Parser(description="Train. The same command again continues the run.", add_help=False,
@@ -372,7 +377,8 @@ def check_data(name: str) -> int:
 
 def run(argv: list[str]) -> int:
     """Do what the command line says; returns the exit code."""
-    args = parser().read(argv, "options of a stage have no dashes, as steps=100: --help STAGE")
+    words = {name for stage in STAGES for name in option_types(options_of(stage))}
+    args = parser().read(argv, f"--help STAGE lists the options of a stage; {MOVED}", words)
     if args.help is not None:
         print(option_help(args.help) if args.help else parser().format_help())
         return 0
