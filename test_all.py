@@ -5259,10 +5259,16 @@ def viewer_hostile(name):
 def test_viewer_refuses_hostile_requests_and_survives_who_goes_away(sample_runs, capfd):
     with viewer_at(sample_runs / "cm") as (gallery, port):
         name = viewer_get(port, "/picture?seed=0")[2].decode().strip()
-        with gallery.model:                                          # all wait for the model
-            for _ in range(8):
-                with socket.create_connection(("127.0.0.1", port)) as client:
-                    client.sendall(b"GET /picture?seed=1 HTTP/1.0\r\nHost: localhost\r\n\r\n")
+        with gallery.model, contextlib.ExitStack() as clients:       # all wait for the model
+            for _ in range(viewer.JOBS):
+                client = socket.create_connection(("127.0.0.1", port))
+                clients.enter_context(client)
+                client.sendall(b"GET /picture?seed=1 HTTP/1.0\r\nHost: localhost\r\n\r\n")
+            assert viewer_get(port, "/")[0] == 429
+        for _ in range(500):
+            if viewer_get(port, "/")[0] == 200:
+                break
+            time.sleep(0.02)
         for request in viewer_hostile(name):
             answer = b""
             with socket.create_connection(("127.0.0.1", port), timeout=30) as client:

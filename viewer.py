@@ -6,6 +6,7 @@ the plane into 2^L by 2^L windows, each drawn alone. Frame statistics make them 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import io
 import json
@@ -28,6 +29,7 @@ from runs import Stopped, first_line
 TILE = 256                                  # pixels: the longer side of a tile
 DEPTH = 12                                  # levels; float32 tells pixels of level 16 apart
 PICTURES = 8                                # kept at a time: a latent and its field each
+JOBS = 16                                   # requests at a time; more are refused
 PIXELS = 4096                               # a side of a saved view
 HOSTS = ("127.0.0.1", "localhost")          # a page of another name was led here (DNS rebinding)
 HEADERS = {"Content-Security-Policy":
@@ -242,11 +244,27 @@ class Page(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """A thread for each request; at 127.0.0.1 alone."""
+    """A thread for each request, JOBS of them; at 127.0.0.1 alone."""
+
+    request_queue_size = 64
 
     def __init__(self, gallery: Gallery, port: int):
         self.gallery = gallery
+        self.free = threading.BoundedSemaphore(JOBS)
         super().__init__(("127.0.0.1", port), Page)
+
+    def process_request(self, request: socket.socket, client_address: tuple) -> None:
+        if self.free.acquire(blocking=False):
+            return super().process_request(request, client_address)
+        with contextlib.suppress(OSError):
+            request.sendall(b"HTTP/1.0 429 Too Many Requests\r\n\r\ntoo many at a time\n")
+        self.shutdown_request(request)
+
+    def process_request_thread(self, request: socket.socket, client_address: tuple) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.free.release()
 
     def handle_error(self, request: socket.socket, client_address: tuple) -> None:
         """Go on; that a client has gone away is no error."""
