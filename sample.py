@@ -385,14 +385,15 @@ def exhibit(model: INFD | OneStep, args: argparse.Namespace, common: dict, size:
 
 
 def chosen(args: argparse.Namespace) -> Path:
-    """The checkpoint asked for, or the bundled one for what is asked: a picture, words, 1 step."""
+    """The checkpoint asked for, or the bundled one for what is asked: words, unless another is."""
     own = args.model
+    few = args.sampler == "cm" or args.sampler is None and args.steps in (1, 2)
     if own == "infd" and args.image:
         own = "autoencoder"
-    elif own == "infd" and (args.prompt or args.prompts or args.prompt_at):
-        own = "infd_text"
-    elif own == "infd" and (args.sampler == "cm" or args.sampler is None and args.steps in (1, 2)):
+    elif own == "infd" and few and not (args.prompt or args.prompts or args.prompt_at):
         own = "infd_onestep"
+    elif own == "infd" and args.label is None:
+        own = "infd_text"
     return Path(args.ckpt) if args.ckpt else bundled(own)
 
 

@@ -3696,7 +3696,7 @@ def test_text_options_that_do_not_fit_are_named(text_tiny, tmp_path, capsys):
     tiny = ["--ckpt", text_tiny_file("sd_ckpt_tiny.safetensors"), "--out", tmp_path / "out"]
     (tmp_path / "blank.txt").write_text("\n \n")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
-    infd = ["--out", tmp_path / "out"]
+    infd = ["--ckpt", ROOT / "weights/infd.pt", "--out", tmp_path / "out"]
     with_merges = [*tiny, "--merges", merges]
     drawn = [*with_merges, "--prompt", "a lake"]
     for args, said in (
@@ -3708,11 +3708,10 @@ def test_text_options_that_do_not_fit_are_named(text_tiny, tmp_path, capsys):
             ([*tiny, "--prompts", tmp_path / "bytes.txt"], "is no text (UTF-8)"),
             ([*tiny, "--prompts", tmp_path / "none.txt"], "none.txt: No such file"),
             ([*tiny, "--prompt", "a"], f"put {MERGES_FILE} (1,356,917 bytes, sha256"),
-            ([*infd, "--ckpt", ROOT / "weights/infd.pt", "--prompt", "a"],
-             "a prompt: this model does not read text"),
+            ([*infd, "--prompt", "a"], "a prompt: this model does not read text"),
             ([*infd, "--negative", "a"], "--negative means nothing to a model of the kind INFD"),
             ([*infd, "--guidance", 2], "never learned to draw without its condition"),
-            ([*infd, "--model", "cm", "--prompt", "a", "--guidance", 2],
+            (["--model", "cm", "--prompt", "a", "--guidance", 2],
              "--prompt, --guidance means nothing")):
         assert said in text_error(capsys, *args), args
     assert not list(tmp_path.glob("out/*"))
@@ -5728,10 +5727,12 @@ def test_a_prompt_alone_is_drawn_by_the_bundled_model_of_text(tmp_path):
 
 
 @pytest.mark.parametrize("args, name", [
-    ([], "infd"), (["--model", "cm"], "cm"), (["--image", "a.png"], "autoencoder"),
+    ([], "infd_text"), (["--model", "cm"], "cm"), (["--image", "a.png"], "autoencoder"),
     (["--prompts", "a.txt"], "infd_text"), (["--prompt-at", "a", "0,0,1,1"], "infd_text"),
-    (["--steps", "2"], "infd_onestep"), (["--steps", "3"], "infd"),
-    (["--sampler", "cm"], "infd_onestep"), (["--steps", "2", "--sampler", "ddim"], "infd")])
+    (["--prompt", "a", "--steps", "2"], "infd_text"), (["--label", "dusk"], "infd"),
+    (["--steps", "2"], "infd_onestep"), (["--steps", "3"], "infd_text"),
+    (["--steps", "1", "--label", "dusk"], "infd_onestep"), (["--sampler", "cm"], "infd_onestep"),
+    (["--steps", "2", "--sampler", "ddim"], "infd_text")])
 def test_sample_without_a_checkpoint_takes_the_bundled_weights_for_what_is_asked(args, name):
     assert sample.chosen(sample.parser().read(args)) == sample.bundled(name)
     assert sample.chosen(sample.parser().read([*args, "--ckpt", "a.pt"])) == Path("a.pt")
