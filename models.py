@@ -517,6 +517,7 @@ def trained(ckpt: dict, raw: bool) -> INFD | OneStep:
                 made.tokenizer = tokenizer_from(ckpt["tokenizer"])
                 made.captions = ckpt["captions"]
                 made.guidance = GUIDANCE if options.get("p_uncond") else 1.0     # stage cm: none
+                made.eta = AS_PUBLISHED["eta"]
                 if isinstance(made.tokenizer, CLIPTokenizer):        # began as Stable Diffusion
                     made = replace(made, **AS_PUBLISHED)
                 made.text = filled(TextTransformer, section("context", TextConfig, told["config"]),

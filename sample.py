@@ -385,14 +385,16 @@ def exhibit(model: INFD | OneStep, args: argparse.Namespace, common: dict, size:
 
 
 def chosen(args: argparse.Namespace) -> Path:
-    """The checkpoint asked for, or the bundled one for what is asked: words, unless another is."""
+    """The checkpoint asked for, or the bundled one that does best what is asked for."""
     own = args.model
     few = args.sampler == "cm" or args.sampler is None and args.steps in (1, 2)
     if own == "infd" and args.image:
         own = "autoencoder"
-    elif own == "infd" and few and not (args.prompt or args.prompts or args.prompt_at):
+    elif own == "infd" and (args.prompt or args.prompts or args.prompt_at):
+        own = "infd_text"
+    elif own == "infd" and few:
         own = "infd_onestep"
-    elif own == "infd" and args.label is None:
+    elif own == "infd" and args.label is None and not args.given:
         own = "infd_text"
     return Path(args.ckpt) if args.ckpt else bundled(own)
 

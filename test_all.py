@@ -5731,6 +5731,7 @@ def test_a_prompt_alone_is_drawn_by_the_bundled_model_of_text(tmp_path):
     (["--prompts", "a.txt"], "infd_text"), (["--prompt-at", "a", "0,0,1,1"], "infd_text"),
     (["--prompt", "a", "--steps", "2"], "infd_text"), (["--label", "dusk"], "infd"),
     (["--steps", "2"], "infd_onestep"), (["--steps", "3"], "infd_text"),
+    (["--given", "a.png"], "infd"), (["--given", "a.png", "--prompt", "a"], "infd_text"),
     (["--steps", "1", "--label", "dusk"], "infd_onestep"), (["--sampler", "cm"], "infd_onestep"),
     (["--steps", "2", "--sampler", "ddim"], "infd_text")])
 def test_sample_without_a_checkpoint_takes_the_bundled_weights_for_what_is_asked(args, name):
