@@ -67,7 +67,7 @@ def draw_labels(net: nn.Module, classes: Sequence[str], indices: Sequence[int], 
 
 
 def numbered(indices: Sequence[float]) -> list[float]:
-    """The numbers of images as Python's own: they name noise. 2.25 lies between pictures 2 and 3."""
+    """The numbers of images as Python's own, for they name noise; 2.25 is between 2 and 3."""
     return [i if isinstance(i, float) else operator.index(i) for i in indices]
 
 

@@ -76,7 +76,7 @@ def parser() -> Parser:
         help="512, or 256,512; 256x512 (height x width) stretches: see --latent-size, --window")
     add("--window", type=numbers, metavar="y0,x0,y1,x1", help="a part of -1,-1,1,1, at --res")
     add("--out", metavar="PATH", help="(a new folder under samples/); nothing is ever overwritten")
-    add("--sheet", metavar="FILE", help="all pictures on one sheet, too, with their sizes: .png or .jpg")
+    add("--sheet", metavar="FILE", help="all pictures on one sheet, too: .png or .jpg")
     add("--batch", type=int, default=4, help="images made together (4)")
     add("--device", default="auto", help="auto, cpu, cuda, mps (auto)")
 
