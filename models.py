@@ -160,7 +160,8 @@ class INFD:
         if self.text is None and prompts is not None:
             raise ValueError("a prompt: this model does not read text")
         if self.text is not None and labels is not None:
-            raise ValueError("a label: this model has no classes, it draws what a prompt says")
+            raise ValueError("a label: this model has no classes, it draws what a prompt says; say "
+                             "it there, and leave the label out")
         given = self.captions if prompts is None else prompts
         if self.text is not None and not (given and all(prompt.strip() for prompt in given)):
             raise ValueError("this model draws what a --prompt says: give one that is not empty")

@@ -142,7 +142,9 @@ def dive(zoom: float, at: tuple[float, float], frames: int) -> list[Window]:
 
 def check_new(path: Path, *kinds: str) -> None:
     """Make the folder of a file to be; ValueError for another kind, or where there is one."""
-    if path.suffix not in kinds or path.exists():
+    if path.exists():
+        raise ValueError(f"{path} exists: name a new file")
+    if path.suffix not in kinds:
         raise ValueError(f"{path}: name a new file, {' or '.join(kinds)}")
     path.parent.mkdir(parents=True, exist_ok=True)
 

@@ -94,7 +94,7 @@ def parser() -> Parser:
     add = p.later("infd", "INFD").add_argument
     add("--sampler", choices=SAMPLERS, help="(dpm++; published files: ddim; one-step models: cm)")
     add("--steps", type=int, help="of the sampler (dpm++ 20, ddim 200, Stable Diffusion 50, cm 2); "
-                                  "1 or 2 without --ckpt and --sampler: the one-step INFD")
+                                  "1 or 2 without --ckpt and --prompt: the one-step INFD")
     add("--eta", type=float, help="noise that ddim adds: 0 none, 1 as published (1; text: 0)")
     add("--latent-size", type=size, help="a larger noise map, as 32x64 (Section D)")
     add("--decoder", metavar="RUN", help="draw by this run of stage ae init=CKPT")
@@ -106,7 +106,8 @@ def parser() -> Parser:
     add("--prompt", action="append", metavar="TEXT", help="what to draw; several: image by image")
     add("--prompts", metavar="FILE", help="prompts, one a line")
     add("--negative", metavar="TEXT", help="what to lead away from (the empty text)")
-    add("--guidance", type=float, metavar="W", help="1: none; more follows the prompt closer (7.5)")
+    add("--guidance", type=float, metavar="W",
+        help="1: none; more follows the prompt closer (4; Stable Diffusion 7.5)")
     add("--merges", metavar="FILE", help="CLIP's tokenizer, if not beside the checkpoint")
 
     add = p.later("cm", "CM-Func").add_argument
@@ -403,6 +404,7 @@ def run(argv: list[str]) -> None:
     """Draw what the command line asks for."""
     args = parser().read(argv, "sizes are given by --res, scores made by metrics.py, "
                                "measurements by experiments.py")
+    args.at = centre_of_dive(args)
     path = chosen(args)
     if args.export:
         return export(path, Path(args.export))
@@ -410,7 +412,6 @@ def run(argv: list[str]) -> None:
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and (not args.out or args.sheet):
         raise ValueError("under torchrun give --out, which all processes share, and no --sheet")
-    args.at = centre_of_dive(args)
     args.prompt = read_prompts(args)
     if args.n is None:
         args.n = len(args.prompt or [""])
@@ -454,8 +455,8 @@ def run(argv: list[str]) -> None:
         labels = [f"{size[0]}x{size[1]}" for _, size in files] if len(sizes) > 1 else []
         write_sheet(Path(args.sheet), [file for file, _ in files.values()], labels)
     if rank == 0:
-        plural = "s" * (len(files) > 1)
-        print(f"{len(files)} picture{plural} ({model.weights}, step {model.step}) in {out}")
+        made_by = f"by {path.name} ({model.weights}, step {model.step})"
+        print(f"{len(files)} picture{'s' * (len(files) > 1)} {made_by} in {out}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5144,8 +5144,9 @@ def test_a_sheet_shows_all_pictures_of_a_call(sample_runs, tmp_path, capsys):
     assert main_sample(*args, tmp_path / "b.jpg") == 0           # nothing drawn anew
     with Image.open(tmp_path / "b.jpg") as image:
         assert image.format == "JPEG" and image.size == (36, 36)
-    for file in (sheet, tmp_path / "c.gif"):
-        assert f"{file}: name a new file, .png or .jpg" in sample_error(capsys, *args, file)
+    assert f"{sheet} exists: name a new file" in sample_error(capsys, *args, sheet)
+    other = tmp_path / "c.gif"
+    assert f"{other}: name a new file, .png or .jpg" in sample_error(capsys, *args, other)
 
 
 def test_a_sheet_of_several_sizes_names_them_and_enlarges_by_nearest_neighbour(
@@ -5731,19 +5732,21 @@ def test_a_prompt_alone_is_drawn_by_the_bundled_model_of_text(tmp_path):
     (["--prompts", "a.txt"], "infd_text"), (["--prompt-at", "a", "0,0,1,1"], "infd_text"),
     (["--prompt", "a", "--steps", "2"], "infd_text"), (["--label", "dusk"], "infd"),
     (["--steps", "2"], "infd_onestep"), (["--steps", "3"], "infd_text"),
-    (["--given", "a.png"], "infd"), (["--given", "a.png", "--prompt", "a"], "infd_text"),
+    (["--zoom", "2", "--at", "0,0"], "infd_text"), (["--given", "a.png"], "infd"), (["--given", "a.png", "--prompt", "a"], "infd_text"),
     (["--steps", "1", "--label", "dusk"], "infd_onestep"), (["--sampler", "cm"], "infd_onestep"),
     (["--steps", "2", "--sampler", "ddim"], "infd_text")])
 def test_sample_without_a_checkpoint_takes_the_bundled_weights_for_what_is_asked(args, name):
-    assert sample.chosen(sample.parser().read(args)) == sample.bundled(name)
-    assert sample.chosen(sample.parser().read([*args, "--ckpt", "a.pt"])) == Path("a.pt")
+    for ckpt, path in (([], sample.bundled(name)), (["--ckpt", "a.pt"], Path("a.pt"))):
+        asked = sample.parser().read([*args, *ckpt])
+        sample.centre_of_dive(asked)
+        assert sample.chosen(asked) == path
 
 
 def test_sample_without_a_checkpoint_draws_from_anywhere(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)                                  # into samples/0001, and so on
     assert main_sample("--sampler", "cm", "--res", 32, "--label", "night") == 0
     assert main_sample("--model", "cm", "--n", 2) == 0
-    assert "2 pictures (EMA" in capsys.readouterr().out
+    assert "2 pictures by cm.pt (EMA" in capsys.readouterr().out
     (_, info), (pixels, _) = (main_png(tmp_path / "samples" / file) for file in (
         "0001/seed0-000000-32x32.png", "0002/seed0-000001-64x64.png"))
     assert (info["ckpt"], info["sampler"], info["steps"]) == ("infd_onestep.pt", "cm", 2)
