@@ -22,6 +22,9 @@ from stages_infd import Latents, as_autoencoder, encoded
 from text import CLIPTokenizer
 
 
+UNRECTIFIED = 5                             # steps before RAdam divides by the gradient's size
+
+
 class LatentCMStage(CMStage):
     """f goes from noise to a latent in one step. First as a denoiser (r = 0), for which the UNet of
     a diffusion is a start, then along that denoiser's trajectories (distil), or by tuning."""
@@ -52,6 +55,12 @@ class LatentCMStage(CMStage):
         net = copy.deepcopy(base.unet).requires_grad_(True).train()
         f = LatentConsistency(net, self.cfg.cm, -base.diffusion.log_rho)
         self.assemble(f, scale=base.scale)
+
+    def prepare(self, k: int) -> None:
+        """Leave out the steps of RAdam that follow the bare gradient: they undo a trained UNet."""
+        rate = 0.0 if k < UNRECTIFIED else self.cfg.lr
+        for group in self.opts[0].param_groups:
+            group["lr"] = rate
 
     @functools.cached_property
     def latents(self) -> Latents:

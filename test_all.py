@@ -6916,7 +6916,7 @@ def test_stage_cm_distils_a_denoiser_that_stays_as_it_is(stage_runs, tmp_path, m
 
 # ---- stage cm in the latents of INFD ----
 
-TINY_LATENT = ["batch=2", "pictures=8", "steps=4", "workers=0", "log_every=2", "save_every=2",
+TINY_LATENT = ["batch=2", "pictures=8", "steps=8", "workers=0", "log_every=2", "save_every=4",
                "eval_n=2", "ema=0.9"]
 
 
@@ -6944,18 +6944,23 @@ def test_one_step_infd_starts_as_its_ldm_and_learns_its_latents(main_runs):
     close(batch["image"], base.scale(truth))
     assert batch["label"].tolist() == [stage.source.label(int(i)) for i in n]
     assert torch.equal(batch["noise"][1], torch_noise(base.latent_shape, 0, "noise", 1))
+    # The first steps of RAdam, along the bare gradient, only fill its moments.
+    for k, moved in enumerate([False] * 5 + [True]):
+        train.step(stage, batch, k)
+        assert main_same(stage.net.state_dict(), base.unet.state_dict()) != moved
+        assert all(kept["exp_avg"].any() for kept in stage.opts[0].state.values()) or k == 0
 
 
 def test_one_step_infd_resumes_bit_for_bit(main_runs, onestep_run, tmp_path):
     root = onestep_run.parent
     shutil.copytree(onestep_run, tmp_path / "cm")
-    (tmp_path / "cm" / "step-00000004.pt").unlink()
+    (tmp_path / "cm" / "step-00000008.pt").unlink()
     args = [*TINY_LATENT, f"latents={main_runs / 'ldm'}", f"init={root / 'denoiser'}",
             f"distil={root / 'denoiser'}", "ect.mu0=0.9"]
     assert main_stage("cm", tmp_path / "cm", *args) == 0
     assert main_same(main_state(tmp_path / "cm"), main_state(onestep_run))
     assert main_log(onestep_run)[-1]["distance_at_max"] > 0
-    assert (onestep_run / "grid-00000004.png").exists()
+    assert (onestep_run / "grid-00000008.png").exists()
 
 
 def test_one_step_infd_draws_as_infd_does(onestep_run, tmp_path, capsys):
