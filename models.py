@@ -67,8 +67,15 @@ def draw_labels(net: nn.Module, classes: Sequence[str], indices: Sequence[int], 
 
 
 def numbered(indices: Sequence[float]) -> list[float]:
-    """The numbers of images as Python's own, for they name noise; 2.25 is between 2 and 3."""
-    return [i if isinstance(i, float) else operator.index(i) for i in indices]
+    """The numbers of images, 2.25 for one between 2 and 3, or ValueError where they are none."""
+    try:
+        numbers = [i if isinstance(i, float) else operator.index(i) for i in indices]
+    except TypeError:
+        numbers = []
+    if not numbers:
+        raise ValueError(f"indices {indices!r}: give the numbers of the images, as [0, 1] or "
+                         f"range(4)")
+    return numbers
 
 
 def photo(picture: str | Path | Image.Image) -> Photo:

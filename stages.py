@@ -78,6 +78,12 @@ def optimisers(net: nn.Module, cfg: Run, kind: Callable = ADAMW, muon: float = 0
     return opts
 
 
+def set_rates(opts: list, lr: float, muon: float, factor: float) -> None:
+    """Let what `optimisers` made go on at `factor` times its rates."""
+    for opt, rate in zip(opts, (lr, muon)):
+        opt.param_groups[0]["lr"] = rate * factor
+
+
 def micro_batches(batch: dict[str, Tensor], accum: int) -> Iterator[dict[str, Tensor]]:
     """Cut a batch into `accum` parts, over which gradients add up."""
     for i in range(accum):

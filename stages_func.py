@@ -22,7 +22,8 @@ from ldm import UNetConfig
 from metrics import lpips_network
 from models import GENERATORS, OneStep, load
 from runs import choose, load_weights, rng, unflatten
-from stages import Reconstruction, Run, Stage, ema_update, optimisers, starting_point
+from stages import (Reconstruction, Run, Stage, ema_update, optimisers, set_rates,
+                    starting_point)
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,8 @@ class PretrainStage(Reconstruction):
         return self.loaded(start, coord_noise=(self.cfg.size, self.cfg.size, 2))
 
     def prepare(self, k: int) -> None:
-        drop = 0.1 if self.cfg.lr_drop and k >= 0.8 * self.cfg.steps else 1
-        for opt, rate in zip(self.opts, (self.cfg.lr, self.cfg.muon)):
-            opt.param_groups[0]["lr"] = rate * drop
+        late = self.cfg.lr_drop and k >= 0.8 * self.cfg.steps
+        set_rates(self.opts, self.cfg.lr, self.cfg.muon, 0.1 if late else 1)
 
     def objective(self, part: dict, k: int) -> tuple[Tensor, dict]:
         """The squared error of M: the encoder is skipped, and sigma is 0."""

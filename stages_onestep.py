@@ -17,6 +17,7 @@ from consistency import LatentConsistency, denoising_distance
 from data import to_uint8
 from models import INFD, load
 from runs import flatten
+from stages import set_rates
 from stages_func import CMStage, cm_config
 from stages_infd import Latents, as_autoencoder, encoded
 from text import CLIPTokenizer
@@ -58,9 +59,7 @@ class LatentCMStage(CMStage):
 
     def prepare(self, k: int) -> None:
         """Leave out the steps of RAdam that follow the bare gradient: they undo a trained UNet."""
-        rate = 0.0 if k < UNRECTIFIED else self.cfg.lr
-        for group in self.opts[0].param_groups:
-            group["lr"] = rate
+        set_rates(self.opts, self.cfg.lr, self.cfg.muon, 0 if k < UNRECTIFIED else 1)
 
     @functools.cached_property
     def latents(self) -> Latents:

@@ -5564,6 +5564,10 @@ def test_mistakes_from_python_are_named_too(sample_runs):
     field = infd.functions([0], steps=2)
     for call, said in ((lambda: infd.sample([0], steps=0), "0 sampling steps"),
                        (lambda: infd.sample([0], sampler="heun"), "drawn by ddim or dpm\\+\\+"),
+                       (lambda: infd.sample(0), "indices 0: give the numbers of the images"),
+                       (lambda: infd.functions([]), "indices \\[\\]: give the numbers"),
+                       (lambda: cm.functions(3), "indices 3: give the numbers"),
+                       (lambda: cm.sample(["a"]), "indices \\['a'\\]: give"),
                        (lambda: infd.sample([0], labels=["day", "dusk"]), "2 labels for 1 images"),
                        (lambda: cm.functions([0], labels=4), "label 4: this model has dawn"),
                        (lambda: cm.functions([0], labels=[1.5]), "label 1.5: this model"),

@@ -377,7 +377,7 @@ def check_data(name: str) -> int:
 
 def run(argv: list[str]) -> int:
     """Do what the command line says; returns the exit code."""
-    words = {name for stage in STAGES for name in option_types(options_of(stage))}
+    words = {name for made in STAGES.values() for name in option_types(made.options)}
     args = parser().read(argv, f"--help STAGE lists the options of a stage; {MOVED}", words)
     if args.help is not None:
         print(option_help(args.help) if args.help else parser().format_help())
