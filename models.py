@@ -524,7 +524,8 @@ def trained(ckpt: dict, raw: bool) -> INFD | OneStep:
                 told = ckpt.get("text", {"config": options, "weights": below(weights, "text.")})
                 made.tokenizer = tokenizer_from(ckpt["tokenizer"])
                 made.captions = ckpt["captions"]
-                made.guidance = GUIDANCE if options.get("p_uncond") else 1.0     # stage cm: none
+                once = ckpt["stage"] == "cm"                     # guided, if at all, in training
+                made.guidance = GUIDANCE if options.get("p_uncond") and not once else 1.0
                 made.eta = AS_PUBLISHED["eta"]
                 if isinstance(made.tokenizer, CLIPTokenizer):        # began as Stable Diffusion
                     made = replace(made, **AS_PUBLISHED)

@@ -108,6 +108,8 @@ class CMRun(Run):
     init: str = ""                    # run of stage pretrain (func: the one beside --out) or cm
     distil: str = ""                  # run of a denoiser: follow its trajectories, not x + r z
     latents: str = ""                 # run of stage ldm: one step in its latents, from its UNet
+    p_uncond: float = 0.0             # with latents: of a denoiser that will guide, as stage ldm
+    guidance: float = 1.0             # with latents: follow the paths that lead to the caption
     pictures: int = 0                 # with latents: learn from the first so many only; 0: all
     labels: str = "auto"              # auto: tell f the classes, if there are; true | false
     cm: ConsistencyConfig = ConsistencyConfig()

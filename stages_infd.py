@@ -228,6 +228,16 @@ def encoded(stage: Stage, base: INFD) -> Latents:
     return made
 
 
+def leave_out(batch: dict, cfg: LDMRun) -> dict:
+    """Leave out the captions of some samples, or their classes, each at cfg.p_uncond."""
+    out = [rng(cfg.seed, "uncond", n).random() < cfg.p_uncond for n in batch["index"].tolist()]
+    if "caption" in batch:
+        texts = ["" if left else text for left, text in zip(out, batch["caption"])]
+        return batch | {"caption": texts}
+    left = torch.tensor(out).to(batch["label"].device, non_blocking=True)        # (B,)
+    return batch | {"label": torch.where(left, cfg.unet.num_classes, batch["label"])}
+
+
 def as_autoencoder(base: INFD) -> dict:
     """What a checkpoint of the stages after ae keeps of it."""
     config = flatten({"ae": base.autoencoder.cfg, "size": base.size, "patch": base.patch})
@@ -356,19 +366,10 @@ class LDMStage(Stage):
         noise = {"noise": shape} | ({"latent_noise": shape} if kl else {})
         source = self.latents if self.cfg.cache else None
         for batch in self.loaded(start, source=source, captions=self.cfg.text, **noise):
-            yield self.condition(batch)
-
-    def condition(self, batch: dict) -> dict:
-        """Turn captions into tokens, and leave out those, or the classes, of some samples."""
-        cfg = self.cfg
-        numbers = batch["index"].tolist()
-        out = [rng(cfg.seed, "uncond", n).random() < cfg.p_uncond for n in numbers]
-        if cfg.text:
-            texts = ["" if left else text for left, text in zip(out, batch.pop("caption"))]
-            return batch | {"tokens": self.tokenizer(texts).to(self.device)}     # (B, N)
-        none = cfg.unet.num_classes                              # the null class
-        left = torch.tensor(out).to(self.device, non_blocking=True)              # (B,)
-        return batch | {"label": torch.where(left, none, batch["label"])}
+            batch = leave_out(batch, self.cfg)
+            if self.cfg.text:
+                batch["tokens"] = self.tokenizer(batch.pop("caption")).to(self.device)   # (B, N)
+            yield batch
 
     @functools.cached_property
     def latents(self) -> Latents:

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from consistency import LatentConsistency, denoising_distance
+from consistency import Guided, LatentConsistency, denoising_distance
 from data import to_uint8
 from models import INFD, load
 from runs import flatten
 from stages import set_rates
 from stages_func import CMStage, cm_config
-from stages_infd import Latents, as_autoencoder, encoded
+from stages_infd import Latents, as_autoencoder, encoded, leave_out
 from text import CLIPTokenizer
 
 
@@ -52,10 +52,18 @@ class LatentCMStage(CMStage):
             self.extra |= {"tokenizer": base.tokenizer.state(), "captions": list(base.captions),
                            "text": {"config": flatten({"context": base.text.cfg}),
                                     "weights": base.text.state_dict()}}
+        if (cfg.p_uncond or cfg.guidance != 1) and not (base.text or base.unet.cfg.null_class):
+            raise ValueError(f"p_uncond and guidance: the UNet of latents={cfg.latents} never "
+                             f"learned to draw without its class")
         torch.manual_seed(cfg.seed)
         net = copy.deepcopy(base.unet).requires_grad_(True).train()
         f = LatentConsistency(net, self.cfg.cm, -base.diffusion.log_rho)
         self.assemble(f, scale=base.scale)
+        if cfg.guidance != 1:
+            if self.denoiser is None:
+                raise ValueError("guidance is of the denoiser that distil=RUN names")
+            null = None if base.text is None else self.told([""])["context"]
+            self.denoiser = Guided(self.denoiser, cfg.guidance, null).to(self.device)
 
     def prepare(self, k: int) -> None:
         """Leave out the steps of RAdam that follow the bare gradient: they undo a trained UNet."""
@@ -71,6 +79,7 @@ class LatentCMStage(CMStage):
         for batch in self.loaded(start, source=self.latents, captions=base.text is not None,
                                  noise=base.latent_shape):
             batch["image"] = base.scale(batch.pop("latent"))                     # (B, C, h, w)
+            batch = leave_out(batch, self.cfg)
             yield batch | self.told(batch.pop("caption", None))
 
     @torch.no_grad()

@@ -81,10 +81,10 @@ from clif import (CLIF, CLIFConfig, Field, FrameNorm, LIIF, LIIFConfig, check_fr
                   query)
 from conditions import (LED, SHIFTED, Condition, conditioned, fitted_noise, inside, laid_out, like,
                         misfit)
-from consistency import (ConsistencyConfig, ConsistencyModel, ECT, ICT, LatentConsistency,
-                         ResizedLPIPS, Schedule, consistency_loss, denoising_distance, heun_step,
-                         l2, noise_condition, per_image, pseudo_huber, sample_function,
-                         sample_multistep, sample_onestep)
+from consistency import (ConsistencyConfig, ConsistencyModel, ECT, Guided, ICT,
+                         LatentConsistency, ResizedLPIPS, Schedule, consistency_loss,
+                         denoising_distance, heun_step, l2, noise_condition, per_image,
+                         pseudo_huber, sample_function, sample_multistep, sample_onestep)
 from data import to_uint8
 from inr_generator import (AdaLNBlock, Block, DiT, FunctionGenerator, FunctionPrediction,
                            GeneratorConfig, ImageFunction, TransformerConfig, UViT, pixel_coord,
@@ -7008,6 +7008,39 @@ def test_one_step_infd_reads_captions(text_run, tmp_path):
     assert not torch.equal(a, b) and torch.equal(a, model.sample([0], prompts=["a lake"]))
     assert main_sample("--ckpt", tmp_path / "cm", "--prompt", "a lake", "--res", 16, "--out",
                        tmp_path / "out") == 0
+
+
+def test_one_step_infd_learns_the_paths_that_guidance_leads_to(text_run, tmp_path):
+    """From a denoiser that learned with captions left out; w = 1 and 0 are its own, bit for bit."""
+    def made(*options):
+        cfg = train.configure("cm", "tiny", texts=[*TINY_LATENT, *options])
+        return train.LatentCMStage(cfg, CPU)
+
+    told = f"latents={text_run}"
+    denoiser = tmp_path / "denoiser"
+    assert main_stage("cm", denoiser, *TINY_LATENT, told, "p_uncond=1", "ect.k=1e9", "ect.b=0",
+                      "metric=l2") == 0
+    model = models.load(denoiser)
+    assert model.guidance == 1
+    null, context = model.text(model.tokenizer(["", "a lake"])).split(1)
+    x, sigma = torch_noise(model.latent_shape, 0)[None], torch.tensor([3.0])
+    plain = functools.partial(model.f, x, sigma)
+    led = {w: Guided(model.f, w, null)(x, sigma, context=context) for w in (0, 1, 3)}
+    without, full = plain(context=null), plain(context=context)
+    assert torch.equal(led[0], without) and torch.equal(led[1], full)
+    close(led[3], without + 3 * (full - without))
+
+    batch = next(made(told, "p_uncond=1").batches(0))
+    close(batch["context"], null.expand_as(batch["context"]))
+    gaps = []
+    for guidance in (1, 3):
+        stage = made(told, f"distil={denoiser}", f"guidance={guidance}", "ect.k=0")
+        gaps.append(stage.objective(next(stage.batches(0)), 0)[0])
+    assert gaps[0] != gaps[1]
+    for wrong, said in (([told, "guidance=3"], "that distil=RUN names"),
+                        ([f"latents={sample.bundled('infd')}", "p_uncond=0.1"], "its class")):
+        with pytest.raises(ValueError, match=said):
+            made(*wrong)
 
 
 def test_runs_log_draw_and_score_what_they_promise(main_runs, stage_runs):
