@@ -263,6 +263,20 @@ def _snap(pixels: float) -> float:
     return float(round(pixels)) if abs(pixels - round(pixels)) < 1e-3 else pixels
 
 
+def _span(centre: Tensor, step: float, own: float) -> tuple[int, float, float]:
+    """What a bicubic enlargement to pixels at `centre` (n,), an axis, looks at: see `_enlarged`.
+
+    Of the pixels of size `own` that fill the plane: how many, from and to where. Those wanted, of
+    size `step`, themselves if they are no finer.
+    """
+    first, last = float(centre[0]), float(centre[-1])
+    if step >= own:
+        return len(centre), max(first - step / 2, -1.0), min(last + step / 2, 1.0)
+    start = max(math.floor((first + 1) / own - 0.5) - 1, 0)
+    stop = min(math.floor((last + 1) / own - 0.5) + 3, round(2 / own))
+    return stop - start, start * own - 1, min(stop * own - 1, 1.0)
+
+
 @dataclass(eq=False)
 class Field:
     """B pictures as functions of position: draw them at any resolution, aspect and window.
@@ -278,6 +292,7 @@ class Field:
     paper: bool = False
     norm: Norm | None = None          # by default, this and halo follow the rule
     halo: int = 0                     # pixels drawn around a tile and cut off
+    finest: int = 0                   # pixels a cell of phi; what is finer is enlarged; 0: drawn
 
     @torch.no_grad()
     def __post_init__(self):
@@ -306,7 +321,12 @@ class Field:
         """
         wanted = torch.is_grad_enabled() and self.phi.requires_grad
         (height, width), (y0, x0, y1, x1) = check_frame(res, window)
-        cell = torch.tensor([[(y1 - y0) / height, (x1 - x0) / width]] * len(self))    # (B, 2)
+        pixel = ((y1 - y0) / height, (x1 - x0) / width)
+        least = [2 / (n * self.finest) if self.finest else 0.0 for n in self.phi.shape[-2:]]
+        if pixel[0] < least[0] or pixel[1] < least[1]:
+            yield from self._enlarged((height, width), (y0, x0), pixel, least)
+            return
+        cell = torch.tensor([pixel] * len(self))                                      # (B, 2)
         cell = cell.to(self.phi.device)
         rows = self._cut(height, y0, y1)
         cols = self._cut(width, x0, x1)
@@ -325,6 +345,29 @@ class Field:
         for y, x, rgb in self.tiles(size, window):
             pictures[..., y:y + rgb.shape[2], x:x + rgb.shape[3]] = rgb
         return pictures
+
+    def _enlarged(self, size: tuple[int, int], corner: tuple[float, float],
+                  pixel: tuple[float, float], least: Sequence[float]) -> Tiles:
+        """Enlarge (bicubic) what is drawn by pixels no finer than `least` (y, x).
+
+        Those are some of the pixels of that size that fill the plane, so that tiles and windows are
+        slices of one picture here, too.
+        """
+        coarser = replace(self, finest=0)
+        for corner_of_tile in product(*(range(0, n, self.tile) for n in size)):
+            spans = []                                # of rows, of columns
+            places = []                               # of the pixels wanted, in [-1, 1] of a span
+            for n, first, lo, step, own in zip(size, corner_of_tile, corner, pixel, least):
+                index = torch.arange(first, min(first + self.tile, n), dtype=torch.float64)
+                centre = lo + (index + 0.5) * step
+                count, start, stop = _span(centre, step, own)
+                spans.append((count, start, stop))
+                places.append(2 * (centre - start) / (stop - start) - 1)
+            (rows, y0, y1), (cols, x0, x1) = spans
+            drawn = coarser.draw((rows, cols), (y0, x0, y1, x1))              # (B, 3, rows, cols)
+            y, x = torch.meshgrid(*places, indexing="ij")                     # (h, w) each
+            place = torch.stack([x, y], dim=-1).to(drawn).expand(len(self), -1, -1, -1)
+            yield *corner_of_tile, F.grid_sample(drawn, place, "bicubic", "border", False)
 
     def _cut(self, n: int, lo: float, hi: float) -> Iterator[tuple[int, Tensor, slice]]:
         """Cut n pixels over [lo, hi] into tiles: (first pixel, coordinates to draw, what stays).

@@ -126,6 +126,8 @@ GUIDANCE = 4.0                              # of text, for models trained here (
 SAMPLERS = {"ddim": 200, "dpm++": 20, "cm": 2}
 LED_STEPS = {"ddim": 50, "dpm++": 20, "cm": 1}              # by conditions
 SECOND = 2.0
+FINEST = 8                                  # pixels a cell of phi, as 1024 px of 128 cells; finer
+                                            # ones CLIF draws as flat squares (docs/results.md)
 START = 10.0                                # noise to signal where a walk with eta < 1 starts: if
                                             # the schedule ends above twice that; see `settle`
 
@@ -318,11 +320,13 @@ class INFD:
     def decode(self, z: Tensor, paper: bool = False, tile: int | None = None) -> Field:
         """Turn latents z (B, C, h, w) into pictures to be drawn at any size; see clif.Field.
 
+        Beyond FINEST, but for `paper`, they are enlarged: no training has seen finer pixels.
         tile: its side; by default 256, on a CUDA GPU 512: fewer calls, and less drawn twice. With
         paper, whose pictures change with it, it is the patch.
         """
         own = self.patch if paper else 512 if z.is_cuda else 256
-        return self.autoencoder.field(z, own if tile is None else tile, paper)
+        field = self.autoencoder.field(z, own if tile is None else tile, paper)
+        return field if paper else replace(field, finest=FINEST)
 
     def functions(self, indices: Sequence[int], seed: int = 0, labels: Labels = None,
                   **how) -> Field:

@@ -370,6 +370,20 @@ def test_a_batch_has_statistics_of_its_own_pictures(paper):
 
 # ---- tiles ----
 
+@pytest.mark.parametrize("res, coarse", [(96, 32), ((16, 80), (16, 32)), ((80, 20), (32, 20))])
+def test_a_field_is_drawn_no_finer_than_training_saw_and_enlarged(res, coarse):
+    """Beyond `finest` pixels a cell: bicubic, of one drawing of the plane, in tiles and windows."""
+    plain = Field(field_clif(), field_phi(h=8, w=8, b=2), 16)
+    field = replace(plain, finest=4)
+    assert torch.equal(field.draw(32), plain.draw(32))
+    size = check_frame(res)[0]
+    whole = F.interpolate(plain.draw(coarse), size, mode="bicubic")
+    close(field.draw(res), whole, 1e-4)
+    close(replace(field, tile=37).draw(res), whole, 1e-4)
+    h, w = size[0] // 2, size[1] // 4
+    close(field.draw((h, w), (0, -0.5, 1, 0)), whole[..., h:, w:2 * w], 1e-4)
+
+
 def test_golden_tiled_render():
     config, _, i, o = reference("infd/tiled_render.pt")
     model = golden("infd/infd_ckpt.pt")["model"]
