@@ -124,7 +124,11 @@ FOREIGN = {"INFD with text": ("sigmas", "func-dtype", "html"),
                   "compile", "prompt", "negative", "guidance", "merges", "prompt-at")}
 
 
-def check_kind(model: INFD | OneStep, args: argparse.Namespace) -> None:
+def warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr)
+
+
+def check_kind(model: INFD | OneStep, args: argparse.Namespace, say: Callable) -> None:
     """Raise ValueError where options belong to another kind of model, and say what is not read."""
     kind = "CM"
     if isinstance(model, INFD):
@@ -137,7 +141,7 @@ def check_kind(model: INFD | OneStep, args: argparse.Namespace) -> None:
     for prompt in [*(args.prompt or []), args.negative or ""]:
         remark = model.tokenizer.remark(prompt) if prompt else ""
         if remark:
-            print(f'warning: prompt "{prompt[:60]}": {remark}', file=sys.stderr)
+            say(f'prompt "{prompt[:60]}": {remark}')
 
 
 def read_prompts(args: argparse.Namespace) -> list[str] | None:
@@ -265,12 +269,12 @@ def photo_pictures(model: INFD | OneStep, args: argparse.Namespace) -> tuple[dic
     return made, args.res or [(square, square)], draw
 
 
-def pictures_of(model: INFD | OneStep, args: argparse.Namespace,
-                bar: Callable = tqdm) -> tuple[dict, list, Callable]:
+def pictures_of(model: INFD | OneStep, args: argparse.Namespace, bar: Callable = tqdm,
+                say: Callable = warn) -> tuple[dict, list, Callable]:
     """As `infd_pictures`, for any model; ValueError where it is no model for the options."""
     if args.image:
         return photo_pictures(model, args)
-    check_kind(model, args)
+    check_kind(model, args, say)
     if isinstance(model, INFD):
         return infd_pictures(model, args, bar)
     return onestep_pictures(model, args)
@@ -324,14 +328,14 @@ def say_stretched(size: tuple[int, int], window: Window, latent: tuple[int, int]
 
 
 def shown(model: INFD | OneStep, args: argparse.Namespace, asked: dict,
-          bar: Callable) -> tuple[dict, Drawing]:
-    """Make a picture for viewer.py, by what is `asked` in place of args; bar: as tqdm."""
+          bar: Callable, say: Callable) -> tuple[dict, Drawing]:
+    """Make a picture for viewer.py, by what is `asked` in place of args; see `viewer.serve`."""
     args = argparse.Namespace(**{**vars(args), **asked})
     if "prompt" in asked:
         args.prompt = [asked["prompt"]] if asked["prompt"] else None
     if isinstance(model, INFD):
         args.compile = "off"                                         # it is, if it was asked for
-    made, _, draw = pictures_of(model, args, bar)
+    made, _, draw = pictures_of(model, args, bar, say)
     i, drawing = next(draw([args.start]))
     return described(model, args, origin(model) | made, i), drawing
 

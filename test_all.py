@@ -5321,6 +5321,23 @@ def test_viewer_ends_by_ctrl_c_and_says_what_is_wrong_before(sample_runs, monkey
     monkeypatch.setattr(viewer, "Server", Visited)
     assert main_sample("--ckpt", sample_runs / "cm", "--view", "--port", 0) == 0
     assert answers == ["begun", 200, "refused"] and "closed" in capsys.readouterr().out
+
+    class Interrupted(viewer.Server):
+        """Ctrl-C comes while a request is taken in, where the library goes on after errors."""
+
+        def service_actions(self):
+            if not answers:
+                answers.append("asked")
+                self.client = socket.create_connection(("127.0.0.1", self.server_port))
+
+        def process_request(self, *request):
+            self.client.close()
+            raise runs.Stopped(130)
+
+    answers.clear()
+    monkeypatch.setattr(viewer, "Server", Interrupted)
+    assert main_sample("--ckpt", sample_runs / "cm", "--view", "--port", 0) == 0
+    assert "closed" in capsys.readouterr().out
     assert "window" in sample_error(capsys, "--ckpt", sample_runs / "cm-unet", "--view")
 
 
@@ -7022,6 +7039,14 @@ def test_one_step_infd_reads_captions(text_run, tmp_path):
     assert not torch.equal(a, b) and torch.equal(a, model.sample([0], prompts=["a lake"]))
     assert main_sample("--ckpt", tmp_path / "cm", "--prompt", "a lake", "--res", 16, "--out",
                        tmp_path / "out") == 0
+
+
+def test_viewer_says_which_words_a_model_does_not_read(text_run):
+    with viewer_at(text_run, "--sampler", "dpm++") as (_, port):
+        status, _, body = viewer_get(port, "/picture?prompt=a+castle,+a+lake&steps=1")
+    remark, *_, name = body.decode().splitlines()
+    assert status == 200 and re.fullmatch("[0-9a-f]{16}", name)
+    assert remark.startswith("remark ") and "does not know castle; it knows" in remark
 
 
 def test_one_step_infd_learns_the_paths_that_guidance_leads_to(text_run, tmp_path):

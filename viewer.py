@@ -44,7 +44,7 @@ FIELDS = {"seed": r"\d{1,12}", "steps": r"[1-9]\d{0,2}", "guidance": r"\d{1,2}(\
           "label": r".{1,100}", "prompt": r".{1,1000}", "negative": r".{1,1000}"}
 KINDS = {"seed": int, "steps": int, "guidance": float}
 
-Show = Callable[[dict, Callable], tuple[dict, Drawing]]    # (asked, bar) -> how it is made, picture
+Show = Callable[[dict, Callable, Callable], tuple[dict, Drawing]]    # see `serve`
 
 
 def about(model: INFD | OneStep, args: argparse.Namespace, shape: tuple[int, int]) -> dict:
@@ -89,7 +89,10 @@ class Gallery:
         self.closing = threading.Event()
 
     def picture(self, query: str, tell: Callable[[str], None]) -> str:
-        """Make the picture that a query asks for, telling "done steps" on the way; its id."""
+        """Make the picture that a query asks for; its id.
+
+        On the way tells "done steps", and "remark LINE" of what the model does not read.
+        """
         asked = self.read(query)
         name = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -100,9 +103,12 @@ class Gallery:
                 tell(f"{done} {steps}")
                 yield item
 
+        def remark(line: str) -> None:
+            tell(f"remark {line}")
+
         with self.model:
             if name not in self.shown:
-                self.shown[name] = self.show(asked, bar)
+                self.shown[name] = self.show(asked, bar, remark)
             self.shown.move_to_end(name)
             while len(self.shown) > PICTURES:
                 self.shown.popitem(last=False)
@@ -267,8 +273,10 @@ class Server(ThreadingHTTPServer):
             self.free.release()
 
     def handle_error(self, request: socket.socket, client_address: tuple) -> None:
-        """Go on; that a client has gone away is no error."""
+        """Go on; that a client has gone away is no error, and Ctrl-C meanwhile ends it all."""
         error = sys.exc_info()[1]
+        if isinstance(error, Stopped):
+            raise error
         if not isinstance(error, OSError):
             print(f"error in an answer: {type(error).__name__}: {first_line(error)}",
                   file=sys.stderr)
@@ -277,9 +285,10 @@ class Server(ThreadingHTTPServer):
 def serve(show: Show, about: dict, port: int) -> None:
     """Serve the page until Ctrl-C.
 
-    show(asked, bar): the picture that a dict of FIELDS asks for, bar as tqdm: how it is made, and
-    what draws it. about: "shape" (height, width) of the plane, "fields" of the model, "classes",
-    and of the fields "start" (the values to begin with) and "usual" (shown where one is empty).
+    show(asked, bar, say): the picture that a dict of FIELDS asks for: how it is made, and what
+    draws it. bar: as tqdm; say: takes a line of what is not read.
+    about: "shape" (height, width) of the plane, "fields" of the model, "classes", and of the fields
+    "start" (the values to begin with) and "usual" (shown where one is empty).
     """
     gallery = Gallery(show, about)
     try:
