@@ -34,7 +34,7 @@ from tqdm import tqdm
 from clif import coord_grid
 from commandline import Parser
 from landscapes import Box, Landscapes, Scene
-from runs import Stopped, cli, first_line, rng, torch_noise
+from runs import cli, first_line, rng, torch_noise
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp")
 NOT_READ = (".avif", ".bmp", ".exr", ".gif", ".heic", ".jp2", ".jxl", ".ppm", ".tif", ".tiff")
@@ -66,7 +66,7 @@ def reading(what: str, kind: type[DataError] = DataError, remedy: str = "") -> I
     """Turn all that damage makes a reader raise into one line."""
     try:
         yield
-    except (DataError, Stopped):
+    except DataError:
         raise
     except Exception as error:
         cause = getattr(error, "strerror", None) or first_line(error)

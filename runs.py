@@ -125,8 +125,11 @@ def print_once(text: str) -> None:
 
 # ---- how a program ends ----
 
-class Stopped(Exception):
-    """A signal asked the program to end; the argument is the exit code, 143 or 130."""
+class Stopped(BaseException):
+    """A signal asked the program to end; the argument is the exit code, 143 or 130.
+
+    As KeyboardInterrupt no Exception, which readers of damaged files and servers go on after.
+    """
 
 
 class NotFinite(RuntimeError):

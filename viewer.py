@@ -273,10 +273,8 @@ class Server(ThreadingHTTPServer):
             self.free.release()
 
     def handle_error(self, request: socket.socket, client_address: tuple) -> None:
-        """Go on; that a client has gone away is no error, and Ctrl-C meanwhile ends it all."""
+        """Go on; that a client has gone away is no error."""
         error = sys.exc_info()[1]
-        if isinstance(error, Stopped):
-            raise error
         if not isinstance(error, OSError):
             print(f"error in an answer: {type(error).__name__}: {first_line(error)}",
                   file=sys.stderr)
