@@ -22,7 +22,8 @@ from data import MAX_BYTES, BadImage, decode, shown, to_rgb, to_tensor
 from inr_generator import ImageFunction
 
 LARGEST = 2**20                             # pixels of all conditions: their gradients need memory
-LED, SHIFTED = 1.0, 0.05                    # step sizes of `conditioned` and of `fitted_noise`
+LED = 1.0                                   # step size of `conditioned`
+SHIFTED, SHIFTED_LATENT = 0.05, 0.2         # of `fitted_noise` by CM-Func, by one-step INFD
 
 
 # ---- What a picture should be ----

@@ -536,7 +536,7 @@ def agreement(run_folder: str, n: int, device: torch.device) -> dict[str, dict]:
     """
     model = load(run_folder, device)
     if not isinstance(model, INFD) or model.text is None:
-        raise ValueError(f"{run_folder} does not read text; give a run of stage ldm with text=true")
+        raise ValueError(f"{run_folder} does not read text; give a run of text=true")
     net = read_scenes(4000, 15, device)
     held_out = data.open_data("synthetic", "val")
     captions = [held_out.caption(i) for i in range(n)]
@@ -544,14 +544,17 @@ def agreement(run_folder: str, n: int, device: torch.device) -> dict[str, dict]:
     truth = drawn_at([held_out[i] for i in range(n)], 64).to(device)             # (n, 3, 64, 64)
     rows = {"true scenes": shares(net, truth, captions),
             "true scenes, another's caption": shares(net, truth, other)}
-    for scale in (1.0, 2.0, 4.0):
+    ways = {f"w = {w:g}": {"sampler": "dpm++", "guidance": w} for w in (1.0, 2.0, 4.0)}
+    if model.f is not None:
+        ways = {"one step": {"steps": 1}, "two steps": {"steps": 2}}
+    for name, how in ways.items():
         drawn = []
         for some in torch.arange(n).split(16):
-            z = model.sample(some.tolist(), sampler="dpm++", prompts=captions, guidance=scale)
+            z = model.sample(some.tolist(), prompts=captions, **how)
             drawn.append(model.decode(z).draw(64))
         drawn = torch.cat(drawn)                                                 # (n, 3, 64, 64)
-        rows[f"w = {scale:g}"] = shares(net, drawn, captions)
-        rows[f"w = {scale:g}, another's prompt"] = shares(net, drawn, other)
+        rows[name] = shares(net, drawn, captions)
+        rows[f"{name}, another's prompt"] = shares(net, drawn, other)
     return rows
 
 

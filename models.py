@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from autoencoder import AutoencoderConfig, FieldAutoencoder
 from clif import Field, Window
-from conditions import (LED, SHIFTED, Condition, check_conditions, conditioned, fitted_noise,
-                        laid_out, misfit)
+from conditions import (LED, SHIFTED, SHIFTED_LATENT, Condition, check_conditions, conditioned,
+                        fitted_noise, laid_out, misfit)
 from consistency import (ConsistencyConfig, ConsistencyModel, LatentConsistency, sample_function,
                          sample_multistep)
 from data import MAX_BYTES, Photo, decode, shown, to_rgb, to_tensor
@@ -162,8 +162,9 @@ class INFD:
         cfg = self.autoencoder.cfg
         return cfg.z_channels, self.size // cfg.f, self.size // cfg.f
 
-    def check_condition(self, labels: Labels, prompts: Prompts, guidance: float | None) -> None:
-        """Raise ValueError where the model cannot draw by these; see `sample`."""
+    def check_condition(self, labels: Labels, prompts: Prompts, guidance: float | None,
+                        led: bool = False) -> None:
+        """Raise ValueError where the model cannot draw by these; see `sample`. led: by pictures."""
         if self.unet is None:
             raise ValueError("this is an autoencoder (stage ae); take a checkpoint of stage ldm")
         if self.text is None and prompts is not None:
@@ -172,7 +173,7 @@ class INFD:
             raise ValueError("a label: this model has no classes, it draws what a prompt says; say "
                              "it there, and leave the label out")
         given = self.captions if prompts is None else prompts
-        if self.text is not None and not (given and all(prompt.strip() for prompt in given)):
+        if self.text is not None and not led and not all(map(str.strip, given or [""])):
             raise ValueError("this model draws what a --prompt says: give one that is not empty")
         learned = self.unet.cfg.null_class if self.text is None else self.guidance != 1
         if guidance not in (None, 1) and (self.f is not None or not learned):
@@ -204,7 +205,7 @@ class INFD:
     @property
     def step_size(self) -> float:
         """How firmly conditions lead where nothing is said."""
-        return LED if self.f is None else SHIFTED
+        return LED if self.f is None else SHIFTED_LATENT
 
     def settings(self, sampler: str | None = None, steps: int | None = None,
                  eta: float | None = None, led: bool = False) -> dict:
@@ -240,7 +241,9 @@ class INFD:
         in a window.
         bar: shows progress, called as tqdm.
         """
-        self.check_condition(labels, prompts, guidance)
+        self.check_condition(labels, prompts, guidance, bool(conditions))
+        if conditions and prompts is None and self.text is not None:
+            prompts = [""]                                       # a caption of another would mislead
         step_size = self.step_size if step_size is None else step_size
         check_conditions(conditions, step_size)
         indices = numbered(indices)
@@ -309,7 +312,7 @@ class INFD:
         sigma_max = self.f.cfg.sigma_max
         sigma = noise.new_full((len(noise),), sigma_max)
         return fitted_noise(noise, lambda x: self.misfit(conditions, f(sigma_max * x, sigma, y)),
-                            150, step_size)
+                            60, step_size)
 
     def misfit(self, conditions: Sequence[Condition], x_0: Tensor) -> Tensor:
         """How far the pictures of what diffusion draws, x_0, are from conditions: (B,)."""

@@ -299,7 +299,8 @@ def described(model: INFD | OneStep, args: argparse.Namespace, common: dict, i: 
     """How picture i is made, for its PNG, which adds its size; common: what all share."""
     prompt = {}
     if isinstance(model, INFD) and model.text is not None:
-        prompt["prompt"] = model.prompt_of(i, args.seed, args.prompt)
+        prompts = [""] if args.given and args.prompt is None else args.prompt
+        prompt["prompt"] = model.prompt_of(i, args.seed, prompts)
     return {**common, "seed": args.seed, "label": args.label, **prompt, "index": i}
 
 
@@ -392,14 +393,17 @@ def exhibit(model: INFD | OneStep, args: argparse.Namespace, common: dict, size:
 def chosen(args: argparse.Namespace) -> Path:
     """The checkpoint asked for, or the bundled one that does best what is asked for."""
     own = args.model
+    how = (args.sampler, args.steps, args.eta, args.guidance)
     few = args.sampler == "cm" or args.sampler is None and args.steps in (1, 2)
+    once = few or args.given and all(value is None for value in how)
+    told = args.prompt or args.prompts or args.prompt_at
     if own == "infd" and args.image:
         own = "autoencoder"
-    elif own == "infd" and (args.prompt or args.prompts or args.prompt_at):
-        own = "infd_text"
-    elif own == "infd" and few:
-        own = "infd_onestep"
-    elif own == "infd" and args.label is None and not args.given:
+    elif own == "infd" and once and args.label is None:
+        own = "infd_text_onestep"
+    elif own == "infd" and not told and (args.given or args.label is not None):
+        own = "infd_onestep" if few else "infd"
+    elif own == "infd":
         own = "infd_text"
     return Path(args.ckpt) if args.ckpt else bundled(own)
 

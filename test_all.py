@@ -5705,14 +5705,19 @@ def bundled_pictures(name, first, **how):
     asked = {"indices": range(first, first + 16), "labels": [0, 1, 2, 3] * 4}
     if name == "cm":
         return model.functions(**asked).draw(32)
+    if model.text is not None:
+        times = ("at dawn", "by day", "at dusk", "at night")
+        asked["prompts"] = [f"mountains {time} in summer, conifers" for time in times]
+        del asked["labels"]
     return model.decode(model.sample(**asked, **how), paper=True).draw(32)   # at once
 
 
 @pytest.mark.parametrize("name, how", [
-    ("infd", {"steps": 8}), ("infd_onestep", {"steps": 1}), ("cm", {})])
+    ("infd", {"steps": 8}), ("infd_onestep", {"steps": 1}), ("infd_text_onestep", {"steps": 1}),
+    ("cm", {})])
 def test_bundled_weights_make_pictures_of_the_data(held_out, name, how):
     """Nearer to held-out scenes than to noise by far, of the class asked for; in small files."""
-    assert sample.bundled(name).stat().st_size <= 12e6
+    assert sample.bundled(name).stat().st_size <= 20e6
     config = runs.read_checkpoint(sample.bundled(name))["config"].values()
     assert not [text for text in config if isinstance(text, str) and text.startswith(("/", "~"))]
     pictures = bundled_pictures(name, 0, **how)
@@ -5730,7 +5735,8 @@ def test_bundled_weights_make_pictures_of_the_data(held_out, name, how):
 @pytest.mark.parametrize("name, how", [
     ("infd", dict(sampler="dpm++")), ("infd", dict(eta=0.0)), ("infd", dict(eta=1.0)),
     ("infd", dict(eta=0.0, steps=50)), ("infd_onestep", dict(steps=1)),
-    ("infd_onestep", dict(steps=2))])
+    ("infd_onestep", dict(steps=2)), ("infd_text", {}), ("infd_text_onestep", dict(steps=1)),
+    ("infd_text_onestep", dict(steps=2))])
 def test_bundled_pictures_are_of_the_class_asked_for(held_out, name, how):
     right = 0
     for first in range(0, 208, 16):
@@ -5765,11 +5771,14 @@ def test_a_prompt_alone_is_drawn_by_the_bundled_model_of_text(tmp_path):
 @pytest.mark.parametrize("args, name", [
     ([], "infd_text"), (["--model", "cm"], "cm"), (["--image", "a.png"], "autoencoder"),
     (["--prompts", "a.txt"], "infd_text"), (["--prompt-at", "a", "0,0,1,1"], "infd_text"),
-    (["--prompt", "a", "--steps", "2"], "infd_text"), (["--label", "dusk"], "infd"),
-    (["--steps", "2"], "infd_onestep"), (["--steps", "3"], "infd_text"),
-    (["--zoom", "2", "--at", "0,0"], "infd_text"), (["--given", "a.png"], "infd"), (["--given", "a.png", "--prompt", "a"], "infd_text"),
-    (["--steps", "1", "--label", "dusk"], "infd_onestep"), (["--sampler", "cm"], "infd_onestep"),
-    (["--steps", "2", "--sampler", "ddim"], "infd_text")])
+    (["--prompt", "a", "--steps", "2"], "infd_text_onestep"), (["--steps", "3"], "infd_text"),
+    (["--sampler", "cm"], "infd_text_onestep"), (["--steps", "2", "--sampler", "ddim"], "infd_text"),
+    (["--zoom", "2", "--at", "0,0"], "infd_text"), (["--label", "dusk"], "infd"),
+    (["--steps", "1", "--label", "dusk"], "infd_onestep"),
+    (["--given", "a.png"], "infd_text_onestep"), (["--given", "a.png", "--label", "dusk"], "infd"),
+    (["--given", "a.png", "--prompt", "a"], "infd_text_onestep"),
+    (["--given", "a.png", "--sampler", "ddim"], "infd"),
+    (["--given", "a.png", "--sampler", "ddim", "--prompt", "a"], "infd_text")])
 def test_sample_without_a_checkpoint_takes_the_bundled_weights_for_what_is_asked(args, name):
     for ckpt, path in (([], sample.bundled(name)), (["--ckpt", "a.pt"], Path("a.pt"))):
         asked = sample.parser().read([*args, *ckpt])
