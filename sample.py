@@ -393,17 +393,15 @@ def exhibit(model: INFD | OneStep, args: argparse.Namespace, common: dict, size:
 def chosen(args: argparse.Namespace) -> Path:
     """The checkpoint asked for, or the bundled one that does best what is asked for."""
     own = args.model
-    how = (args.sampler, args.steps, args.eta, args.guidance)
     few = args.sampler == "cm" or args.sampler is None and args.steps in (1, 2)
-    once = few or args.given and all(value is None for value in how)
-    told = args.prompt or args.prompts or args.prompt_at
+    how = (args.sampler, args.steps, args.eta, args.guidance, args.label)
     if own == "infd" and args.image:
         own = "autoencoder"
-    elif own == "infd" and once and args.label is None:
-        own = "infd_text_onestep"
-    elif own == "infd" and not told and (args.given or args.label is not None):
-        own = "infd_onestep" if few else "infd"
-    elif own == "infd":
+    elif own == "infd" and (few or args.given and all(value is None for value in how)):
+        own = "infd_onestep"
+    elif own == "infd" and (args.prompt or args.prompts or args.prompt_at):
+        own = "infd_text"
+    elif own == "infd" and args.label is None and not args.given:
         own = "infd_text"
     return Path(args.ckpt) if args.ckpt else bundled(own)
 

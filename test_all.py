@@ -5713,8 +5713,7 @@ def bundled_pictures(name, first, **how):
 
 
 @pytest.mark.parametrize("name, how", [
-    ("infd", {"steps": 8}), ("infd_onestep", {"steps": 1}), ("infd_text_onestep", {"steps": 1}),
-    ("cm", {})])
+    ("infd", {"steps": 8}), ("infd_onestep", {"steps": 1}), ("cm", {})])
 def test_bundled_weights_make_pictures_of_the_data(held_out, name, how):
     """Nearer to held-out scenes than to noise by far, of the class asked for; in small files."""
     assert sample.bundled(name).stat().st_size <= 20e6
@@ -5735,8 +5734,7 @@ def test_bundled_weights_make_pictures_of_the_data(held_out, name, how):
 @pytest.mark.parametrize("name, how", [
     ("infd", dict(sampler="dpm++")), ("infd", dict(eta=0.0)), ("infd", dict(eta=1.0)),
     ("infd", dict(eta=0.0, steps=50)), ("infd_onestep", dict(steps=1)),
-    ("infd_onestep", dict(steps=2)), ("infd_text", {}), ("infd_text_onestep", dict(steps=1)),
-    ("infd_text_onestep", dict(steps=2))])
+    ("infd_onestep", dict(steps=2)), ("infd_text", {})])
 def test_bundled_pictures_are_of_the_class_asked_for(held_out, name, how):
     right = 0
     for first in range(0, 208, 16):
@@ -5771,12 +5769,12 @@ def test_a_prompt_alone_is_drawn_by_the_bundled_model_of_text(tmp_path):
 @pytest.mark.parametrize("args, name", [
     ([], "infd_text"), (["--model", "cm"], "cm"), (["--image", "a.png"], "autoencoder"),
     (["--prompts", "a.txt"], "infd_text"), (["--prompt-at", "a", "0,0,1,1"], "infd_text"),
-    (["--prompt", "a", "--steps", "2"], "infd_text_onestep"), (["--steps", "3"], "infd_text"),
-    (["--sampler", "cm"], "infd_text_onestep"), (["--steps", "2", "--sampler", "ddim"], "infd_text"),
+    (["--prompt", "a", "--steps", "2"], "infd_onestep"), (["--steps", "3"], "infd_text"),
+    (["--sampler", "cm"], "infd_onestep"), (["--steps", "2", "--sampler", "ddim"], "infd_text"),
     (["--zoom", "2", "--at", "0,0"], "infd_text"), (["--label", "dusk"], "infd"),
-    (["--steps", "1", "--label", "dusk"], "infd_onestep"),
-    (["--given", "a.png"], "infd_text_onestep"), (["--given", "a.png", "--label", "dusk"], "infd"),
-    (["--given", "a.png", "--prompt", "a"], "infd_text_onestep"),
+    (["--steps", "1", "--label", "dusk"], "infd_onestep"),               # which says: no classes
+    (["--given", "a.png"], "infd_onestep"), (["--given", "a.png", "--label", "dusk"], "infd"),
+    (["--given", "a.png", "--prompt", "a"], "infd_onestep"),
     (["--given", "a.png", "--sampler", "ddim"], "infd"),
     (["--given", "a.png", "--sampler", "ddim", "--prompt", "a"], "infd_text")])
 def test_sample_without_a_checkpoint_takes_the_bundled_weights_for_what_is_asked(args, name):
@@ -5788,7 +5786,7 @@ def test_sample_without_a_checkpoint_takes_the_bundled_weights_for_what_is_asked
 
 def test_sample_without_a_checkpoint_draws_from_anywhere(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)                                  # into samples/0001, and so on
-    assert main_sample("--sampler", "cm", "--res", 32, "--label", "night") == 0
+    assert main_sample("--sampler", "cm", "--res", 32, "--prompt", "a lake") == 0
     assert main_sample("--model", "cm", "--n", 2) == 0
     assert "2 pictures by cm.pt (EMA" in capsys.readouterr().out
     (_, info), (pixels, _) = (main_png(tmp_path / "samples" / file) for file in (
