@@ -23,7 +23,7 @@ from inr_generator import ImageFunction
 
 LARGEST = 2**20                             # pixels of all conditions: their gradients need memory
 LED = 1.0                                   # step size of `conditioned`
-SHIFTED, SHIFTED_LATENT = 0.05, 0.2         # of `fitted_noise` by CM-Func, by one-step INFD
+SHIFTED, SHIFTED_LATENT = 0.05, 0.1         # of `fitted_noise` by CM-Func, by one-step INFD
 
 
 # ---- What a picture should be ----

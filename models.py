@@ -185,22 +185,34 @@ class INFD:
             return prompts[math.floor(i) % len(prompts)]
         return self.captions[rng(seed, "caption", math.floor(i)).integers(len(self.captions))]
 
-    def guide(self, indices: Sequence[int], seed: int, prompts: Prompts, negative: str,
-              guidance: float | None, regions: Sequence[tuple[str, Window]] = ()) -> Callable:
-        """What a sampler calls, after its condition: (x_t, t, y) -> eps; f: (x, sigma, y) -> x."""
+    def guide(self, texts: Sequence[str], negative: str = "", guidance: float | None = None,
+              regions: Sequence[tuple[str, Window]] = ()) -> Callable:
+        """What a sampler calls, after its condition: (x_t, t, y) -> eps; f: (x, sigma, y) -> x.
+
+        texts: what each picture is drawn from, of a model of text.
+        """
         if regions:
-            areas = [(self.guide(indices, seed, [text], negative, guidance), window)
+            areas = [(self.guide(len(texts) * [text], negative, guidance), window)
                      for text, window in regions]
-            return laid_out(self.guide(indices, seed, prompts, negative, guidance), areas)
+            return laid_out(self.guide(texts, negative, guidance), areas)
         net = self.unet if self.f is None else self.f
         if self.text is None and guidance is None:
             return net
         if self.text is None:
             return guided(net, guidance, null_class=self.unet.cfg.num_classes)
-        texts = [self.prompt_of(i, seed, prompts) for i in indices]
         ids = self.tokenizer([negative, *texts]).to(self.scale.mean.device)      # (1 + B, N)
         null, context = self.text(ids).split([1, len(texts)])                    # (1 + B, N, D)
         return guided(net, self.guidance if guidance is None else guidance, context, null)
+
+    def fitting_captions(self, noise: Tensor, conditions: Sequence[Condition]) -> list[str]:
+        """Of 32 captions of the training those, one for each noise (B, C, h, w), of whose pictures
+        in one step conditions miss least; to draw without any makes haze.
+        """
+        texts = list(dict.fromkeys(self.captions[:32]))
+        x = self.f.cfg.sigma_max * noise
+        sigma = noise.new_full((len(x),), self.f.cfg.sigma_max)
+        missed = [self.misfit(conditions, self.guide(len(x) * [text])(x, sigma)) for text in texts]
+        return [texts[k] for k in torch.stack(missed).argmin(dim=0).tolist()]    # of (32, B)
 
     @property
     def step_size(self) -> float:
@@ -237,23 +249,15 @@ class INFD:
         latent_size: (h, w) of a larger noise map, convolutional sampling (Section D). eta: of ddim.
         prompts: what to draw; tokenizer.remark says what of one the model does not read. negative:
         what to lead away from. guidance: 1 is the model itself, more follows the prompt closer.
-        conditions: see `conditions.conditioned`, as step_size. regions: prompts of their own, each
-        in a window.
-        bar: shows progress, called as tqdm.
+        conditions: see `conditions.conditioned`, as step_size; without prompts they choose them.
+        regions: prompts of their own, each in a window. bar: shows progress, called as tqdm.
         """
         self.check_condition(labels, prompts, guidance, bool(conditions))
-        if conditions and prompts is None and self.text is not None:
-            prompts = [""]                                       # a caption of another would mislead
         step_size = self.step_size if step_size is None else step_size
         check_conditions(conditions, step_size)
         indices = numbered(indices)
         how = self.settings(sampler, steps, eta, bool(conditions))
-        sampler = how["sampler"]
-        steps = how["steps"]
-        model = self.guide(indices, seed, prompts, negative, guidance, regions)
-        if conditions and sampler != "cm":
-            missed = functools.partial(self.misfit, conditions)
-            model = conditioned(model, self.diffusion.alpha_bar, missed, step_size)
+        sampler, steps = how["sampler"], how["steps"]
         y = draw_labels(self.unet, self.classes, indices, seed, labels)
         shape = (self.latent_shape[0], *(latent_size or self.latent_shape[1:]))
 
@@ -261,13 +265,22 @@ class INFD:
             made = [torch_noise(shape, seed, *key, i) for i in indices]
             return torch.stack(made).to(self.scale.mean.device)      # (B, C, h, w)
 
+        texts = len(indices) * [""]                                  # if conditions alone say what
+        if self.text is not None and not (conditions and prompts is None):
+            texts = [self.prompt_of(i, seed, prompts) for i in indices]
+        elif self.text is not None and sampler == "cm":
+            texts = self.fitting_captions(noise("x_T"), conditions)
+        model = self.guide(texts, negative, guidance, regions)
+        if conditions and sampler != "cm":
+            missed = functools.partial(self.misfit, conditions)
+            model = conditioned(model, self.diffusion.alpha_bar, missed, step_size)
         if sampler == "cm":
             if steps not in (1, 2) or (conditions and steps == 2):
                 raise ValueError(f"{steps} steps: this model draws in 1 or 2, by conditions in 1")
             noises = [noise("x_T"), noise("cm")][:steps]
+            levels = [self.f.cfg.sigma_max, SECOND][:steps]
             if conditions:
                 noises = [self.fitted(model, noises[0], y, conditions, step_size)]
-            levels = [self.f.cfg.sigma_max, SECOND][:steps]
             return self.scale.inverse(sample_multistep(model, noises, levels, y, limit=math.inf,
                                                        cfg=self.f.cfg))
         x_T = noise("x_T")
@@ -277,11 +290,10 @@ class INFD:
             first = self.diffusion.timestep_of(START)
             noises = [noise("settle", 0), noise("settle", 1), x_T]
             x_T = self.diffusion.settle(model, noises, first, y)
+        walk = self.diffusion.dpm_loop(model, x_T, steps, y, first)
         if sampler == "ddim":
             each = functools.partial(noise, "ddim")
             walk = self.diffusion.ddim_loop(model, x_T, steps, how["eta"], each, y, first=first)
-        else:
-            walk = self.diffusion.dpm_loop(model, x_T, steps, y, first)
         for x_t, _ in bar(walk, "latents", steps, leave=False, disable=None):
             pass
         return self.scale.inverse(x_t)

@@ -3618,7 +3618,7 @@ def test_text_golden_stable_diffusion_from_prompt_to_picture(text_tiny, name):
     steps = config["ddim_steps"]
     x_T = given["x_T"]
     assert model.diffusion.ddim_timesteps(steps)[::-1] == out["ddim_timesteps"]
-    guide = model.guide(range(2), 0, given["prompts"], given["negative_prompts"][0],
+    guide = model.guide(given["prompts"], given["negative_prompts"][0],
                         config["guidance_scale"])
     for i, (z, z_0) in enumerate(model.diffusion.ddim_loop(guide, x_T, steps, config["eta"])):
         close(z, out["ddim_x"][i])
@@ -3627,7 +3627,7 @@ def test_text_golden_stable_diffusion_from_prompt_to_picture(text_tiny, name):
     pixels = torch.from_numpy(to_uint8(picture)).movedim(-1, 1).int()
     assert (pixels - out["image_uint8"].int()).abs().max() <= 1
 
-    plain = model.guide(range(2), 0, given["prompts"], "", 1.0)
+    plain = model.guide(given["prompts"], "", 1.0)
     noises = given["noises_eta1"].__getitem__
     agree(out, z=z, image=picture,
           z_scale_1=ldm_last(model.diffusion.ddim_loop(plain, x_T, steps, 0.0)),
@@ -3636,7 +3636,7 @@ def test_text_golden_stable_diffusion_from_prompt_to_picture(text_tiny, name):
     if name.endswith(".pt"):                                 # which also has the trained weights
         model = models.load(text_tiny_file(name), raw=True, merges=str(merges))
         assert model.weights == "published weights"
-        guide = model.guide(range(2), 0, given["prompts"], "", config["guidance_scale"])
+        guide = model.guide(given["prompts"], "", config["guidance_scale"])
         agree(out, eps_raw=model.unet(given["x"], given["t"], None, context),
               z_raw_weights=ldm_last(model.diffusion.ddim_loop(guide, x_T, steps, 0.0)))
 
@@ -4662,7 +4662,7 @@ def test_layouts_follow_each_prompt_where_it_is():
     led = draw(prompts=["a lake"], regions=whole)
     assert torch.equal(led, draw(prompts=["a wood"]))
 
-    lake, wood = (model.guide([0], 0, [name], "", 2.0) for name in ("a lake", "a wood"))
+    lake, wood = (model.guide([name], "", 2.0) for name in ("a lake", "a wood"))
     given = randn(1, 4, 8, 8), torch.tensor([999])
     wanted = lake(*given)
     wanted[..., 4:, :5] = wood(*given)[..., 4:, :5]
@@ -5734,7 +5734,7 @@ def test_bundled_weights_make_pictures_of_the_data(held_out, name, how):
 @pytest.mark.parametrize("name, how", [
     ("infd", dict(sampler="dpm++")), ("infd", dict(eta=0.0)), ("infd", dict(eta=1.0)),
     ("infd", dict(eta=0.0, steps=50)), ("infd_onestep", dict(steps=1)),
-    ("infd_onestep", dict(steps=2)), ("infd_text", {})])
+    ("infd_onestep", dict(steps=2))])
 def test_bundled_pictures_are_of_the_class_asked_for(held_out, name, how):
     right = 0
     for first in range(0, 208, 16):
@@ -7046,6 +7046,21 @@ def test_one_step_infd_reads_captions(text_run, tmp_path):
     assert not torch.equal(a, b) and torch.equal(a, model.sample([0], prompts=["a lake"]))
     assert main_sample("--ckpt", tmp_path / "cm", "--prompt", "a lake", "--res", 16, "--out",
                        tmp_path / "out") == 0
+
+
+def test_conditions_alone_choose_the_caption_of_a_one_step_picture(text_run, tmp_path):
+    """That of whose picture they miss least; a prompt that is given stays."""
+    assert main_stage("cm", tmp_path / "cm", *TINY_LATENT, f"latents={text_run}") == 0
+    model = models.load(tmp_path / "cm")
+    captions = list(dict.fromkeys(model.captions))
+    assert len(captions) > 2
+    goal = model.functions([3], steps=1, prompts=[captions[2]]).draw(16)[0]
+    there = [like(goal)]
+    noise = torch_noise(model.latent_shape, 0, "x_T", 3)[None]
+    assert model.fitting_captions(noise, there) == [captions[2]]
+    alone, told, other = (model.sample([3], conditions=there, prompts=prompts)
+                          for prompts in (None, [captions[2]], [captions[1]]))
+    assert torch.equal(alone, told) and not torch.equal(alone, other)
 
 
 def test_viewer_says_which_words_a_model_does_not_read(text_run):
