@@ -30,8 +30,8 @@ class ConsistencyConfig:
     boundary: bool = True        # Appendix A.1: shifted so that f(x, sigma_min) = x; False: EDM's
 
     def __post_init__(self) -> None:
-        if not 0 < self.sigma_min < self.sigma_max:
-            raise ValueError(f"need 0 < sigma_min < sigma_max, not {self}")
+        if not 0 < self.sigma_min < self.sigma_max <= 1e6:
+            raise ValueError(f"need 0 < sigma_min < sigma_max <= 1e6, not {self}")
 
     def karras_sigmas(self, n: int, device: torch.device | str | None = None) -> Tensor:
         """The grid of n noise levels, (n,), from sigma_max down; Appendix A.1 counts upwards."""

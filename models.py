@@ -530,6 +530,9 @@ def trained(ckpt: dict, raw: bool) -> INFD | OneStep:
         net = filled(network, section(option, config, options), weights, "the generator")
         kept = {k: v for k, v in options.items() if k.removeprefix("cm.") not in OLD_SCHEDULE}
         f = ConsistencyModel(net, section("cm", ConsistencyConfig, kept))
+        if getattr(net.cfg, "size", options["size"]) != options["size"]:
+            raise ValueError(f"its generator is of size {net.cfg.size}, the run of "
+                             f"{options['size']}: it is damaged")
         made = OneStep(f, options["size"])
     else:
         alone = ckpt["stage"] == "ae"

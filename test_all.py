@@ -4994,6 +4994,16 @@ def test_damaged_checkpoints_are_named_and_never_run_nor_grow(tmp_path):
     assert refused > 30
 
 
+@pytest.mark.parametrize("option, value, said", [
+    ("size", 24, "of size 16, the run of 24"), ("cm.sigma_max", 1e300, "sigma_max <= 1e6")])
+def test_numbers_that_damage_changed_are_found_on_loading(tmp_path, option, value, said):
+    content = sample_content("cm")
+    content["config"] = runs.flatten(content["config"]) | {option: value}
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=f"a.pt.*{said}"):
+        models.load(tmp_path / "a.pt")
+
+
 # ---- pictures ----
 
 @pytest.mark.parametrize("stage, how, said", [
