@@ -269,7 +269,8 @@ def _span(centre: Tensor, step: float, own: float) -> tuple[int, float, float]:
     Of the pixels of size `own` that fill the plane: how many, from and to where. Those wanted, of
     size `step`, themselves if they are no finer.
     """
-    first, last = float(centre[0]), float(centre[-1])
+    first = float(centre[0])
+    last = float(centre[-1])
     if step >= own:
         return len(centre), max(first - step / 2, -1.0), min(last + step / 2, 1.0)
     start = max(math.floor((first + 1) / own - 0.5) - 1, 0)

@@ -209,9 +209,8 @@ class INFD:
         in one step conditions miss least; to draw without any makes haze.
         """
         texts = list(dict.fromkeys(self.captions[:32]))
-        x = self.f.cfg.sigma_max * noise
-        sigma = noise.new_full((len(x),), self.f.cfg.sigma_max)
-        missed = [self.misfit(conditions, self.guide(len(x) * [text])(x, sigma)) for text in texts]
+        missed = [self.misfit_at_once(self.guide(len(noise) * [text]), noise, None, conditions)
+                  for text in texts]
         return [texts[k] for k in torch.stack(missed).argmin(dim=0).tolist()]    # of (32, B)
 
     @property
@@ -257,7 +256,8 @@ class INFD:
         check_conditions(conditions, step_size)
         indices = numbered(indices)
         how = self.settings(sampler, steps, eta, bool(conditions))
-        sampler, steps = how["sampler"], how["steps"]
+        sampler = how["sampler"]
+        steps = how["steps"]
         y = draw_labels(self.unet, self.classes, indices, seed, labels)
         shape = (self.latent_shape[0], *(latent_size or self.latent_shape[1:]))
 
@@ -274,6 +274,7 @@ class INFD:
         if conditions and sampler != "cm":
             missed = functools.partial(self.misfit, conditions)
             model = conditioned(model, self.diffusion.alpha_bar, missed, step_size)
+
         if sampler == "cm":
             if steps not in (1, 2) or (conditions and steps == 2):
                 raise ValueError(f"{steps} steps: this model draws in 1 or 2, by conditions in 1")
@@ -283,6 +284,11 @@ class INFD:
                 noises = [self.fitted(model, noises[0], y, conditions, step_size)]
             return self.scale.inverse(sample_multistep(model, noises, levels, y, limit=math.inf,
                                                        cfg=self.f.cfg))
+        return self.scale.inverse(self.walked(model, noise, how, y, bar))
+
+    def walked(self, model: Callable, noise: Callable, how: dict, y: Tensor | None,
+               bar: Callable) -> Tensor:
+        """What diffusion draws in many steps, (B, C, h, w); arguments as in `sample`."""
         x_T = noise("x_T")
         first = None
         ends = math.exp(-self.diffusion.log_rho[-1])                 # noise to signal; INFD 197
@@ -290,13 +296,15 @@ class INFD:
             first = self.diffusion.timestep_of(START)
             noises = [noise("settle", 0), noise("settle", 1), x_T]
             x_T = self.diffusion.settle(model, noises, first, y)
-        walk = self.diffusion.dpm_loop(model, x_T, steps, y, first)
-        if sampler == "ddim":
+        steps = how["steps"]
+        if how["sampler"] == "ddim":
             each = functools.partial(noise, "ddim")
             walk = self.diffusion.ddim_loop(model, x_T, steps, how["eta"], each, y, first=first)
+        else:
+            walk = self.diffusion.dpm_loop(model, x_T, steps, y, first)
         for x_t, _ in bar(walk, "latents", steps, leave=False, disable=None):
             pass
-        return self.scale.inverse(x_t)
+        return x_t
 
     def compile(self, option: str = "auto") -> None:
         """Compile decoder and renderer, option as in `runs.wants_compile`; no other model has them.
@@ -321,10 +329,14 @@ class INFD:
     def fitted(self, f: Callable, noise: Tensor, y: Tensor | None,
                conditions: Sequence[Condition], step_size: float) -> Tensor:
         """The noise of one-step INFD with which its one call meets conditions."""
-        sigma_max = self.f.cfg.sigma_max
-        sigma = noise.new_full((len(noise),), sigma_max)
-        return fitted_noise(noise, lambda x: self.misfit(conditions, f(sigma_max * x, sigma, y)),
+        return fitted_noise(noise, lambda x: self.misfit_at_once(f, x, y, conditions),
                             60, step_size)
+
+    def misfit_at_once(self, f: Callable, noise: Tensor, y: Tensor | None,
+                       conditions: Sequence[Condition]) -> Tensor:
+        """The `misfit` (B,) of what one call of f makes of noise (B, C, h, w)."""
+        sigma = noise.new_full((len(noise),), self.f.cfg.sigma_max)
+        return self.misfit(conditions, f(self.f.cfg.sigma_max * noise, sigma, y))
 
     def misfit(self, conditions: Sequence[Condition], x_0: Tensor) -> Tensor:
         """How far the pictures of what diffusion draws, x_0, are from conditions: (B,)."""

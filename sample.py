@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from clif import WHOLE_PLANE, Window, check_frame
 from commandline import Parser
-from conditions import LED, SHIFTED, paired, read_given
+from conditions import LED, SHIFTED, SHIFTED_LATENT, paired, read_given
 from models import INFD, SAMPLERS, OneStep, draw_labels, export, load, photo
 from pictures import (SHEET, Drawing, check_new, dive, png_head, whole, write_html, write_movie,
                       write_png, write_sheet)
@@ -50,7 +50,8 @@ def add_conditions(p: Parser) -> None:
     add("--given", action="append", metavar="FILE",
         help="a picture to look like, where the --at behind it says; its alpha is a mask")
     add("--step-size", type=float, metavar="W",
-        help=f"how firmly; too firm looks overdone (INFD {LED:g}, CM {SHIFTED:g})")
+        help=f"how firmly; too firm looks overdone (INFD {LED:g}, in one step {SHIFTED_LATENT:g}, "
+             f"CM {SHIFTED:g})")
     add("--prompt-at", nargs=2, action="append", metavar=("TEXT", "y0,x0,y1,x1"),
         help="what to draw in a part of the plane; several, of which the later hold")
 
@@ -94,7 +95,7 @@ def parser() -> Parser:
     add = p.later("infd", "INFD").add_argument
     add("--sampler", choices=SAMPLERS, help="(dpm++; published files: ddim; one-step models: cm)")
     add("--steps", type=int, help="of the sampler (dpm++ 20, ddim 200, Stable Diffusion 50, cm 2); "
-                                  "1 or 2 without --ckpt and --prompt: the one-step INFD")
+                                  "1 or 2 without --ckpt and --sampler: the one-step INFD")
     add("--eta", type=float, help="noise that ddim adds: 0 none, 1 as published (1; text: 0)")
     add("--latent-size", type=size, help="a larger noise map, as 32x64 (Section D)")
     add("--decoder", metavar="RUN", help="draw by this run of stage ae init=CKPT")
@@ -125,6 +126,7 @@ FOREIGN = {"INFD with text": ("sigmas", "func-dtype", "html"),
 
 
 def warn(line: str) -> None:
+    """Say on the terminal what of a prompt the model does not read; the viewer's page says it."""
     print(f"warning: {line}", file=sys.stderr)
 
 

@@ -228,14 +228,16 @@ def encoded(stage: Stage, base: INFD) -> Latents:
     return made
 
 
-def leave_out(batch: dict, cfg: LDMRun) -> dict:
-    """Leave out the captions of some samples, or their classes, each at cfg.p_uncond."""
-    out = [rng(cfg.seed, "uncond", n).random() < cfg.p_uncond for n in batch["index"].tolist()]
+def leave_out(batch: dict, seed: int, p_uncond: float, null_class: int) -> dict:
+    """Leave out the captions of some samples, or their classes, each with probability p_uncond."""
+    if not p_uncond:
+        return batch
+    out = [rng(seed, "uncond", n).random() < p_uncond for n in batch["index"].tolist()]
     if "caption" in batch:
         texts = ["" if left else text for left, text in zip(out, batch["caption"])]
         return batch | {"caption": texts}
     left = torch.tensor(out).to(batch["label"].device, non_blocking=True)        # (B,)
-    return batch | {"label": torch.where(left, cfg.unet.num_classes, batch["label"])}
+    return batch | {"label": torch.where(left, null_class, batch["label"])}
 
 
 def as_autoencoder(base: INFD) -> dict:
@@ -366,7 +368,7 @@ class LDMStage(Stage):
         noise = {"noise": shape} | ({"latent_noise": shape} if kl else {})
         source = self.latents if self.cfg.cache else None
         for batch in self.loaded(start, source=source, captions=self.cfg.text, **noise):
-            batch = leave_out(batch, self.cfg)
+            batch = leave_out(batch, self.cfg.seed, self.cfg.p_uncond, self.cfg.unet.num_classes)
             if self.cfg.text:
                 batch["tokens"] = self.tokenizer(batch.pop("caption")).to(self.device)   # (B, N)
             yield batch

@@ -79,7 +79,7 @@ class LatentCMStage(CMStage):
         for batch in self.loaded(start, source=self.latents, captions=base.text is not None,
                                  noise=base.latent_shape):
             batch["image"] = base.scale(batch.pop("latent"))                     # (B, C, h, w)
-            batch = leave_out(batch, self.cfg)
+            batch = leave_out(batch, self.cfg.seed, self.cfg.p_uncond, self.cfg.unet.num_classes)
             yield batch | self.told(batch.pop("caption", None))
 
     @torch.no_grad()
