@@ -18,8 +18,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from clif import WHOLE_PLANE, Field, Window, check_frame
-from data import MAX_BYTES, BadImage, decode, shown, to_rgb, to_tensor
+from data import to_rgb, to_tensor
 from inr_generator import ImageFunction
+from pictures import read_picture
 
 LARGEST = 2**20                             # pixels of all conditions: their gradients need memory
 LED = 1.0                                   # step size of `conditioned`
@@ -61,9 +62,7 @@ def like(goal: Tensor, window: Window = WHOLE_PLANE, mask: Tensor | None = None)
 
 def read_given(file: str | Path, window: Window = WHOLE_PLANE) -> Condition:
     """`like` of a PNG, JPEG or WEBP file, whose alpha channel is the mask; OSError, ValueError."""
-    if Path(file).stat().st_size > MAX_BYTES:
-        raise BadImage(f"{shown(file)}: a picture of more than {MAX_BYTES >> 20} MB")
-    pixels = np.asarray(decode(Path(file).read_bytes(), shown(file), to_rgba))   # (H, W, 4)
+    pixels = np.asarray(read_picture(file, to_rgba))                             # (H, W, 4)
     mask = torch.from_numpy(pixels[..., 3] / np.float32(255))                    # (H, W)
     return like(to_tensor(pixels[..., :3]), window, mask)
 

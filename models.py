@@ -28,10 +28,11 @@ from conditions import (LED, SHIFTED, SHIFTED_LATENT, Condition, check_condition
                         fitted_noise, laid_out, misfit)
 from consistency import (ConsistencyConfig, ConsistencyModel, LatentConsistency, sample_function,
                          sample_multistep)
-from data import MAX_BYTES, Photo, decode, shown, to_rgb, to_tensor
+from data import Photo, to_rgb, to_tensor
 from inr_generator import (DiT, FunctionGenerator, GeneratorConfig, ImageFunction,
                            TransformerConfig, UViT)
 from ldm import DiffusionConfig, GaussianDiffusion, UNet, UNetConfig, guided
+from pictures import read_picture
 from published import (WEIGHT_FILES, Model, autoencoder_config, below, infd_model,
                        openai_network, read_weights, sd_model, split_weights)
 from runs import (autocast_for, checkpoints, compiled, first_line, flatten, load_weights,
@@ -76,18 +77,6 @@ def numbered(indices: Sequence[float]) -> list[float]:
         raise ValueError(f"indices {indices!r}: give the numbers of the images, as [0, 1] or "
                          f"range(4)")
     return numbers
-
-
-def photo(picture: str | Path | Image.Image) -> Photo:
-    """One picture, of a PNG, JPEG or WEBP file, or of an image."""
-    if isinstance(picture, Image.Image):
-        return Photo("picture", functools.partial(to_rgb, picture))
-
-    def read() -> Image.Image:
-        with open(picture, "rb") as file:
-            return decode(file.read(MAX_BYTES), shown(picture))
-
-    return Photo(shown(picture), read)
 
 
 def frozen(model: INFD | OneStep, device: torch.device | str) -> INFD | OneStep:
@@ -370,7 +359,9 @@ class INFD:
         side = self.size if side is None else side
         if side < 1 or side % self.autoencoder.cfg.f:
             raise ValueError(f"side {side}: give a multiple of {self.autoencoder.cfg.f} pixels")
-        image = to_tensor(photo(picture).draw(side))[None]           # (1, 3, S, S)
+        own = picture if isinstance(picture, Image.Image) else read_picture(picture)
+        square = Photo("picture", functools.partial(to_rgb, own))
+        image = to_tensor(square.draw(side))[None]                   # (1, 3, S, S)
         return self.autoencoder.encode(image.to(self.scale.mean.device))
 
     def drawn_by(self, other: INFD | OneStep) -> INFD:

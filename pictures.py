@@ -18,10 +18,18 @@ from PIL import Image, ImageDraw, PngImagePlugin
 from tqdm import tqdm
 
 from clif import Tiles, Window
-from data import to_uint8
+from data import MAX_BYTES, BadImage, decode, shown, to_rgb, to_uint8
 from inr_generator import ImageFunction, frequencies
 
 Drawing = Callable[..., Tiles]              # (res, window) -> tiles: `tiles` of a field or function
+
+
+def read_picture(file: str | Path,
+                 convert: Callable[[Image.Image], Image.Image] = to_rgb) -> Image.Image:
+    """A picture of the user's, from a PNG, JPEG or WEBP file; OSError, or BadImage if damaged."""
+    if Path(file).stat().st_size > MAX_BYTES:
+        raise BadImage(f"{shown(file)}: a picture of more than {MAX_BYTES >> 20} MB")
+    return decode(Path(file).read_bytes(), shown(file), convert)
 
 
 def png_chunk(kind: bytes, data: bytes) -> bytes:

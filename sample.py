@@ -19,9 +19,9 @@ from tqdm import tqdm
 from clif import WHOLE_PLANE, Window, check_frame
 from commandline import Parser
 from conditions import LED, SHIFTED, SHIFTED_LATENT, paired, read_given
-from models import INFD, SAMPLERS, OneStep, draw_labels, export, load, photo
-from pictures import (SHEET, Drawing, check_new, dive, png_head, whole, write_html, write_movie,
-                      write_png, write_sheet)
+from models import INFD, SAMPLERS, OneStep, draw_labels, export, load
+from pictures import (SHEET, Drawing, check_new, dive, png_head, read_picture, whole, write_html,
+                      write_movie, write_png, write_sheet)
 from runs import cli, pick_device
 from viewer import about, serve
 
@@ -256,7 +256,7 @@ def photo_pictures(model: INFD | OneStep, args: argparse.Namespace) -> tuple[dic
     if latent[0] != latent[1]:
         raise ValueError("--image: its centre square is encoded; give --latent-size one number")
     side = latent[0] * model.autoencoder.cfg.f
-    image = photo(args.image).read()
+    image = read_picture(args.image)
     square = min(image.size)
     finer = f"; --latent-size {2 * latent[0]} keeps finer detail" if square > side else ""
     print(f"{args.image}: its centre square, {square} of {image.width}x{image.height} pixels, "

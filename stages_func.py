@@ -109,6 +109,7 @@ class CMRun(Run):
     distil: str = ""                  # run of a denoiser: follow its trajectories, not x + r z
     latents: str = ""                 # run of stage ldm: one step in its latents, from its UNet
     p_uncond: float = 0.0             # with latents: of a denoiser that will guide, as stage ldm
+    p_shorten: float = 0.0            # with latents: leave out words of captions, as stage ldm
     guidance: float = 1.0             # with latents: follow the paths that lead to the caption
     pictures: int = 0                 # with latents: learn from the first so many only; 0: all
     labels: str = "auto"              # auto: tell f the classes, if there are; true | false
@@ -237,6 +238,9 @@ def cm_config(cfg: CMRun, classes: int) -> CMRun:
     choose("schedule", cfg.schedule, "ct", "ict", "ect")
     choose("metric", cfg.metric, "lpips", "l2", "huber")
     choose("generator", cfg.generator, *GENERATORS)
+    for name in ("p_uncond", "p_shorten", "guidance", "pictures"):
+        if getattr(cfg, name) != getattr(CMRun, name) and not cfg.latents:
+            raise ValueError(f"{name} goes with latents=RUN, a run of stage ldm")
     part = GENERATORS[cfg.generator][2]
     own = {"K": cfg.K or cfg.steps, f"{part}.num_classes": classes}
     if part != "unet":

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -196,6 +197,7 @@ class LDMRun(Run):
     text: bool = False                # tell it the captions, of which it learns words, instead
     words: str = ""                   # filled in: which words those are
     p_uncond: float = 0.1             # leave class or caption out this often, for guidance (SD)
+    p_shorten: float = 0.0            # and words of a caption this often: for short prompts
     pictures: int = 0                 # with cache: learn from the first so many only; 0: all
     cache: bool = False               # encode every picture once, unmirrored; keep z in memory
     preview_steps: int = 20           # of the sample sheets, by DPM-Solver++
@@ -228,16 +230,39 @@ def encoded(stage: Stage, base: INFD) -> Latents:
     return made
 
 
-def leave_out(batch: dict, seed: int, p_uncond: float, null_class: int) -> dict:
-    """Leave out the captions of some samples, or their classes, each with probability p_uncond."""
-    if not p_uncond:
+def check_chances(cfg: Run, text: bool) -> None:
+    """ValueError where `leave_out` cannot do what the options ask for."""
+    for name in ("p_uncond", "p_shorten"):
+        if not 0 <= getattr(cfg, name) <= 1:
+            raise ValueError(f"{name}={getattr(cfg, name):g} is a probability, 0 to 1")
+    if cfg.p_shorten and not text:
+        raise ValueError("p_shorten leaves out words of captions, and this UNet is told none")
+
+
+def leave_out(batch: dict, cfg: Run) -> dict:
+    """Leave out the captions of some samples or their classes, each with probability p_uncond.
+
+    Of others, each with probability p_shorten, keep random words in their order: where captions
+    always name everything, a UNet learns that what a prompt leaves out is not wanted.
+    """
+    if not (cfg.p_uncond or cfg.p_shorten):
         return batch
-    out = [rng(seed, "uncond", n).random() < p_uncond for n in batch["index"].tolist()]
+    index = batch["index"].tolist()
+    out = [rng(cfg.seed, "uncond", n).random() < cfg.p_uncond for n in index]
     if "caption" in batch:
-        texts = ["" if left else text for left, text in zip(out, batch["caption"])]
-        return batch | {"caption": texts}
+        texts = [shortened(text, rng(cfg.seed, "shorten", n), cfg.p_shorten)
+                 for n, text in zip(index, batch["caption"])]
+        return batch | {"caption": ["" if left else text for left, text in zip(out, texts)]}
     left = torch.tensor(out).to(batch["label"].device, non_blocking=True)        # (B,)
-    return batch | {"label": torch.where(left, null_class, batch["label"])}
+    return batch | {"label": torch.where(left, cfg.unet.num_classes, batch["label"])}
+
+
+def shortened(text: str, g: np.random.Generator, chance: float) -> str:
+    """Keep a random share of the words, in their order, with probability `chance`."""
+    if g.random() >= chance:
+        return text
+    share = g.random()
+    return " ".join(word for word in text.split() if g.random() < share)
 
 
 def as_autoencoder(base: INFD) -> dict:
@@ -309,8 +334,7 @@ class LDMStage(Stage):
     def learn_words(self) -> LDMRun:
         """With text=true make the tokenizer of the training captions; returns the options."""
         cfg = self.cfg
-        if not 0 <= cfg.p_uncond <= 1:
-            raise ValueError(f"p_uncond={cfg.p_uncond:g} is a probability, 0 to 1")
+        check_chances(cfg, cfg.text)
         if not cfg.text:
             return cfg
         if cfg.labels == "true":
@@ -368,7 +392,7 @@ class LDMStage(Stage):
         noise = {"noise": shape} | ({"latent_noise": shape} if kl else {})
         source = self.latents if self.cfg.cache else None
         for batch in self.loaded(start, source=source, captions=self.cfg.text, **noise):
-            batch = leave_out(batch, self.cfg.seed, self.cfg.p_uncond, self.cfg.unet.num_classes)
+            batch = leave_out(batch, self.cfg)
             if self.cfg.text:
                 batch["tokens"] = self.tokenizer(batch.pop("caption")).to(self.device)   # (B, N)
             yield batch

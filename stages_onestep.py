@@ -19,7 +19,7 @@ from models import INFD, load
 from runs import flatten
 from stages import set_rates
 from stages_func import CMStage, cm_config
-from stages_infd import Latents, as_autoencoder, encoded, leave_out
+from stages_infd import Latents, as_autoencoder, check_chances, encoded, leave_out
 from text import CLIPTokenizer
 
 
@@ -52,6 +52,7 @@ class LatentCMStage(CMStage):
             self.extra |= {"tokenizer": base.tokenizer.state(), "captions": list(base.captions),
                            "text": {"config": flatten({"context": base.text.cfg}),
                                     "weights": base.text.state_dict()}}
+        check_chances(cfg, base.text is not None)
         if (cfg.p_uncond or cfg.guidance != 1) and not (base.text or base.unet.cfg.null_class):
             raise ValueError(f"p_uncond and guidance: the UNet of latents={cfg.latents} never "
                              f"learned to draw without its class")
@@ -79,7 +80,7 @@ class LatentCMStage(CMStage):
         for batch in self.loaded(start, source=self.latents, captions=base.text is not None,
                                  noise=base.latent_shape):
             batch["image"] = base.scale(batch.pop("latent"))                     # (B, C, h, w)
-            batch = leave_out(batch, self.cfg.seed, self.cfg.p_uncond, self.cfg.unet.num_classes)
+            batch = leave_out(batch, self.cfg)
             yield batch | self.told(batch.pop("caption", None))
 
     @torch.no_grad()

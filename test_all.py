@@ -5469,6 +5469,23 @@ def test_a_photograph_is_drawn_at_any_size_as_from_python(sample_runs, tmp_path,
     assert np.array_equal(larger, to_uint8(infd.decode(infd.encode(file, 40)).draw(40))[0])
 
 
+@pytest.mark.parametrize("option", ["--image", "--given"])
+def test_a_picture_of_the_users_that_cannot_be_read_is_one_line_with_its_cause(option, sample_runs,
+                                                                               tmp_path, capsys):
+    content = {"large.png": (b"", "a picture of more than 256 MB"), "no.png": (None, "No such file"),
+               "cut.png": (data_file(data_picture(200))[:-300], "truncated"),
+               "text.png": (b"words", "not a PNG, JPEG or WEBP image"),
+               "bomb.png": (data_grey_png(9_000, zlib.compress(bytes(9_000 * 9_001))), "pixels are")}
+    for name, (file, cause) in content.items():
+        if file is not None:
+            (tmp_path / name).write_bytes(file)
+        if name == "large.png":
+            os.truncate(tmp_path / name, data.MAX_BYTES + 1)     # of holes: it takes no room
+        assert main_sample("--ckpt", sample_runs / "ldm", option, tmp_path / name) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1 and name in lines[0] and cause in lines[0], lines
+
+
 def test_a_stretched_picture_is_remarked_on_with_what_people_mean(sample_runs, tmp_path, capsys):
     common = ["--ckpt", sample_runs / "ldm", "--steps", 2, "--res", "16x32", "--out", tmp_path]
     for more, stretched in (([], True), (["--latent-size", "8x16"], False),
@@ -6377,9 +6394,13 @@ def test_checkpointed_blocks_have_the_same_gradients(net):
     ("ldm", "text=true unet.attention_ds=1 start={ldm}", "knows no words of text=true"),
     ("ldm", "text=true labels=true", "not classes: leave labels=true out"),
     ("ldm", "p_uncond=2", "p_uncond=2 is a probability"),
+    ("ldm", "text=true p_shorten=-1", "p_shorten=-1 is a probability"),
+    ("ldm", "p_shorten=0.3", "p_shorten leaves out words of captions, and this UNet is told none"),
     ("ldm", "text=true --data {plain}", "plain has no captions; put name"),
     ("cm", "generator=gan", "generator=gan: choose func, unet, uvit or dit"),
     ("cm", "schedule=paper", "schedule=paper: choose ct, ict or ect"),
+    ("cm", "guidance=3", "guidance goes with latents=RUN"),
+    ("cm", "pictures=100", "pictures goes with latents=RUN"),
     ("cm", "metric=ssim", "metric=ssim: choose lpips, l2 or huber"),
     ("cm", "labels=maybe", "labels=maybe: choose auto, true or false"),
     ("cm", "labels=true --data {plain}", "has no classes"),
@@ -6662,6 +6683,32 @@ def test_a_condition_left_out_is_the_empty_caption_or_the_null_class(main_runs):
     labels = next(classes.batches(0))["label"].tolist()
     plain = next(main_made("ldm", *args, "p_uncond=0", "batch=8").batches(0))["label"].tolist()
     assert labels == [4 if left[n] else plain[n] for n in range(8)]
+
+
+def test_words_left_out_of_a_caption_leave_the_others_in_their_order(main_runs):
+    """p_shorten: which words stay depends on (seed, index) alone, and half of the captions stay."""
+    args = [*TINY_LDM, *TINY_TEXT, f"init={main_runs / 'ae'}", "p_uncond=0"]
+    short = main_made("ldm", *args, "p_shorten=0.5", "batch=8")
+    fours = main_made("ldm", *args, "p_shorten=0.5", "batch=4").batches(0)
+    tokens = next(short.batches(0))["tokens"]
+    assert torch.equal(tokens, torch.cat([next(fours)["tokens"], next(fours)["tokens"]]))
+    whole = next(main_made("ldm", *args, "batch=8").batches(0))["tokens"]
+    untouched = [rng(0, "shorten", n).random() >= 0.5 for n in range(8)]
+    assert 0 < sum(untouched) < 8
+    for row, full, same in zip(tokens, whole, untouched):
+        assert torch.equal(row, full) == same
+        rest = iter(full.tolist())
+        assert all(word in rest for word in row[row > 0].tolist())       # in the same order
+
+
+@pytest.mark.parametrize("words", ["a b c d e f g h", "mountains at dawn", ""])
+def test_shortened_captions_keep_a_random_share_of_their_words(words):
+    texts = [stages_infd.shortened(words, rng(0, n), 1.0) for n in range(4000)]
+    assert stages_infd.shortened(words, rng(0, 0), 0.0) == words
+    counts = np.array([len(text.split()) for text in texts])
+    n = len(words.split())
+    expected = np.full(n + 1, 1 / (n + 1))               # of a share that is uniform
+    assert np.abs(np.bincount(counts, minlength=n + 1) / 4000 - expected).max() < 0.03
 
 
 def test_the_loss_of_a_caption_is_that_of_its_context(main_runs):
@@ -8481,7 +8528,7 @@ def test_readme_python_runs_as_it_stands(monkeypatch, tmp_path, capsys):
     torch.testing.assert_close(deep, names["field"].draw(192)[..., 84:108, 84:108], atol=1e-4,
                                rtol=0)
     with Image.open("photo.jpg") as image:
-        square = models.photo(image).draw(256)
+        square = data.Photo("photo", lambda: data.to_rgb(image)).draw(256)
     assert metrics.psnr(names["photo"].clamp(-1, 1), data.to_tensor(square)[None]).item() > 20
 
     names = {}
