@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from clif import WHOLE_PLANE, Window, check_frame, coord_grid
 from ldm import timestep_embedding, zero
 
+GOLDEN_ANGLE = math.pi * (3 - math.sqrt(5))
+
 
 def pixel_coord(shape: tuple[int, int], window: Window | None = None, corners: bool = False,
                 device: torch.device | str | None = None) -> Tensor:
@@ -35,15 +37,25 @@ def variational_coord(coord: Tensor, noise: Tensor) -> Tensor:
     return coord + (0.3 * step * noise).clamp(-0.5 * step, 0.5 * step)
 
 
-def frequencies(dim: int, sigma: float, device: torch.device | str | None = None) -> Tensor:
-    """w (dim / 2,) of `positional_encoding`."""
-    return torch.linspace(0, math.log(sigma), dim // 2, device=device).exp()
+def frequencies(dim: int, sigma: float, turned: bool = False,
+                device: torch.device | str | None = None) -> Tensor:
+    """w (dim, 2) of `positional_encoding`, as (y, x): from 1 to sigma along y, the same along x.
+
+    turned: each such pair by its own angle, multiples of the golden one. Along the axes alone, what
+    training does not pin down between its pixels shows as a lattice.
+    """
+    w = torch.linspace(0, math.log(sigma), dim // 2, device=device).exp()        # (dim / 2,)
+    angle = GOLDEN_ANGLE * turned * torch.arange(len(w), device=device)
+    y = torch.stack([w * angle.cos(), w * angle.sin()], dim=1)
+    x = torch.stack([-w * angle.sin(), w * angle.cos()], dim=1)
+    return torch.cat([y, x])                                                     # (dim, 2)
 
 
-def positional_encoding(coord: Tensor, dim: int, sigma: float) -> Tensor:
-    """Code of a position (..., 2) -> (..., 2 dim): cos, then sin of pi w c, w from 1 to sigma."""
-    w = frequencies(dim, sigma, coord.device)
-    angle = (math.pi * w * coord.float()[..., None]).flatten(-2)         # (..., dim): y, x
+def positional_encoding(coord: Tensor, dim: int, sigma: float, turned: bool = False) -> Tensor:
+    """Code of a position c (..., 2) -> (..., 2 dim): cos, then sin of pi w . c."""
+    w_y, w_x = (math.pi * frequencies(dim, sigma, turned, coord.device)).unbind(1)       # (dim,)
+    y, x = coord.float().split(1, dim=-1)                                # (..., 1)
+    angle = w_y * y + w_x * x                                            # (..., dim)
     return torch.cat([angle.cos(), angle.sin()], dim=-1)                 # (..., 2 dim)
 
 
@@ -77,9 +89,9 @@ def colours(weights: tuple[Tensor, ...], code: Tensor, columns: Tensor | None = 
         return h.float()                                                 # (B, n, 3)
 
 
-def evaluate(weights: tuple[Tensor, ...], coord: Tensor, pe_dim: int, pe_sigma: float) -> Tensor:
+def evaluate(weights: tuple[Tensor, ...], coord: Tensor, *encoding: float) -> Tensor:
     """Colours at coord (B or 1, ..., 2), of tensors alone: torch.compile takes no dataclass."""
-    code = positional_encoding(coord.flatten(1, -2), pe_dim, pe_sigma)   # (B or 1, n, in)
+    code = positional_encoding(coord.flatten(1, -2), *encoding)          # (B or 1, n, in)
     return colours(weights, code).unflatten(1, coord.shape[1:-1])        # (B, ..., 3)
 
 
@@ -90,11 +102,16 @@ class ImageFunction:
     weights: tuple[Tensor, ...]  # beta, (B, in + 1, out) per layer; the last row is the bias
     pe_dim: int
     pe_sigma: float
+    pe_turned: bool = False
     corners: bool = False
+
+    @property
+    def encoding(self) -> tuple[int, float, bool]:
+        return self.pe_dim, self.pe_sigma, self.pe_turned
 
     def __call__(self, coord: Tensor) -> Tensor:
         """Colours (B, ..., 3) at coord (B or 1, ..., 2)."""
-        return evaluate(self.weights, coord, self.pe_dim, self.pe_sigma)
+        return evaluate(self.weights, coord, *self.encoding)
 
     def tiles(self, res: int | tuple[int, int], window: Window | None = None,
               tile: int | None = None, dtype: torch.dtype = torch.float32) -> Iterator[tuple]:
@@ -105,17 +122,25 @@ class ImageFunction:
         group = max(1, tile**2 // (min(tile, height) * min(tile, width)))  # images at a time
         parts = [self[i:i + group].weights for i in range(0, len(self), group)]
 
-        rows = pixel_coord((height, 1), window, self.corners, device)[None, :, 0]  # (1, H, 2)
+        rows = pixel_coord((height, 1), window, self.corners, device)    # (H, 1, 2)
         cols = pixel_coord((1, width), window, self.corners, device)     # (1, W, 2)
-        rows = share_of_axis(positional_encoding(rows, self.pe_dim, self.pe_sigma), 0)
-        cols = share_of_axis(positional_encoding(cols, self.pe_dim, self.pe_sigma), 1)
-
         for top in range(0, height, tile):
-            down = rows[:, top:top + tile]                               # (1, h, in)
+            y = rows[top:top + tile]                                     # (h, 1, 2)
             for left in range(0, width, tile):
-                across = cols[:, left:left + tile]                       # (1, w, in)
-                rgb = torch.cat([colours(part, down, across, dtype) for part in parts])
-                yield top, left, rgb.unflatten(1, (down.shape[1], -1)).movedim(-1, 1)
+                x = cols[:, left:left + tile]                            # (1, w, 2)
+                code = self.code_of_grid(y, x)
+                rgb = torch.cat([colours(part, *code, dtype) for part in parts])
+                yield top, left, rgb.unflatten(1, (len(y), -1)).movedim(-1, 1)
+
+    def code_of_grid(self, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What `colours` takes of rows (h, 1, 2) and columns (1, w, 2): of frequencies along the
+        axes the share of each, (1, h, in) and (1, w, in), else (1, h w, in) of their crossings."""
+        if self.pe_turned:
+            y, x = torch.broadcast_tensors(rows[..., 0], cols[..., 1])   # (h, w)
+            coord = torch.stack([y, x], dim=-1).flatten(0, 1)            # (h w, 2)
+            return positional_encoding(coord, *self.encoding)[None], None
+        return (share_of_axis(positional_encoding(rows[:, 0], *self.encoding), 0)[None],
+                share_of_axis(positional_encoding(cols[0], *self.encoding), 1)[None])
 
     def draw(self, res: int | tuple[int, int], window: Window | None = None,
              tile: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -280,6 +305,7 @@ class GeneratorConfig:
     layers: int = 5              # Section 4.1, its depth
     pe_dim: int = 128            # open: Trans-INR's, 64 frequencies per axis
     pe_sigma: float = 1024.0     # open: Trans-INR's, the highest frequency
+    pe_turned: bool = False      # not in the paper: frequencies along all directions
     out_scale: float = 1.0       # open: F = out_scale M; 2: f is 3.4's M
     corners: bool = False        # coordinates as Section 3.3 prints them
 
@@ -342,7 +368,7 @@ class FunctionGenerator(nn.Module):
         self.encoder = nn.ModuleList(
             AdaLNBlock(cfg.dim, cfg.heads, cfg.mlp_ratio) for _ in range(cfg.encoder_depth))
         self.predict = FunctionPrediction(cfg)
-        self.encoding = (cfg.pe_dim, cfg.pe_sigma)
+        self.encoding = (cfg.pe_dim, cfg.pe_sigma, cfg.pe_turned)
 
     def extract(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """x (B, 3, S, S) times c_in, t (B,) = 250 ln sigma, y (B,) -> data tokens (B, T, D)."""

@@ -198,9 +198,8 @@ def write_html(path: Path, function: ImageFunction, shape: tuple[int, int], info
     for wb in function.weights:
         rows = wb[0].cpu().numpy().astype("<f2")                     # (in + 1, out)
         halves.append(np.pad(rows, ((0, 0), (0, -rows.shape[1] % 4))).tobytes())
-    w = frequencies(function.pe_dim, function.pe_sigma).tolist()
-    pairs = [(f, 0) for f in w] + [(0, f) for f in w]                # along y, along x
-    made = {"weights": base64.b64encode(b"".join(halves)).decode(), "frequencies": pairs,
+    w = frequencies(*function.encoding).tolist()                     # along y and x
+    made = {"weights": base64.b64encode(b"".join(halves)).decode(), "frequencies": w,
             "shapes": [tuple(wb.shape[1:]) for wb in function.weights],
             "corners": function.corners, "info": info}
     about = {"shape": shape, "fields": [], "classes": [], "start": {}, "usual": {}, "tile": 256,

@@ -1534,8 +1534,8 @@ def test_cm_multistep_adds_noise_by_the_published_rule(clip):
 
 # ---- image functions ----
 
-def cm_function(size=2):
-    net = cm_randomised(FunctionGenerator(CM_TINY))
+def cm_function(size=2, turned=False):
+    net = cm_randomised(FunctionGenerator(replace(CM_TINY, pe_turned=turned)))
     with torch.no_grad():
         return net.function(randn(size, 3, 16, 16), torch.zeros(size))
 
@@ -1580,8 +1580,9 @@ def test_cm_drawing_and_training_go_through_the_function_of_eq_9(monkeypatch):
     assert not calls
 
 
-def test_cm_draw_equals_the_function_evaluated_pixel_by_pixel():
-    function = cm_function()
+@pytest.mark.parametrize("turned", [False, True])
+def test_cm_draw_equals_the_function_evaluated_pixel_by_pixel(turned):
+    function = cm_function(turned=turned)
     window = (-0.5, -1.0, 1.0, 0.25)
     weights = [w.requires_grad_() for w in function.weights]
     drawn = function.draw((20, 12), window)
@@ -1675,6 +1676,25 @@ def test_cm_parameter_counts():
             (dict(head_dim=64), 143_991_811),                        # 12 heads of 64, as always
             (dict(head_dim=32), 143_991_811 - 6 * 2 * 4 * 768 * 384)]:
         assert count(FunctionGenerator, GeneratorConfig(**options)) == parameters
+
+
+def test_cm_frequencies_lie_along_the_axes_or_pair_by_pair_at_multiples_of_the_golden_angle():
+    """A pair is a rotation times 1 to sigma; the angle divides the turn in the golden ratio."""
+    plain = inr_generator.frequencies(8, 64.0)
+    w = torch.tensor([1.0, 4, 16, 64])
+    zero = torch.zeros(4)
+    cm_close(plain, torch.cat([torch.stack([w, zero], 1), torch.stack([zero, w], 1)]))
+    turned = inr_generator.frequencies(8, 64.0, True)
+    pairs = torch.stack([turned[:4], turned[4:]], dim=1)                 # (4, 2, 2)
+    cm_close(pairs @ pairs.mT, w[:, None, None]**2 * torch.eye(2))
+    assert (torch.linalg.det(pairs) > 0).all() and torch.equal(pairs[0], torch.eye(2))
+    golden_ratio = (1 + math.sqrt(5)) / 2
+    for k in range(4):
+        angle = math.tau * k / golden_ratio**2
+        cm_close(pairs[k, 0], w[k] * torch.tensor([math.cos(angle), math.sin(angle)]))
+    code = positional_encoding(torch.tensor([[0.3, -0.7]]), 8, 64.0, True)
+    angle = math.pi * turned @ torch.tensor([0.3, -0.7])
+    cm_close(code[0], torch.cat([angle.cos(), angle.sin()]), dict(rtol=0, atol=1e-4))
 
 
 def test_cm_position_code_has_the_given_frequencies():
@@ -5440,6 +5460,16 @@ def test_a_page_holds_the_image_function(tmp_path, capsys):
     assert "name a new file" in sample_error(capsys, *page)
     infd = sample_error(capsys, "--html", tmp_path / "b.html")
     assert "--html means nothing to a model of the kind INFD" in infd
+
+
+def test_a_page_holds_a_function_whose_frequencies_are_turned(tmp_path):
+    function = cm_function(1, turned=True)
+    pictures.write_html(tmp_path / "out.html", function, (16, 16), {})
+    text = (tmp_path / "out.html").read_text()
+    about = json.loads(re.search('<script type="application/json" id="about">(.*?)</script>', text)[1])
+    drawn = html_colours(about, coord_grid((24, 24)).reshape(-1, 2).numpy())
+    exact = function.draw(24)[0].movedim(0, -1).reshape(-1, 3).numpy()
+    assert np.abs(drawn - exact).max() < 0.003 * np.abs(exact).max()     # half precision
 
 
 # ---- a photograph of one's own ----
