@@ -58,8 +58,8 @@ class ConsistencyConfig:
 class Schedule:
     """The paper's: pairs of neighbours on a grid of noise levels that gets finer (Appendix A.1)."""
 
-    s0: int = 2                  # Appendix A.1, intervals of the grid at the first step
-    s1: int = 150                # Appendix A.1, at the last step
+    s0: int = 2                  # Appendix A.1, points of the grid at the first step
+    s1: int = 150                # Appendix A.1, its intervals at the last
     mu0: float = 0.95            # left open; published code, 0.9 for CIFAR-10; 0: no teacher
     printed_mu: bool = False     # mu(k) as Song et al. print it, not as the published code has it
 

@@ -138,9 +138,9 @@ class INFD:
     text: TextTransformer | None = None     # makes the context that the UNet attends to
     tokenizer: CLIPTokenizer | WordTokenizer | None = None
     captions: Sequence[str] = ()            # of its training; drawn where no prompt is given
-    sampler: str = "dpm++"                  # what `sample` does where nothing else is said: ddim
-    ddim_steps: int = SAMPLERS["ddim"]      # with eta 1, as published, asks for a long training
-    eta: float = 1.0
+    sampler: str = "dpm++"                  # of `sample` where nothing else is said
+    ddim_steps: int = SAMPLERS["ddim"]
+    eta: float = 1.0                        # of ddim; 1, as published, asks for a long training
     guidance: float = 7.5                   # of text; 1: it never learned to draw without
     f: LatentConsistency | None = None      # one-step INFD: draws the latents, and unet is its net
     to = frozen
@@ -152,11 +152,12 @@ class INFD:
         return cfg.z_channels, self.size // cfg.f, self.size // cfg.f
 
     def check_condition(self, labels: Labels, prompts: Prompts, guidance: float | None,
-                        led: bool = False) -> None:
+                        led: bool = False, negative: str = "",
+                        regions: Sequence[tuple] = ()) -> None:
         """Raise ValueError where the model cannot draw by these; see `sample`. led: by pictures."""
         if self.unet is None:
             raise ValueError("this is an autoencoder (stage ae); take a checkpoint of stage ldm")
-        if self.text is None and prompts is not None:
+        if self.text is None and (prompts is not None or negative or regions):
             raise ValueError("a prompt: this model does not read text")
         if self.text is not None and labels is not None:
             raise ValueError("a label: this model has no classes, it draws what a prompt says; say "
@@ -167,6 +168,9 @@ class INFD:
         learned = self.unet.cfg.null_class if self.text is None else self.guidance != 1
         if guidance not in (None, 1) and (self.f is not None or not learned):
             raise ValueError("guidance: this model never learned to draw without its condition")
+        if negative and (self.guidance if guidance is None else guidance) == 1:
+            raise ValueError("a negative prompt: it is guidance that leads away from it, and here "
+                             "that is 1, which does not lead")
 
     def prompt_of(self, i: int, seed: int, prompts: Prompts) -> str:
         """What image i is drawn from: its prompt, else a training caption drawn by (seed, i)."""
@@ -193,10 +197,21 @@ class INFD:
         null, context = self.text(ids).split([1, len(texts)])                    # (1 + B, N, D)
         return guided(net, self.guidance if guidance is None else guidance, context, null)
 
-    def fitting_captions(self, noise: Tensor, conditions: Sequence[Condition]) -> list[str]:
-        """Of 32 captions of the training those, one for each noise (B, C, h, w), of whose pictures
-        in one step conditions miss least; to draw without any makes haze.
+    def noise(self, indices: Sequence[float], seed: int, latent_size: tuple[int, int] | None,
+              *key: int | str) -> Tensor:
+        """Noise (B, C, h, w) for the latents of images, of each its own, whatever the batch."""
+        shape = (self.latent_shape[0], *(latent_size or self.latent_shape[1:]))
+        made = [torch_noise(shape, seed, *key, i) for i in indices]
+        return torch.stack(made).to(self.scale.mean.device)
+
+    @torch.no_grad()
+    def fitting_captions(self, indices: Sequence[float], seed: int,
+                         conditions: Sequence[Condition],
+                         latent_size: tuple[int, int] | None = None) -> list[str]:
+        """Of 32 captions of the training those, one an image, of whose pictures in one step the
+        conditions miss least; to draw without any makes haze.
         """
+        noise = self.noise(indices, seed, latent_size, "x_T")                    # (B, C, h, w)
         texts = list(dict.fromkeys(self.captions[:32]))
         missed = [self.misfit_at_once(self.guide(len(noise) * [text]), noise, None, conditions)
                   for text in texts]
@@ -240,7 +255,7 @@ class INFD:
         conditions: see `conditions.conditioned`, as step_size; without prompts they choose them.
         regions: prompts of their own, each in a window. bar: shows progress, called as tqdm.
         """
-        self.check_condition(labels, prompts, guidance, bool(conditions))
+        self.check_condition(labels, prompts, guidance, bool(conditions), negative, regions)
         step_size = self.step_size if step_size is None else step_size
         check_conditions(conditions, step_size)
         indices = numbered(indices)
@@ -248,17 +263,13 @@ class INFD:
         sampler = how["sampler"]
         steps = how["steps"]
         y = draw_labels(self.unet, self.classes, indices, seed, labels)
-        shape = (self.latent_shape[0], *(latent_size or self.latent_shape[1:]))
-
-        def noise(*key: int | str) -> Tensor:                        # per image, whatever the batch
-            made = [torch_noise(shape, seed, *key, i) for i in indices]
-            return torch.stack(made).to(self.scale.mean.device)      # (B, C, h, w)
+        noise = functools.partial(self.noise, indices, seed, latent_size)
 
         texts = len(indices) * [""]                                  # if conditions alone say what
         if self.text is not None and not (conditions and prompts is None):
             texts = [self.prompt_of(i, seed, prompts) for i in indices]
         elif self.text is not None and sampler == "cm":
-            texts = self.fitting_captions(noise("x_T"), conditions)
+            texts = self.fitting_captions(indices, seed, conditions, latent_size)
         model = self.guide(texts, negative, guidance, regions)
         if conditions and sampler != "cm":
             missed = functools.partial(self.misfit, conditions)
@@ -527,6 +538,8 @@ def trained(ckpt: dict, raw: bool) -> INFD | OneStep:
     options = flatten(ckpt["config"])
     state = ckpt["state"]
     average = "ema" in state and not raw
+    if raw and "model" not in state:
+        raise ValueError("an exported file holds the moving average alone: leave --raw out")
     weights = state["ema" if average else "model"]
     if ckpt["stage"] == "cm" and "autoencoder" not in ckpt:
         network, config, option = GENERATORS[options["generator"]]

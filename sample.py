@@ -26,7 +26,7 @@ from runs import cli, pick_device
 from viewer import about, serve
 
 
-def size(text: str) -> tuple[int, int]:
+def read_size(text: str) -> tuple[int, int]:
     """'512' -> (512, 512), '512x1024' -> (512, 1024), height first."""
     sides = re.fullmatch(r"([1-9]\d{0,5})(?:x([1-9]\d{0,5}))?", text)
     if not sides:
@@ -34,9 +34,9 @@ def size(text: str) -> tuple[int, int]:
     return int(sides[1]), int(sides[2] or sides[1])
 
 
-def sizes(text: str) -> list[tuple[int, int]]:
+def read_sizes(text: str) -> list[tuple[int, int]]:
     """'256,512x1024' -> [(256, 256), (512, 1024)]."""
-    return [size(part) for part in text.split(",")]
+    return [read_size(part) for part in text.split(",")]
 
 
 def numbers(text: str) -> tuple[float, ...]:
@@ -73,7 +73,7 @@ def parser() -> Parser:
     add("--seed", type=int, default=0, help="a picture depends on seed and number alone (0)")
     add("--image", metavar="FILE", help="draw a picture of yours, by an autoencoder, at any size")
     add("--label", help="class, by name or number (drawn per image)")
-    add("--res", type=sizes, metavar="SIZES",
+    add("--res", type=read_sizes, metavar="SIZES",
         help="512, or 256,512; 256x512 (height x width) stretches: see --latent-size, --window")
     add("--window", type=numbers, metavar="y0,x0,y1,x1", help="a part of -1,-1,1,1, at --res")
     add("--out", metavar="PATH", help="(a new folder under samples/); nothing is ever overwritten")
@@ -97,7 +97,7 @@ def parser() -> Parser:
     add("--steps", type=int, help="of the sampler (dpm++ 20, ddim 200, Stable Diffusion 50, cm 2); "
                                   "1 or 2 without --ckpt and --sampler: the one-step INFD")
     add("--eta", type=float, help="noise that ddim adds: 0 none, 1 as published (1; text: 0)")
-    add("--latent-size", type=size, help="a larger noise map, as 32x64 (Section D)")
+    add("--latent-size", type=read_size, help="a larger noise map, as 32x64 (Section D)")
     add("--decoder", metavar="RUN", help="draw by this run of stage ae init=CKPT")
     add("--norm", choices=["frame", "paper"], help="statistics of the whole, or each tile (frame)")
     add("--tile", type=int, help="side of a tile in pixels (256, GPU 512; paper: patch)")
@@ -134,13 +134,16 @@ def check_kind(model: INFD | OneStep, args: argparse.Namespace, say: Callable) -
     """Raise ValueError where options belong to another kind of model, and say what is not read."""
     kind = "CM"
     if isinstance(model, INFD):
-        model.check_condition(args.label, args.prompt, args.guidance)
-        kind = "INFD without text" if model.text is None else "INFD with text"
+        reads = model.text is not None
+        kind = "INFD with text" if reads else "INFD without text"
+        model.check_condition(args.label, args.prompt, args.guidance,
+                              negative=args.negative or "" if reads else "")
     given = [f"--{name}" for name in FOREIGN[kind]
              if getattr(args, name.replace("-", "_")) is not None]
     if given:
         raise ValueError(f"{', '.join(given)} means nothing to a model of the kind {kind} (--help)")
-    for prompt in [*(args.prompt or []), args.negative or ""]:
+    placed = [text for text, _ in args.prompt_at or []]
+    for prompt in [*(args.prompt or []), *placed, args.negative or ""]:
         remark = model.tokenizer.remark(prompt) if prompt else ""
         if remark:
             say(f'prompt "{prompt[:60]}": {remark}')
@@ -161,10 +164,20 @@ def read_prompts(args: argparse.Namespace) -> list[str] | None:
 
 
 def centre_of_dive(args: argparse.Namespace) -> tuple[float, ...]:
-    """Take the --at of --zoom from among those of --given."""
-    if args.zoom and args.given and isinstance(args.given[-1], tuple):
-        return args.given.pop()
+    """Take the --at y,x of --zoom from among those of --given, which have four numbers."""
+    for item in args.given or []:
+        if args.zoom is not None and isinstance(item, tuple) and len(item) == 2:
+            args.given = [other for other in args.given if other is not item] or None
+            return item
     return (0.0, 0.0)
+
+
+def window_of(text: str) -> tuple[float, ...]:
+    """The window behind the TEXT of --prompt-at."""
+    try:
+        return numbers(text)
+    except ValueError as error:
+        raise ValueError(f"--prompt-at TEXT {text}: the place is y0,x0,y1,x1") from error
 
 
 def conditions_of(args: argparse.Namespace, step_size: float) -> tuple[dict, dict]:
@@ -181,7 +194,7 @@ def conditions_of(args: argparse.Namespace, step_size: float) -> tuple[dict, dic
         made["step_size"] = how["step_size"]
         args.batch = 1                       # no rounding of a batch grows from step to step
     if args.prompt_at:
-        how["regions"] = [(text, check_frame(1, numbers(at))[1]) for text, at in args.prompt_at]
+        how["regions"] = [(text, check_frame(1, window_of(at))[1]) for text, at in args.prompt_at]
         made["prompt_at"] = args.prompt_at
     return how, made
 
@@ -189,11 +202,6 @@ def conditions_of(args: argparse.Namespace, step_size: float) -> tuple[dict, dic
 def infd_pictures(model: INFD, args: argparse.Namespace,
                   bar: Callable = tqdm) -> tuple[dict, list, Callable]:
     """How pictures are made, their sizes, and what makes those of indices: (index, Drawing)."""
-    decoder = {}
-    if args.decoder:
-        other = load(args.decoder, model.scale.mean.device)
-        model = model.drawn_by(other)
-        decoder = {"decoder": other.file.name, "decoder_sha256": digest(other.file)}
     how = model.settings(args.sampler, args.steps, args.eta, bool(args.given))
     if model.text is not None:
         how["negative"] = args.negative or ""
@@ -201,6 +209,10 @@ def infd_pictures(model: INFD, args: argparse.Namespace,
         how["guidance"] = model.guidance if args.guidance is None else args.guidance
     lead, led = conditions_of(args, model.step_size)
     latent = args.latent_size or model.latent_shape[1:]
+    if how["sampler"] == "cm" and model.text is not None and args.given and args.prompt is None:
+        captions = {i % args.n: model.fitting_captions([i], args.seed, lead["conditions"], latent)[0]
+                    for i in range(args.start, args.start + args.n)}
+        args.prompt = [captions[k] for k in range(args.n)]           # which PNGs say
     paper = args.norm == "paper"
     model.compile(args.compile or ("off" if args.given else "auto"))
     sizes = args.res or [tuple(model.autoencoder.cfg.f * n for n in latent)]
@@ -211,9 +223,14 @@ def infd_pictures(model: INFD, args: argparse.Namespace,
         for i, one in zip(indices, z.split(1)):
             yield i, model.decode(one, paper, args.tile).tiles
 
-    tile = {"tile": args.tile or model.patch} if paper else {}       # else it changes no picture
-    made = {**how, "norm": args.norm or "frame", **tile, "latent_size": args.latent_size, **decoder}
+    made = {**how, **drawing_of(model, args), "latent_size": args.latent_size}
     return made | led, sizes, draw
+
+
+def drawing_of(model: INFD, args: argparse.Namespace) -> dict:
+    """What PNGs say of --norm and of --tile, which else changes no picture."""
+    paper = args.norm == "paper"
+    return {"norm": args.norm or "frame"} | ({"tile": args.tile or model.patch} if paper else {})
 
 
 def onestep_pictures(model: OneStep, args: argparse.Namespace) -> tuple[dict, list, Callable]:
@@ -247,7 +264,7 @@ def photo_pictures(model: INFD | OneStep, args: argparse.Namespace) -> tuple[dic
     if not isinstance(model, INFD):
         raise ValueError("--image: a model of stage cm encodes no pictures; give one of INFD")
     own = ("label", "prompt", "sampler", "steps", "eta", "sigmas", "func_dtype", "guidance",
-           "html", "morph")
+           "html", "morph", "given", "step_size", "decoder", "prompt_at", "negative", "merges")
     given = [f"--{name.replace('_', '-')}" for name in own if getattr(args, name) is not None]
     if given or args.n != 1 or args.start:
         raise ValueError(f"{', '.join(given) or '--n, --start'}: --image draws one picture, yours, "
@@ -261,13 +278,14 @@ def photo_pictures(model: INFD | OneStep, args: argparse.Namespace) -> tuple[dic
     finer = f"; --latent-size {2 * latent[0]} keeps finer detail" if square > side else ""
     print(f"{args.image}: its centre square, {square} of {image.width}x{image.height} pixels, "
           f"encoded at {side} px{finer}")
-    paper = args.norm == "paper"
+    model.compile(args.compile or "auto")
 
     def draw(indices: list[int]) -> Iterator[tuple[int, Drawing]]:
-        yield 0, model.decode(model.encode(image, side), paper, args.tile).tiles
+        z = model.encode(image, side)
+        yield 0, model.decode(z, args.norm == "paper", args.tile).tiles
 
     made = {"image": Path(args.image).name, "image_sha256": digest(Path(args.image)),
-            "norm": args.norm or "frame", "latent_size": args.latent_size}
+            **drawing_of(model, args), "latent_size": args.latent_size}
     return made, args.res or [(square, square)], draw
 
 
@@ -292,9 +310,12 @@ def digest(file: Path) -> str:
     return hashlib.sha256(np.memmap(file, mode="r")).hexdigest()[:16]
 
 
-def origin(model: INFD | OneStep) -> dict:
+def origin(model: INFD | OneStep, decoder: INFD | None = None) -> dict:
     """Which weights draw, as PNGs say it."""
-    return {"ckpt": model.file.name, "sha256": digest(model.file), "weights": model.weights}
+    made = {"ckpt": model.file.name, "sha256": digest(model.file), "weights": model.weights}
+    if decoder is None:
+        return made
+    return made | {"decoder": decoder.file.name, "decoder_sha256": digest(decoder.file)}
 
 
 def described(model: INFD | OneStep, args: argparse.Namespace, common: dict, i: int) -> dict:
@@ -330,7 +351,7 @@ def say_stretched(size: tuple[int, int], window: Window, latent: tuple[int, int]
               f"-0.5,-1,0.5,1 for twice as wide as high", file=sys.stderr)
 
 
-def shown(model: INFD | OneStep, args: argparse.Namespace, asked: dict,
+def shown(model: INFD | OneStep, args: argparse.Namespace, common: dict, asked: dict,
           bar: Callable, say: Callable) -> tuple[dict, Drawing]:
     """Make a picture for viewer.py, by what is `asked` in place of args; see `viewer.serve`."""
     args = argparse.Namespace(**{**vars(args), **asked})
@@ -340,7 +361,7 @@ def shown(model: INFD | OneStep, args: argparse.Namespace, asked: dict,
         args.compile = "off"                                         # it is, if it was asked for
     made, _, draw = pictures_of(model, args, bar, say)
     i, drawing = next(draw([args.start]))
-    return described(model, args, origin(model) | made, i), drawing
+    return described(model, args, common | made, i), drawing
 
 
 def moving(args: argparse.Namespace, size: tuple, draw: Callable) -> Iterator[np.ndarray]:
@@ -360,15 +381,17 @@ def moving(args: argparse.Namespace, size: tuple, draw: Callable) -> Iterator[np
 def write_moving(model: INFD | OneStep, args: argparse.Namespace, common: dict, size: tuple,
                  draw: Callable) -> None:
     """Write what --zoom or --morph asks for."""
-    if args.zoom and args.morph or not args.out:
-        raise ValueError("a moving picture is of --zoom or of --morph, and has a name: "
-                         "--out FILE.webp")
-    if not (2 <= args.frames <= 3000 and args.frames % 2 == 0 and 2 <= (args.morph or 2) <= 1000
-            and 1 < (args.zoom or 2) <= 1e4 and len(args.at) == 2 and max(map(abs, args.at)) <= 1):
+    if not args.out:
+        raise ValueError("a moving picture has a name: --out FILE.webp")
+    morph = 2 if args.morph is None else args.morph
+    zoom = 2 if args.zoom is None else args.zoom
+    if not (2 <= args.frames <= 3000 and args.frames % 2 == 0 and 2 <= morph <= 1000
+            and 1 < zoom <= 1e4 and max(map(abs, args.at)) <= 1):
         raise ValueError("--frames is even, 2 to 3000; --morph 2 to 1000; --zoom above 1, up to "
                          "10000; --at y,x within -1 and 1")
     info = {**described(model, args, common, args.start), "res": size, "frames": args.frames}
-    info |= {"zoom": args.zoom, "at": args.at} if args.zoom else {"morph": args.morph}
+    info |= ({"zoom": args.zoom, "at": args.at} if args.zoom else
+             {"morph": args.morph, "window": args.window})
     if args.morph:                                                   # conditions stay
         net = model.unet if isinstance(model, INFD) else model.f.net
         y = draw_labels(net, model.classes, [args.start], args.seed, args.label)
@@ -382,7 +405,7 @@ def exhibit(model: INFD | OneStep, args: argparse.Namespace, common: dict, size:
             draw: Callable) -> None:
     """Serve --view, or write --html or a moving picture."""
     if args.view:
-        serve(functools.partial(shown, model, args), about(model, args, size), args.port)
+        serve(functools.partial(shown, model, args, common), about(model, args, size), args.port)
     elif args.html:
         lead, _ = conditions_of(args, SHIFTED)
         function = model.functions([args.start], args.seed, args.label, **lead)
@@ -392,26 +415,60 @@ def exhibit(model: INFD | OneStep, args: argparse.Namespace, common: dict, size:
         write_moving(model, args, common, size, draw)
 
 
+def asked_for(path: Path, args: argparse.Namespace) -> tuple[INFD | OneStep, dict]:
+    """The model that draws, by the decoder of --decoder, and what PNGs say of these files."""
+    device = pick_device(args.device)
+    model = load(path, device, args.raw, args.merges)
+    decoder = None
+    if args.decoder and isinstance(model, INFD):
+        decoder = load(args.decoder, device)
+        model = model.drawn_by(decoder)
+    return model, origin(model, decoder)
+
+
+def check_alone(args: argparse.Namespace) -> bool:
+    """Say whether more than still pictures is asked for; ValueError for options of those alone."""
+    asked = [f"--{name}" for name in ("html", "zoom", "morph") if getattr(args, name) is not None]
+    asked += ["--view"] if args.view else []
+    if not asked:
+        return False
+    if len(asked) > 1:
+        raise ValueError(f"{' and '.join(asked)}: ask for one at a time")
+    still = ["n", "sheet"]
+    if args.morph is None:
+        still += ["window"]
+    if args.html:
+        still += ["sigmas", "func_dtype"]
+    for name in still:
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')}: {asked[0]} takes none, it is of still "
+                             f"pictures")
+    if len(args.res or [0]) > 1:
+        raise ValueError(f"{asked[0]} draws at one size: give --res one")
+    return True
+
+
 def chosen(args: argparse.Namespace) -> Path:
     """The checkpoint asked for, or the bundled one that does best what is asked for."""
-    own = args.model
+    if args.ckpt:
+        return Path(args.ckpt)
+    if args.model == "cm":
+        return bundled("cm")
     few = args.sampler == "cm" or args.sampler is None and args.steps in (1, 2)
     how = (args.sampler, args.steps, args.eta, args.guidance, args.label)
-    if own == "infd" and args.image:
-        own = "autoencoder"
-    elif own == "infd" and (few or args.given and all(value is None for value in how)):
-        own = "infd_onestep"
-    elif own == "infd" and (args.prompt or args.prompts or args.prompt_at):
-        own = "infd_text"
-    elif own == "infd" and args.label is None and not args.given:
-        own = "infd_text"
-    return Path(args.ckpt) if args.ckpt else bundled(own)
+    if args.image:
+        return bundled("autoencoder")
+    if few or args.given and all(value is None for value in how):
+        return bundled("infd_onestep")
+    told = args.prompt or args.prompts or args.prompt_at
+    return bundled("infd_text" if told or args.label is None and not args.given else "infd")
 
 
 def run(argv: list[str]) -> None:
     """Draw what the command line asks for."""
     args = parser().read(argv, "sizes are given by --res, scores made by metrics.py, "
                                "measurements by experiments.py")
+    more = check_alone(args)
     args.at = centre_of_dive(args)
     path = chosen(args)
     if args.export:
@@ -426,18 +483,16 @@ def run(argv: list[str]) -> None:
     if min(args.n, args.batch) < 1:
         raise ValueError("--n and --batch must be at least 1")
 
-    model = load(path, pick_device(args.device), args.raw, args.merges)
-    more = args.view or args.html or args.zoom or args.morph
+    model, common = asked_for(path, args)
     if args.view or args.zoom:
-        args.window = args.window or WHOLE_PLANE                     # or this model has no windows
+        args.window = WHOLE_PLANE                                    # or this model has no windows
     made, sizes, draw = pictures_of(model, args)
     net = model.unet if isinstance(model, INFD) else model.f.net
     if net is not None:
         draw_labels(net, model.classes, [0], args.seed, args.label)  # names a wrong one at once
     windows = [check_frame(size, args.window)[1] for size in sizes]
-    common = origin(model) | made
     if more:
-        return exhibit(model, args, common, sizes[0], draw)
+        return exhibit(model, args, common | made, sizes[0], draw)
     if args.sheet:
         check_new(Path(args.sheet), ".png", ".jpg")
         if max(map(max, sizes)) > SHEET:
@@ -449,7 +504,7 @@ def run(argv: list[str]) -> None:
     out = Path(args.out or f"samples/{max(taken, default=0) + 1:04d}")
     out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out).close()                          # says what is wrong at once
-    files = planned(model, args, common, sizes, out)
+    files = planned(model, args, common | made, sizes, out)
 
     todo = [i for (i, _), (file, _) in files.items() if i % world == rank and not file.exists()]
     todo = list(dict.fromkeys(todo))

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import data
 from autoencoder import Attention
 from clif import ResBlock
-from data import Source, to_tensor, to_uint8
+from data import DataError, Source, to_tensor, to_uint8
 from inr_generator import AdaLNBlock, Block
 from ldm import SelfAttention, TimeResBlock
 from metrics import psnr
@@ -135,7 +136,8 @@ class Stage:
     objective(part of a batch, k) -> (loss, what to log). See `train.step`.
 
     source, held_out: pictures, as `data.as_source` takes them; by default what option `data` names.
-    loss: the caller's own, in place of what a stage says: two (B, 3, h, w) -> (), in stage cm (B,).
+    loss: the caller's own, in place of what a stage says: two (B, 3, h, w) -> (B,), or in stages ae
+    and pretrain the mean, ().
     """
 
     def __init__(self, cfg: Run, device: torch.device, source: Source | None = None,
@@ -228,12 +230,17 @@ class Stage:
             yield moved | host
 
     @functools.cached_property
-    def judged(self) -> tuple[Tensor, Tensor | None]:
-        """Held-out pictures (n, 3, S, S), and their labels (n,) where the network is told them."""
+    def judged(self) -> tuple[list[int], Tensor, Tensor | None]:
+        """Numbers of held-out pictures, these (n, 3, S, S), and the labels (n,) if the net is told."""
         some = range(min(self.cfg.eval_n, len(self.held_out)))
-        x = drawn_at([self.held_out[i] for i in some], self.cfg.size).to(self.device)
-        y = torch.tensor([self.held_out.label(i) for i in some], device=self.device)
-        return x, y if self.extra["classes"] else None
+        numbers, x, skipped = readable(some, self.held_out, self.cfg.size)
+        for text in skipped:
+            warnings.warn(f"skipped unreadable image: {text}")
+        if not numbers:
+            raise DataError(f"the first {len(some)} held-out pictures cannot be read (see "
+                            f"--check-data): {skipped[-1]}")
+        y = torch.tensor([self.held_out.label(i) for i in numbers], device=self.device)
+        return numbers, x.to(self.device), y if self.extra["classes"] else None
 
     def noise_like(self, x: Tensor) -> Tensor:
         """Noise for held-out pictures or latents x (n, ...), of each always the same."""
@@ -252,6 +259,20 @@ class Stage:
 def drawn_at(pictures: list[data.Picture], size: int) -> Tensor:
     """Draw pictures whole, (B, 3, size, size) in [-1, 1]."""
     return torch.stack([to_tensor(picture.draw(size)) for picture in pictures])
+
+
+def readable(numbers: Sequence[int], source: Source, size: int) -> tuple[list, Tensor, list[str]]:
+    """`drawn_at` of those that can be read: their numbers, they, and why the others cannot."""
+    kept = []
+    drawn = [torch.empty(0, 3, size, size)]
+    skipped = []
+    for i in numbers:
+        try:
+            drawn.append(drawn_at([source[i]], size))
+            kept.append(i)
+        except DataError as error:
+            skipped.append(str(error))
+    return kept, torch.cat(drawn), skipped
 
 
 def starting_point(init: str, *stages: str) -> tuple[str, dict[str, Tensor], dict]:
@@ -275,7 +296,8 @@ class Reconstruction(Stage):
         """Mean PSNR, LPIPS of n held-out pictures that large, and of their 1x render enlarged."""
         scores: dict = {f"{s}x": {"px": s * self.cfg.size, "n": 0} for s in scales}
         judges = {"psnr": psnr} | ({"lpips": self.lpips} if self.lpips else {})
-        for i, image in enumerate(self.judged[0][:n].split(1)):
+        numbers, x, _ = self.judged
+        for i, image in zip(numbers[:n], x.split(1)):
             drawn = self.reconstruct(image)
             base = to_tensor(to_uint8(drawn.draw(self.cfg.size)[0]))[None]
             for row in scores.values():
@@ -303,9 +325,11 @@ class Reconstruction(Stage):
     def preview(self, folder: Path, k: int) -> None:
         sides = [s * self.cfg.size for s in self.scales if s == 1 or s * self.cfg.size <= 512]
         rows = []
-        for i, image in enumerate(self.judged[0][:4].split(1)):
+        numbers, x, _ = self.judged
+        for i, image in zip(numbers[:4], x.split(1)):
             drawn = self.reconstruct(image)
-            rows.append([to_uint8(image[0])])
+            row = [to_uint8(image[0])]
             for side in sides:
-                rows[i] += [to_uint8(drawn.draw(side)[0]), self.held_out[i].draw(side)]
+                row += [to_uint8(drawn.draw(side)[0]), self.held_out[i].draw(side)]
+            rows.append(row)
         self.sheet(rows, sides[-1], folder, k, f"input, then render | original at {sides} px")

@@ -81,7 +81,7 @@ class PretrainStage(Reconstruction):
         coord = moved_grid(part["coord_noise"], self.cfg.func.corners)           # (B, S, S, 2)
         with self.autocast():                        # c_in is 1 / sigma_data at sigma = 0
             rgb = self.func.redraw(x / ConsistencyConfig.sigma_data, coord)      # (B, 3, S, S)
-        loss = self.loss(rgb, x)                                 # Eq. (10)
+        loss = self.loss(rgb, x).mean()                          # Eq. (10)
         return loss, {"loss": loss}
 
     def reconstruct(self, image: Tensor) -> ImageFunction:
@@ -219,7 +219,7 @@ class CMStage(Stage):
 
     def validate(self) -> dict[str, Tensor]:
         """Denoising distance of the student (Section 4.1, Appendix B)."""
-        x, y = self.judged
+        _, x, y = self.judged
         distances = denoising_distance(self.f, x, self.noise_like(x), y)[1]
         return {"denoising_distance": distances.mean()}
 
@@ -238,6 +238,9 @@ def cm_config(cfg: CMRun, classes: int) -> CMRun:
     choose("schedule", cfg.schedule, "ct", "ict", "ect")
     choose("metric", cfg.metric, "lpips", "l2", "huber")
     choose("generator", cfg.generator, *GENERATORS)
+    if cfg.unet.dropout:
+        raise ValueError("unet.dropout: student and teacher would each leave out units of their "
+                         "own, and their loss would not end; stage cm has none")
     for name in ("p_uncond", "p_shorten", "guidance", "pictures"):
         if getattr(cfg, name) != getattr(CMRun, name) and not cfg.latents:
             raise ValueError(f"{name} goes with latents=RUN, a run of stage ldm")

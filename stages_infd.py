@@ -8,6 +8,7 @@ import functools
 import hashlib
 import itertools
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,20 +17,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 import data
 from autoencoder import (AutoencoderConfig, DiscriminatorConfig, FieldAutoencoder,
                          PatchDiscriminator, adaptive_weight, first_order, hinge_loss)
 from clif import Field
-from data import DataConfig, to_uint8
+from data import TOLERATED, DataConfig, DataError, Source, to_uint8
 from ldm import DiffusionConfig, GaussianDiffusion, UNet, UNetConfig
 from metrics import lpips_network
 from models import GUIDANCE, INFD, LatentScale, load, published_autoencoder, same_encoder
 from published import WEIGHT_FILES
 from runs import all_mean, flatten, load_weights, print_once, ranks, rng
-from stages import (Reconstruction, Run, Stage, add_up, descend, drawn_at, micro_batches,
-                    optimisers, starting_point)
+from stages import (Reconstruction, Run, Stage, add_up, descend, micro_batches, optimisers,
+                    readable, starting_point)
 from text import TextConfig, TextTransformer, WordTokenizer, clip_tokenizer
 
 
@@ -103,7 +104,10 @@ class AEStage(Reconstruction):
         elif cfg.init:
             _, best, state = starting_point(cfg.init, "ae")
             load_weights(self.net, best, f"the autoencoder in {cfg.init}")
-            load_weights(self.disc, state["disc"], f"the discriminator in {cfg.init}")
+            if "disc" in state:
+                load_weights(self.disc, state["disc"], f"the discriminator in {cfg.init}")
+            elif cfg.gan_weight > 0:
+                print_once(f"{cfg.init} has no discriminator; a new one learns")
 
     def batches(self, start: int) -> Iterator[dict]:
         """Random patches at random scales; from original_from on, often at the largest (J.2)."""
@@ -211,7 +215,18 @@ EXAMPLES = 256                              # captions kept, to be drawn where n
 
 
 class Latents(list):
-    """Latents (C, h, w) for `data.loader`."""
+    """Latents (C, h, w) of the pictures `kept` of a source, for `data.loader`."""
+
+    def __init__(self, latents: Tensor, source: Source, kept: list[int]):
+        super().__init__(latents)
+        self.source = source
+        self.kept = kept
+
+    def label(self, i: int) -> int:
+        return self.source.label(self.kept[i])
+
+    def caption(self, i: int) -> str:
+        return self.source.caption(self.kept[i])
 
 
 @torch.no_grad()
@@ -221,13 +236,21 @@ def encoded(stage: Stage, base: INFD) -> Latents:
     source = stage.source
     n = min(cfg.pictures or len(source), len(source))
     print_once(f"encoding {n:,} pictures")
-    pictures = DataLoader(Subset(source, range(n)), 32, num_workers=cfg.workers,
-                          collate_fn=functools.partial(drawn_at, size=cfg.size))
-    encode = base.autoencoder.encode
-    made = Latents(torch.cat([encode(x.to(stage.device)).cpu() for x in pictures]))
-    made.label = source.label
-    made.caption = source.caption
-    return made
+    draw = functools.partial(readable, source=source, size=cfg.size)
+    kept = []
+    latents = []
+    unread = []
+    for numbers, x, skipped in DataLoader(range(n), 32, num_workers=cfg.workers, collate_fn=draw):
+        for text in skipped:
+            warnings.warn(f"skipped unreadable image: {text}")
+        unread += skipped
+        if len(unread) > max(TOLERATED, n // 100) or len(unread) == n:
+            raise DataError(f"{len(unread)} of {n} images cannot be read (see --check-data), the "
+                            f"last: {unread[-1]}")
+        if numbers:
+            latents.append(base.autoencoder.encode(x.to(stage.device)).cpu())
+            kept += numbers
+    return Latents(torch.cat(latents), source, kept)
 
 
 def check_chances(cfg: Run, text: bool) -> None:
@@ -348,7 +371,7 @@ class LDMStage(Stage):
         if self.started:
             self.tokenizer = clip_tokenizer(Path(cfg.start), None, cfg.context)
         elif cfg.start:                                          # whose words have their numbers
-            self.tokenizer = load(cfg.start).tokenizer
+            self.tokenizer = getattr(load(cfg.start), "tokenizer", None)
             if not isinstance(self.tokenizer, WordTokenizer):
                 raise ValueError(f"start={cfg.start} knows no words of text=true; start from a "
                                  f"run that learned captions")
@@ -433,22 +456,23 @@ class LDMStage(Stage):
     @torch.no_grad()
     def validate(self) -> dict[str, Tensor]:
         """The loss of held-out latents, of each always at the same time and noise."""
-        x, y = self.judged
+        numbers, x, y = self.judged
         z = self.scale(torch.cat([self.base.autoencoder.encode(one) for one in x.split(1)]))
         t = torch.arange(len(z), device=self.device) * self.cfg.diffusion.steps // len(z)
         part = {"label": y}
         if self.cfg.text:
-            captions = [self.held_out.caption(i) for i in range(len(z))]
+            captions = [self.held_out.caption(i) for i in numbers]
             part = {"tokens": self.tokenizer(captions).to(self.device)}          # (n, N)
         loss = self.denoise(self.shown, z, t, self.noise_like(z), part)          # (n,)
         return {"held_out_loss": loss.mean()}
 
     def preview(self, folder: Path, k: int) -> None:
-        model = replace(self.base, unet=self.shown, diffusion=self.diffusion, scale=self.scale)
+        model = replace(self.base, unet=self.shown, diffusion=self.diffusion, scale=self.scale,
+                        sampler="dpm++")
         if self.cfg.text:
             model = replace(model, unet=self.shown["unet"], text=self.shown["text"],
                             tokenizer=self.tokenizer, captions=self.extra["captions"],
-                            guidance=GUIDANCE)
+                            guidance=GUIDANCE if self.cfg.p_uncond else 1.0)
         drawn = model.decode(model.sample(range(8), self.cfg.seed, self.cfg.preview_steps))
         sides = [s * model.size for s in (1, 2, 4) if s == 1 or s * model.size <= 512]
         rows = [to_uint8(drawn.draw(side)) for side in sides]

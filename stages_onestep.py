@@ -15,7 +15,7 @@ from torch import Tensor
 
 from consistency import Guided, LatentConsistency, denoising_distance
 from data import to_uint8
-from models import INFD, load
+from models import INFD, load, same_encoder
 from runs import flatten
 from stages import set_rates
 from stages_func import CMStage, cm_config
@@ -33,9 +33,11 @@ class LatentCMStage(CMStage):
     def build(self) -> None:
         cfg = self.cfg
         self.base = base = load(cfg.latents, self.device)
-        if (not isinstance(base, INFD) or base.unet is None or base.f is not None
-                or isinstance(base.tokenizer, CLIPTokenizer)):
+        if not isinstance(base, INFD) or base.unet is None or base.f is not None:
             raise ValueError(f"latents={cfg.latents} must be a run of stage ldm")
+        if isinstance(base.tokenizer, CLIPTokenizer):
+            raise ValueError(f"latents={cfg.latents} began as Stable Diffusion, whose text encoder "
+                             f"this stage does not take")
         if cfg.metric == "lpips" and self.loss is None:
             raise ValueError("latents are no pictures for LPIPS: give metric=huber or metric=l2")
         self.source = getattr(self.source, "photos", self.source)    # of the 6K-mix: all at once
@@ -43,6 +45,8 @@ class LatentCMStage(CMStage):
         cfg = replace(cfg, generator="unet", size=base.size, flip=False, cm=scalings,
                       labels=cfg.labels if base.classes else "false")
         self.cfg = replace(cm_config(cfg, 0), unet=base.unet.cfg)
+        if base.classes and cfg.labels == "false":
+            raise ValueError(f"latents={cfg.latents} is told classes: leave labels=false out")
         if self.tell_classes() != len(base.classes) or self.extra["classes"] != list(base.classes):
             raise ValueError(f"latents={cfg.latents} knows the classes {', '.join(base.classes)}; "
                              f"{cfg.data} has {', '.join(self.source.classes) or 'none'}")
@@ -60,6 +64,8 @@ class LatentCMStage(CMStage):
         net = copy.deepcopy(base.unet).requires_grad_(True).train()
         f = LatentConsistency(net, self.cfg.cm, -base.diffusion.log_rho)
         self.assemble(f, scale=base.scale)
+        if self.denoiser is not None and not same_encoder(load(cfg.distil), base):
+            raise ValueError(f"distil={cfg.distil} has other latents than latents={cfg.latents}")
         if cfg.guidance != 1:
             if self.denoiser is None:
                 raise ValueError("guidance is of the denoiser that distil=RUN names")
@@ -93,10 +99,10 @@ class LatentCMStage(CMStage):
     @torch.no_grad()
     def validate(self) -> dict[str, Tensor]:
         """Denoising distance of held-out latents, and at sigma_max alone."""
-        x, y = self.judged
+        numbers, x, y = self.judged
         encode = self.base.autoencoder.encode
         z = self.base.scale(torch.cat([encode(one) for one in x.split(1)]))      # (n, C, h, w)
-        told = self.told([self.held_out.caption(i) for i in range(len(z))])
+        told = self.told([self.held_out.caption(i) for i in numbers])
         distances = denoising_distance(self.f, z, self.noise_like(z), y, **told)[1]
         return {"denoising_distance": distances.mean(), "distance_at_max": distances[0]}
 

@@ -80,7 +80,7 @@ from autoencoder import (Attention, AutoencoderConfig, Decoder, DiscriminatorCon
 from clif import (CLIF, CLIFConfig, Field, FrameNorm, LIIF, LIIFConfig, check_frame, coord_grid,
                   query)
 from conditions import (LED, SHIFTED, Condition, conditioned, fitted_noise, inside, laid_out, like,
-                        misfit)
+                        misfit, read_given)
 from consistency import (ConsistencyConfig, ConsistencyModel, ECT, Guided, ICT,
                          LatentConsistency, ResizedLPIPS, Schedule, consistency_loss,
                          denoising_distance, heun_step, l2, noise_condition, per_image,
@@ -5214,7 +5214,7 @@ def viewer_at(run, *options):
     """A server of a model of a run: (Gallery, port)."""
     args = sample.parser().read(["--ckpt", str(run), *options], "")
     model = models.load(run)
-    show = functools.partial(sample.shown, model, args)
+    show = functools.partial(sample.shown, model, args, sample.origin(model))
     gallery = viewer.Gallery(show, viewer.about(model, args, (64, 64)))
     with viewer.Server(gallery, 0) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
@@ -5265,6 +5265,17 @@ def test_viewer_tiles_are_windows_of_the_picture(sample_runs, tmp_path, stage, q
         assert main_sample("--ckpt", sample_runs / stage, "--seed", 3, *options, "--label", "day",
                            "--res", "40x48", "--window", "-0.5,-0.25,0.5,0.75", "--out", tmp_path) == 0
         assert status == 200 and body == (tmp_path / file).read_bytes()
+
+
+def test_viewer_page_knows_what_the_command_line_asks_for(sample_runs):
+    """A class by its number too, and the steps that are taken where the page leaves them open."""
+    model = models.load(sample_runs / "ldm")
+    for options, label, steps in ((["--label", "2"], "dusk", 20), (["--label", "day"], "day", 20),
+                                  (["--eta", "0"], None, 200), (["--sampler", "ddim"], None, 200)):
+        args = sample.parser().read(options)
+        about = viewer.about(model, args, (64, 64))
+        assert about["start"]["label"] == label and about["usual"]["steps"] == steps
+        assert model.settings(args.sampler, None, args.eta)["steps"] == steps
 
 
 def test_viewer_keeps_few_pictures_and_one_it_forgot_is_asked_for_again(sample_runs, monkeypatch):
@@ -5630,7 +5641,17 @@ def sample_files(tmp_path_factory):
     ("cm", "--zoom 8 --frames 3 --out b.png", "--frames is even"),
     ("cm", "--zoom 1 --out b.png", "--zoom above 1"),
     ("cm", "--zoom 8 --at 2,0 --out b.png", "--at y,x within -1 and 1"),
-    ("cm", "--zoom 8 --morph 2 --out b.png", "--zoom or of --morph"),
+    ("cm", "--zoom 8 --morph 2 --out b.png", "--zoom and --morph: ask for one at a time"),
+    ("cm", "--morph 0 --out b.png", "--morph 2 to 1000"), ("cm", "--zoom 0 --out b.png", "above 1"),
+    ("cm", "--morph 2", "a moving picture has a name: --out FILE.webp"),
+    ("cm", "--html b.html --sigmas 0.8", "--sigmas: --html takes none"),
+    ("cm", "--html b.html --func-dtype bfloat16", "--func-dtype: --html takes none"),
+    ("cm", "--html b.html --window 0,0,1,1", "--window: --html takes none"),
+    ("ldm", "--view --n 3", "--n: --view takes none"), ("ldm", "--view --sheet b.png", "--sheet: --v"),
+    ("ldm", "--zoom 4 --window 0,0,1,1 --out b.png", "--window: --zoom takes none"),
+    ("cm", "--view --res 16,32", "--view draws at one size: give --res one"),
+    ("ldm", "--image a.png --given a.png --merges b", "--given, --merges: --image draws one"),
+    ("ae", "--image a.png --step-size 3 --negative snow", "--step-size, --negative: --image draws"),
     ("cm", "--out a.png", "a.png: File exists"), ("cm", "--out a.png/b", "a.png/b: Not a directory"),
     ("cm", "--export a.png/b.pt", "a.png: File exists"),                          # case 7
     (".", "", "is a folder of runs: choose "), ("ae", "", "this is an autoencoder (stage ae)"),
@@ -5720,7 +5741,7 @@ def test_export_keeps_what_sampling_needs_in_half_precision(sample_runs, tmp_pat
     for ours, theirs in zip(small.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2**-11, atol=2**-25)     # half a unit
     for args, said in ((["--ckpt", sample_runs / stage, "--export", file], "exists; choose"),
-                       (["--ckpt", file, "--raw"], "lacks 'model'")):
+                       (["--ckpt", file, "--raw"], "moving average alone: leave --raw out")):
         assert said in sample_error(capsys, *args)
     assert models.load(sample_runs / stage, raw=True).weights == "trained weights"
 
@@ -5839,6 +5860,19 @@ def test_sample_without_a_checkpoint_takes_the_bundled_weights_for_what_is_asked
         asked = sample.parser().read([*args, *ckpt])
         sample.centre_of_dive(asked)
         assert sample.chosen(asked) == path
+
+
+def test_a_dive_leaves_the_places_of_conditions_alone():
+    """Two numbers say where to dive, four where the picture before them lies."""
+    def read(*args):
+        asked = sample.parser().read(["--zoom", "4", *args])
+        return sample.centre_of_dive(asked), asked.given
+
+    given = ["--given", "a.png", "--at", "0,0,1,1"]
+    assert read(*given) == ((0.0, 0.0), ["a.png", (0, 0, 1, 1)])
+    assert read(*given, "--at", "0.5,0") == ((0.5, 0), ["a.png", (0, 0, 1, 1)])
+    assert read("--at", "0.5,0", *given) == ((0.5, 0), ["a.png", (0, 0, 1, 1)])
+    assert read("--at", "0.5,0") == ((0.5, 0), None)
 
 
 def test_sample_without_a_checkpoint_draws_from_anywhere(tmp_path, monkeypatch, capsys):
@@ -6444,7 +6478,10 @@ def test_checkpointed_blocks_have_the_same_gradients(net):
     ("cm", "distil={cm} labels=false", "must be a run of stage cm at 16 px, with 0 classes"),
     ("cm", "latents={ae}", "must be a run of stage ldm"),
     ("cm", "latents={ldm} metric=lpips", "metric=huber or metric=l2"),
-    ("cm", "latents={ldm} labels=false", "knows the classes dawn, day, dusk, night"),
+    ("cm", "latents={ldm} labels=false", "is told classes: leave labels=false out"),
+    ("cm", "generator=unet init=none unet.dropout=0.1", "unet.dropout: student and teacher would"),
+    ("ldm", "text=true start={cm}", "knows no words of text=true"),
+    ("ae", "eval_n=0", "steps, batch, accum, eval_n, *_every must be at least 1"),
     ("cm", "latents={ldm} distil={cm}", "must be a run of stage cm"),
 ])
 def test_bad_training_options(main_runs, stage_runs, tmp_path, capsys, stage, options, said):
@@ -6694,6 +6731,51 @@ def test_a_run_that_starts_from_an_exported_file_keeps_the_numbers_of_its_words(
         assert torch.equal(stage.net["text"].state_dict()[name], value)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_pictures_that_cannot_be_read_are_passed_over_by_every_stage(main_runs, tmp_path, workers):
+    """Of those to learn from and of those held out; the others keep their classes, in order."""
+    for split, bad in (("train", 3), ("val", 0)):
+        main_set(tmp_path / "set" / split, 6, classes=("a", "b"))
+        file = next((tmp_path / "set" / split).glob(f"*/{bad:03d}.png"))
+        file.write_bytes(file.read_bytes()[:60])
+    cfg = train.configure("ldm", "tiny", str(tmp_path / "set"), [
+        *TINY_LDM, f"init={main_runs / 'ae'}", "batch=5", f"workers={workers}", "eval_n=3"])
+    stage = train.STAGES["ldm"](cfg, CPU)
+    with pytest.warns(UserWarning, match="skipped unreadable image: .*003.png"):
+        batch = next(stage.batches(0))
+    unread = [i for i in range(6) if "003" in stage.source[i].name]
+    kept = [i for i in range(6) if i not in unread]
+    assert len(stage.latents) == 5 and len(unread) == 1
+    assert [stage.latents.label(k) for k in range(5)] == [stage.source.label(i) for i in kept]
+    truth = stage.base.autoencoder.encode(stages.drawn_at([stage.source[i] for i in kept], 16))
+    torch.testing.assert_close(torch.stack(list(stage.latents)), truth)
+    assert batch["latent"].shape[0] == 5
+    with pytest.warns(UserWarning, match="skipped unreadable image: .*000.png"):
+        numbers, x, y = stage.judged
+    assert len(numbers) == len(x) == 2 and y.tolist() == [stage.held_out.label(i) for i in numbers]
+    assert torch.isfinite(stage.validate()["held_out_loss"])
+
+
+def test_a_set_of_which_nothing_can_be_read_is_an_error_with_the_cause(main_runs, tmp_path, capsys):
+    folder = main_set(tmp_path / "set", 4)                     # one of them is held out
+    for file in folder.glob("*.png"):
+        file.write_bytes(b"")
+    for workers in (0, 1):
+        assert main_stage("ldm", tmp_path / "run", *TINY_LDM, f"init={main_runs / 'ae'}", "--data",
+                          folder, f"workers={workers}") == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert "3 of 3 images cannot be read (see --check-data), the last: " in said
+        assert "003.png: not a PNG, JPEG or WEBP image" in said
+
+
+def test_stage_ae_starts_from_an_exported_file_with_a_new_discriminator(main_runs, tmp_path,
+                                                                        capsys):
+    file = tmp_path / "ae.pt"
+    assert main_sample("--ckpt", main_runs / "ae", "--export", file) == 0
+    assert main_stage("ae", tmp_path / "run", *TINY_AE, *TINY_GAN, f"init={file}") == 0
+    assert f"{file} has no discriminator; a new one learns" in capsys.readouterr().out
+
+
 def test_a_condition_left_out_is_the_empty_caption_or_the_null_class(main_runs):
     """Which samples go without depends on (seed, index) alone."""
     args = [*TINY_LDM, f"init={main_runs / 'ae'}", "batch=4"]
@@ -6869,6 +6951,17 @@ def test_latents_of_a_published_file_are_drawn_by_its_converted_autoencoder(tmp_
                        (["--decoder", ROOT / "weights/cm.pt"], "cm.pt has not the encoder")):
         assert said in text_error(capsys, *call, *more, "--out", tmp_path / "b")
     assert "--decoder means nothing" in text_error(capsys, "--model", "cm", "--decoder", "a")
+
+
+def test_the_tile_of_a_photograph_is_in_its_file(sample_runs, tmp_path, capsys):
+    """So that the same call with another, which draws another picture, is not taken for done."""
+    photo = conditions_file(tmp_path / "a.png", 40)
+    call = ["--ckpt", sample_runs / "ae", "--image", photo, "--res", 48, "--out", tmp_path / "out"]
+    for tile in (16, 16, 24):
+        code = main_sample(*call, "--norm", "paper", "--tile", tile)
+        assert code == (0 if tile == 16 else 2)
+    assert "exists and is another picture" in capsys.readouterr().err
+    assert main_png(tmp_path / "out/a-48x48.png")[1]["tile"] == 16
 
 
 START = ["steps=2", "batch=2", "size=16", "pictures=4", "workers=0", "log_every=2", "ema=0.5",
@@ -7143,11 +7236,50 @@ def test_conditions_alone_choose_the_caption_of_a_one_step_picture(text_run, tmp
     assert len(captions) > 2
     goal = model.functions([3], steps=1, prompts=[captions[2]]).draw(16)[0]
     there = [like(goal)]
-    noise = torch_noise(model.latent_shape, 0, "x_T", 3)[None]
-    assert model.fitting_captions(noise, there) == [captions[2]]
+    assert model.fitting_captions([3], 0, there) == [captions[2]]
     alone, told, other = (model.sample([3], conditions=there, prompts=prompts)
                           for prompts in (None, [captions[2]], [captions[1]]))
     assert torch.equal(alone, told) and not torch.equal(alone, other)
+
+
+def test_what_a_picture_by_conditions_alone_shows_its_file_says(text_run, tmp_path):
+    """The caption that they chose, by which the same picture is drawn, as a still or a frame."""
+    assert main_stage("cm", tmp_path / "cm", *TINY_LATENT, f"latents={text_run}") == 0
+    model = models.load(tmp_path / "cm")
+    goal = conditions_file(tmp_path / "a.png", 8)
+    common = ["--ckpt", tmp_path / "cm", "--given", goal, "--res", 16, "--start", 3]
+    assert main_sample(*common, "--n", 2, "--out", tmp_path / "out") == 0
+    chosen = model.fitting_captions([3, 4], 0, [read_given(goal)])
+    for i, caption in zip((3, 4), chosen):
+        pixels, info = main_png(tmp_path / f"out/seed0-{i:06d}-16x16.png")
+        assert info["prompt"] == caption
+        assert main_sample(*common[:-1], i, "--prompt", caption, "--out", tmp_path / f"{i}") == 0
+        assert np.array_equal(pixels, main_png(tmp_path / f"{i}/seed0-{i:06d}-16x16.png")[0])
+    assert main_sample(*common, "--morph", 2, "--frames", 2, "--out", tmp_path / "m.png") == 0
+    with Image.open(tmp_path / "m.png") as film:
+        info = json.loads(film.text["parameters"])
+        first = np.asarray(film.convert("RGB"))
+    assert info["prompt"] == chosen[0] and info["window"] is None
+    assert sample_gap(first, main_png(tmp_path / "out/seed0-000003-16x16.png")[0]) <= 1
+
+
+def test_a_negative_prompt_needs_guidance_and_text(text_run, sample_runs, capsys):
+    model = models.load(text_run)
+    for how in ({"guidance": 1}, {"guidance": 1.0, "prompts": ["a lake"]}):
+        with pytest.raises(ValueError, match="a negative prompt: it is guidance that leads away"):
+            model.sample([0], negative="snow", **how)
+    said = sample_error(capsys, "--ckpt", text_run, "--guidance", 1, "--negative", "snow")
+    assert "a negative prompt: it is guidance" in said
+    deaf = models.load(sample_runs / "ldm")
+    for how in ({"negative": "snow"}, {"regions": [("a lake", (0, 0, 1, 1))]}):
+        with pytest.raises(ValueError, match="a prompt: this model does not read text"):
+            deaf.sample([0], steps=2, **how)
+    place = ["--ckpt", text_run, "--prompt", "a lake", "--prompt-at"]
+    said = sample_error(capsys, *place, "mist", "abc")
+    assert "--prompt-at TEXT abc: the place is y0,x0,y1,x1" in said
+    assert main_sample(*place, "giraffe", "0,0,1,1", "--steps", 1, "--res", 16, "--out",
+                       text_run.parent / "placed") == 0
+    assert 'prompt "giraffe": this model does not know giraffe' in capsys.readouterr().err
 
 
 def test_viewer_says_which_words_a_model_does_not_read(text_run):
@@ -7256,6 +7388,7 @@ class MainPictures:
 
 
 @pytest.mark.parametrize("name, options", [("ae", [*TINY_AE, "lpips=vgg"]),
+                                           ("pretrain", TINY_PRETRAIN),
                                            ("cm", [*TINY_CM, "metric=lpips"])])
 def test_a_user_trains_on_pictures_and_a_loss_of_their_own(tmp_path, capsys, name, options):
     """In place of L1 and LPIPS, or of the metric, whose networks are not loaded."""

@@ -289,9 +289,10 @@ def train(stage: str, cfg: Run, out: str | Path, device: str | torch.device,
     device = pick_device(device) if isinstance(device, str) else device
     world = int(os.environ.get("WORLD_SIZE", 1))
     steps = cfg.steps or getattr(cfg, "epochs", 0)
-    counts = (steps, cfg.batch, cfg.accum, cfg.log_every, cfg.grid_every, cfg.save_every)
+    counts = (steps, cfg.batch, cfg.accum, cfg.log_every, cfg.grid_every, cfg.save_every,
+              cfg.eval_n)
     if min(counts) < 1 or cfg.batch % (world * cfg.accum):
-        raise ValueError(f"steps, batch, accum and *_every must be at least 1, and batch="
+        raise ValueError(f"steps, batch, accum, eval_n, *_every must be at least 1, and batch="
                          f"{cfg.batch} a multiple of accum={cfg.accum} times {world} processes")
     before = {"ldm": "ae", "cm": "pretrain"}.get(stage)
     latents = getattr(cfg, "latents", "")            # of stage cm: one-step INFD

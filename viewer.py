@@ -60,7 +60,7 @@ def about(model: INFD | OneStep, args: argparse.Namespace, shape: tuple[int, int
         fields += ["label"]
     if isinstance(model, INFD):
         fields += ["steps"]
-        usual["steps"] = model.settings(args.sampler)["steps"]
+        usual["steps"] = model.settings(args.sampler, None, args.eta, bool(args.given))["steps"]
         if model.text is not None:
             fields += ["prompt"]
             usual["prompt"] = "what to draw"
@@ -68,6 +68,8 @@ def about(model: INFD | OneStep, args: argparse.Namespace, shape: tuple[int, int
             fields += ["negative", "guidance"] if model.text else ["guidance"]
             usual["guidance"] = model.guidance if model.text else 1
     start = {name: getattr(args, name) for name in fields}
+    if classes and str(args.label).isdecimal():
+        start["label"] = classes[int(args.label)]
     return {"shape": shape, "fields": fields, "classes": classes, "usual": usual,
             "start": {**start, "prompt": (args.prompt or [None])[0]}}
 
