@@ -544,7 +544,7 @@ def agreement(run_folder: str, n: int, device: torch.device) -> dict[str, dict]:
     truth = drawn_at([held_out[i] for i in range(n)], 64).to(device)             # (n, 3, 64, 64)
     rows = {"true scenes": shares(net, truth, captions),
             "true scenes, another's caption": shares(net, truth, other)}
-    ways = {f"w = {w:g}": {"sampler": "dpm++", "guidance": w} for w in (1.0, 2.0, 4.0)}
+    ways = {f"w = {w:g}": {"sampler": "dpm++", "guidance": w} for w in (1.0, 2.0, 3.0, 4.0)}
     if model.f is not None:
         ways = {"one step": {"steps": 1}, "two steps": {"steps": 2}}
     for name, how in ways.items():

@@ -509,7 +509,9 @@ class GaussianDiffusion:
     # alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar) and rho = alpha / sigma it reads
     #     d(x / sigma) / d rho = x_0(x, rho),
     # and Euler's method on it is DDIM with eta 0, `flow_step`. DPM-Solver++ puts a better estimate
-    # of x_0 into the same `flow_step`, but for the last: rho is infinite at clean data.
+    # of x_0 into the same `flow_step`, but for the last: rho is infinite at clean data. With eta
+    # above 0 a step forgets some of the noise of x_t for fresh noise, and with it what the network
+    # got wrong before; with eta 1 a step of either is one of ancestral sampling.
 
     def solver_timesteps(self, steps: int, first: int | None = None) -> list[int]:
         """The `steps` timesteps DPM-Solver++ visits, ascending from 0 to `first`, or the last.
@@ -526,25 +528,37 @@ class GaussianDiffusion:
         distinct = (nearest - i).cummax(dim=0).values.clamp(max=first + 1 - steps) + i
         return distinct.tolist()
 
-    def flow_step(self, x_t: Tensor, x_0: Tensor, t: int, t_prev: int) -> Tensor:
-        """x at t_prev, exact if the prediction x_0 stayed the same on the way; -1 is clean data."""
+    def flow_step(self, x_t: Tensor, x_0: Tensor, t: int, t_prev: int,
+                  noise: Tensor | None = None, eta: float = 0.0) -> Tensor:
+        """x at t_prev, exact if the prediction x_0 stayed the same on the way; -1 is clean data.
+
+        Of the noise of x_t (rho_t / rho_prev)^eta is kept, and standard normal `noise` fills it up.
+        """
         alpha, sigma = self._alpha_sigma(t)
         alpha_prev, sigma_prev = self._alpha_sigma(t_prev)
-        return sigma_prev / sigma * x_t + (alpha_prev - alpha * sigma_prev / sigma) * x_0
+        kept = (alpha * sigma_prev / (sigma * alpha_prev)) ** eta
+        share = kept * sigma_prev / sigma
+        x = share * x_t + (alpha_prev - alpha * share) * x_0
+        if noise is not None:
+            x = x + sigma_prev * math.sqrt(1 - kept**2) * noise
+        return x
 
     @torch.no_grad()
-    def dpm_loop(self, model: Callable, x_T: Tensor, steps: int = 20, y: Tensor | None = None,
+    def dpm_loop(self, model: Callable, x_T: Tensor, steps: int = 20, eta: float = 0.0,
+                 noise: Callable[[int], Tensor] | None = None, y: Tensor | None = None,
                  first: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Sample by DPM-Solver++(2M) of Lu et al. 2022; yields and starts as `ddim_loop`, eta 0.
+        """Sample by DPM-Solver++(2M) of Lu et al. 2022, with eta above 0 by its SDE-DPM-Solver++.
 
-        One model call per step: x_0 in the middle of the step, on the scale of log rho, is
-        extrapolated from this prediction and the last.
+        Arguments and what it yields as of `ddim_loop`. One model call per step: x_0 in the middle
+        of the step, on the scale of log rho, is extrapolated from this prediction and the last.
         """
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta is {eta}; it must be in [0, 1]")
         timesteps = self.solver_timesteps(steps, first)[::-1]
         x_t = x_T
         x_0_last = None
         h_last = None
-        for t, t_prev in zip(timesteps, timesteps[1:] + [-1]):
+        for i, (t, t_prev) in enumerate(zip(timesteps, timesteps[1:] + [-1])):
             alpha, sigma = self._alpha_sigma(t)
             x_0 = (x_t - sigma * self._eps(model, x_t, t, y)) / alpha
             middle = x_0
@@ -554,7 +568,8 @@ class GaussianDiffusion:
                     middle = x_0 + h / (2 * h_last) * (x_0 - x_0_last)
                 x_0_last = x_0
                 h_last = h
-            x_t = self.flow_step(x_t, middle, t, t_prev)
+            fresh = noise(i) if eta > 0 and t_prev >= 0 else None
+            x_t = self.flow_step(x_t, middle, t, t_prev, fresh, eta)
             yield x_t, x_0
 
     @staticmethod

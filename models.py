@@ -109,7 +109,7 @@ class LatentScale(nn.Module):
 
 
 AS_PUBLISHED = {"ddim_steps": 50, "eta": 0.0, "guidance": 7.5, "sampler": "ddim"}   # of SD v1
-GUIDANCE = 4.0                              # of text, for models trained here (docs/results.md)
+GUIDANCE = 2.0                              # of text, for models trained here (docs/results.md)
 # Steps: of ddim as published; of dpm++ as many as come within 40 dB of ddim's (docs/results.md).
 # cm: of the one-step model, the second from noise of the level SECOND.
 SAMPLERS = {"ddim": 200, "dpm++": 20, "cm": 2}
@@ -117,8 +117,9 @@ LED_STEPS = {"ddim": 50, "dpm++": 20, "cm": 1}              # by conditions
 SECOND = 2.0
 FINEST = 8                                  # pixels a cell of phi, as 1024 px of 128 cells; finer
                                             # ones CLIF draws as flat squares (docs/results.md)
-START = 10.0                                # noise to signal where a walk with eta < 1 starts: if
-                                            # the schedule ends above twice that; see `settle`
+START = 10.0                                # noise to signal where walks start, but for DDIM's with
+                                            # eta 1, if the schedule ends above twice; see `settle`
+FRESH = 1.0                                 # eta of dpm++: see docs/results.md
 
 
 @dataclass
@@ -140,7 +141,7 @@ class INFD:
     captions: Sequence[str] = ()            # of its training; drawn where no prompt is given
     sampler: str = "dpm++"                  # of `sample` where nothing else is said
     ddim_steps: int = SAMPLERS["ddim"]
-    eta: float = 1.0                        # of ddim; 1, as published, asks for a long training
+    eta: float = 1.0                        # of ddim: 1, as published, asks for a long training
     guidance: float = 7.5                   # of text; 1: it never learned to draw without
     f: LatentConsistency | None = None      # one-step INFD: draws the latents, and unet is its net
     to = frozen
@@ -233,10 +234,11 @@ class INFD:
             raise ValueError(f"sampler {sampler}: this model is drawn by {' or '.join(known)}")
         usual = LED_STEPS if led else SAMPLERS | {"ddim": self.ddim_steps}
         how = {"sampler": sampler, "steps": usual[sampler] if steps is None else steps}
-        if sampler == "ddim":
-            how["eta"] = self.eta if eta is None else eta
+        if sampler != "cm":
+            own = {"ddim": self.eta, "dpm++": FRESH}[sampler]
+            how["eta"] = own if eta is None else eta
         elif eta is not None:
-            raise ValueError(f"eta is noise that ddim adds, and {sampler} does not: leave it out")
+            raise ValueError("eta is noise that ddim and dpm++ add, and cm does not: leave it out")
         return how
 
     @torch.no_grad()
@@ -249,7 +251,7 @@ class INFD:
         """Draw the latents z (B, C, h, w) of the images numbered `indices`, for `decode`.
 
         An index as 2.25 lies a quarter of the way from picture 2 to 3, by the condition of 2.
-        latent_size: (h, w) of a larger noise map, convolutional sampling (Section D). eta: of ddim.
+        latent_size: (h, w) of a larger noise map, convolutional sampling (Section D). eta: fresh noise.
         prompts: what to draw; tokenizer.remark says what of one the model does not read. negative:
         what to lead away from. guidance: 1 is the model itself, more follows the prompt closer.
         conditions: see `conditions.conditioned`, as step_size; without prompts they choose them.
@@ -292,16 +294,13 @@ class INFD:
         x_T = noise("x_T")
         first = None
         ends = math.exp(-self.diffusion.log_rho[-1])                 # noise to signal; INFD 197
-        if how.get("eta", 0) < 1 and ends > 2 * START:
+        if (how["sampler"] == "dpm++" or how["eta"] < 1) and ends > 2 * START:
             first = self.diffusion.timestep_of(START)
             noises = [noise("settle", 0), noise("settle", 1), x_T]
             x_T = self.diffusion.settle(model, noises, first, y)
         steps = how["steps"]
-        if how["sampler"] == "ddim":
-            each = functools.partial(noise, "ddim")
-            walk = self.diffusion.ddim_loop(model, x_T, steps, how["eta"], each, y, first=first)
-        else:
-            walk = self.diffusion.dpm_loop(model, x_T, steps, y, first)
+        loop = self.diffusion.ddim_loop if how["sampler"] == "ddim" else self.diffusion.dpm_loop
+        walk = loop(model, x_T, steps, how["eta"], functools.partial(noise, "ddim"), y, first)
         for x_t, _ in bar(walk, "latents", steps, leave=False, disable=None):
             pass
         return x_t

@@ -96,7 +96,7 @@ def parser() -> Parser:
     add("--sampler", choices=SAMPLERS, help="(dpm++; published files: ddim; one-step models: cm)")
     add("--steps", type=int, help="of the sampler (dpm++ 20, ddim 200, Stable Diffusion 50, cm 2); "
                                   "1 or 2 without --ckpt and --sampler: the one-step INFD")
-    add("--eta", type=float, help="noise that ddim adds: 0 none, 1 as published (1; text: 0)")
+    add("--eta", type=float, help="fresh noise in each step, 0 to 1 (dpm++ 1; ddim 1, of text 0)")
     add("--latent-size", type=read_size, help="a larger noise map, as 32x64 (Section D)")
     add("--decoder", metavar="RUN", help="draw by this run of stage ae init=CKPT")
     add("--norm", choices=["frame", "paper"], help="statistics of the whole, or each tile (frame)")

@@ -210,7 +210,7 @@ class LDMRun(Run):
     diffusion: DiffusionConfig = DiffusionConfig()
 
 
-MOST_CAPTIONS = 10_000                      # that words are learnt from, evenly over the set
+MOST_CAPTIONS = 10_000                      # that words are learnt from, at random over the set
 EXAMPLES = 256                              # captions kept, to be drawn where no prompt is given
 
 
@@ -363,7 +363,8 @@ class LDMStage(Stage):
         if cfg.labels == "true":
             raise ValueError("text=true tells captions, not classes: leave labels=true out")
         n = min(cfg.pictures or len(self.source), len(self.source))
-        captions = [self.source.caption(i) for i in range(0, n, -(-n // MOST_CAPTIONS))]
+        some = rng(0, "captions").permutation(n)[:MOST_CAPTIONS].tolist()
+        captions = [self.source.caption(i) for i in some]
         told = [caption for caption in captions if caption]
         if not told:
             raise ValueError(f"text=true: {data.shown(cfg.data)} has no captions; put name.txt "

@@ -881,7 +881,9 @@ def test_ldm_loops_yield_every_step_and_ask_for_noise_only_where_it_is_added():
     for loop, times, options in [
             (LDM_DIFFUSION.ddim_loop, visited, dict(eta=0.0)),
             (LDM_DIFFUSION.ddim_loop, visited, dict(eta=1.0, noise=noise)),
-            (LDM_DIFFUSION.dpm_loop, LDM_DIFFUSION.solver_timesteps(5)[::-1], {})]:
+            (LDM_DIFFUSION.dpm_loop, LDM_DIFFUSION.solver_timesteps(5)[::-1], {}),
+            (LDM_DIFFUSION.dpm_loop, LDM_DIFFUSION.solver_timesteps(5)[::-1],
+             dict(eta=0.5, noise=noise))]:
         calls = []
         taken = 0
         for x_t, x_0 in loop(ldm_recording(calls), x_T, 5, y="label", **options):
@@ -890,10 +892,12 @@ def test_ldm_loops_yield_every_step_and_ask_for_noise_only_where_it_is_added():
         assert taken == 5 and torch.equal(x_t, x_0)      # the last step lands on the prediction
         assert calls == [([t, t], "label") for t in times]       # one call per step
         ends.append(x_t)
-    assert asked == list(range(4))                       # sigma is 0 in the last step
-    assert not torch.allclose(ends[0], ends[1]) and torch.equal(x_T, torch.ones(2, 1, 2, 2))
-    with pytest.raises(ValueError, match="eta is 1.5"):
-        next(LDM_DIFFUSION.ddim_loop(None, x_T, 5, 1.5, noise))
+    assert asked == 2 * list(range(4))                   # sigma is 0 in the last step
+    assert not torch.allclose(ends[0], ends[1]) and not torch.allclose(ends[2], ends[3])
+    assert torch.equal(x_T, torch.ones(2, 1, 2, 2))
+    for loop in (LDM_DIFFUSION.ddim_loop, LDM_DIFFUSION.dpm_loop):
+        with pytest.raises(ValueError, match="eta is 1.5"):
+            next(loop(None, x_T, 5, 1.5, noise))
 
 
 def test_ldm_ddim_timesteps_follow_the_stride_rule():
@@ -944,11 +948,30 @@ def test_ldm_samplers_converge_to_the_flow_of_a_gaussian_at_their_order(sampler,
         assert 0.8 * 2**order < coarse / fine < 1.3 * 2**order, errors
 
 
-def test_ldm_a_step_of_the_flow_is_ddim_without_noise():
-    x_t, eps = randn(2, 1, 3, 2, 2, dtype=torch.float64)
+def test_ldm_a_step_of_the_flow_is_ddim_without_noise_or_with_all_of_it():
+    x_t, eps, noise = randn(3, 1, 3, 2, 2, dtype=torch.float64)
     for t, t_prev in [(999, 700), (3, 0), (0, -1)]:
         x, x_0 = LDM_DIFFUSION.ddim_step(x_t, eps, t, t_prev, eta=0.0)
         assert torch.allclose(x, LDM_DIFFUSION.flow_step(x_t, x_0, t, t_prev), atol=1e-12)
+        x, _ = LDM_DIFFUSION.ddim_step(x_t, eps, t, t_prev, eta=1.0, noise=noise)
+        fresh = LDM_DIFFUSION.flow_step(x_t, x_0, t, t_prev, noise, eta=1.0)
+        assert torch.allclose(x, fresh, atol=1e-12)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_ldm_walks_of_any_eta_end_in_the_distribution_of_the_data(eta):
+    """A Gaussian, from all of its noise or from part of it; deviations of 20,000 values."""
+    eps, _ = ldm_gaussian_flow(LDM_DIFFUSION, mean=0.3, std=0.5)
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(i):
+        return torch.randn(20_000, 1, 1, 1, generator=generator, dtype=torch.float64)
+
+    for first in (None, LDM_DIFFUSION.timestep_of(2.0)):
+        alpha, sigma = LDM_DIFFUSION._alpha_sigma(999 if first is None else first)
+        x_T = alpha * (0.3 + 0.5 * noise(-1)) + sigma * noise(-1)
+        *_, (x, _) = LDM_DIFFUSION.dpm_loop(eps, x_T, 30, eta, noise, first=first)
+        assert abs(x.mean() - 0.3) < 0.015 and abs(x.std() - 0.5) < 0.015
 
 
 def test_ldm_solver_timesteps_are_distinct_and_even_in_the_log_of_the_noise():
@@ -5610,7 +5633,7 @@ def sample_files(tmp_path_factory):
     ("ldm", "--sampler ddim --steps 300", "use 250 or"), ("ldm", "--steps 0", "steps"),
     ("ldm", "--sampler dpm++ --steps 1001", "1001 sampling steps; choose 1 to "),
     ("ldm", "--sampler cm", "sampler cm: this model is drawn by ddim or dpm++"),
-    ("ldm", "--sampler dpm++ --eta 0", "dpm++ does not: leave it out"),
+    ("ldm", "--sampler dpm++ --eta 2", "eta is 2"),
     ("ldm", "--eta 2", "eta is 2"),
     ("ldm", "--sigmas 4,1", "--sigmas means nothing to a model of the kind INFD"),
     ("cm", "--steps 2 --norm paper", "--steps, --norm means nothing"),
@@ -6682,7 +6705,7 @@ def text_run(main_runs, tmp_path_factory):
 def test_stage_ldm_learns_words_of_captions_and_its_checkpoint_knows_them(text_run, capsys):
     model = models.load(text_run)
     seen = [Landscapes().caption(i) for i in range(8)]           # pictures=8
-    assert list(model.captions) == seen
+    assert list(model.captions) == [seen[i] for i in rng(0, "captions").permutation(8)]
     assert set(model.tokenizer.words) == set(WordTokenizer.learn(seen).words)
     assert model.text.cfg.vocabulary == len(model.tokenizer)
     assert model.unet.cfg.context_dim == 16 and model.unet.cfg.num_classes == 0
@@ -6821,6 +6844,15 @@ def test_shortened_captions_keep_a_random_share_of_their_words(words):
     n = len(words.split())
     expected = np.full(n + 1, 1 / (n + 1))               # of a share that is uniform
     assert np.abs(np.bincount(counts, minlength=n + 1) / 4000 - expected).max() < 0.03
+
+
+def test_words_are_learnt_from_captions_of_all_kinds(main_runs, monkeypatch):
+    """Of more than are read at random: every second scene would be dawn or dusk."""
+    monkeypatch.setattr(stages_infd, "MOST_CAPTIONS", 20)
+    args = [*TINY_LDM, *TINY_TEXT, f"init={main_runs / 'ae'}", "pictures=40"]
+    stage = main_made("ldm", *args)
+    assert len(stage.extra["captions"]) == 20
+    assert {"dawn", "day", "dusk", "night"} <= set(stage.tokenizer.words)
 
 
 def test_the_loss_of_a_caption_is_that_of_its_context(main_runs):
