@@ -108,7 +108,7 @@ def parser() -> Parser:
     add("--prompts", metavar="FILE", help="prompts, one a line")
     add("--negative", metavar="TEXT", help="what to lead away from (the empty text)")
     add("--guidance", type=float, metavar="W",
-        help="1: none; more follows the prompt closer (4; Stable Diffusion 7.5)")
+        help="1: none; more follows the prompt closer (2; Stable Diffusion 7.5)")
     add("--merges", metavar="FILE", help="CLIP's tokenizer, if not beside the checkpoint")
 
     add = p.later("cm", "CM-Func").add_argument
