@@ -251,7 +251,8 @@ class INFD:
         """Draw the latents z (B, C, h, w) of the images numbered `indices`, for `decode`.
 
         An index as 2.25 lies a quarter of the way from picture 2 to 3, by the condition of 2.
-        latent_size: (h, w) of a larger noise map, convolutional sampling (Section D). eta: fresh noise.
+        latent_size: (h, w) of a larger noise map, convolutional sampling (Section D). eta: how much
+        of the noise each step makes anew.
         prompts: what to draw; tokenizer.remark says what of one the model does not read. negative:
         what to lead away from. guidance: 1 is the model itself, more follows the prompt closer.
         conditions: see `conditions.conditioned`, as step_size; without prompts they choose them.

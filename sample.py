@@ -210,9 +210,10 @@ def infd_pictures(model: INFD, args: argparse.Namespace,
     lead, led = conditions_of(args, model.step_size)
     latent = args.latent_size or model.latent_shape[1:]
     if how["sampler"] == "cm" and model.text is not None and args.given and args.prompt is None:
-        captions = {i % args.n: model.fitting_captions([i], args.seed, lead["conditions"], latent)[0]
-                    for i in range(args.start, args.start + args.n)}
-        args.prompt = [captions[k] for k in range(args.n)]           # which PNGs say
+        args.prompt = args.n * [""]                                  # which PNGs say
+        for i in range(args.start, args.start + args.n):
+            fitting = model.fitting_captions([i], args.seed, lead["conditions"], latent)
+            args.prompt[i % args.n], = fitting
     paper = args.norm == "paper"
     model.compile(args.compile or ("off" if args.given else "auto"))
     sizes = args.res or [tuple(model.autoencoder.cfg.f * n for n in latent)]
