@@ -231,7 +231,7 @@ class Stage:
 
     @functools.cached_property
     def judged(self) -> tuple[list[int], Tensor, Tensor | None]:
-        """Numbers of held-out pictures, they (n, 3, S, S), and labels (n,) where the net is told."""
+        """Numbers of held-out pictures, they (n, 3, S, S), and labels (n,) if the net is told."""
         some = range(min(self.cfg.eval_n, len(self.held_out)))
         numbers, x, skipped = readable(some, self.held_out, self.cfg.size)
         for text in skipped:
