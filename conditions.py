@@ -24,7 +24,8 @@ from pictures import read_picture
 
 LARGEST = 2**20                             # pixels of all conditions: their gradients need memory
 LED = 1.0                                   # step size of `conditioned`
-SHIFTED, SHIFTED_LATENT = 0.05, 0.1         # of `fitted_noise` by CM-Func, by one-step INFD
+SHIFTED = 0.05                              # of `fitted_noise` by CM-Func
+SHIFTED_LATENT = 0.1                        # and by one-step INFD
 
 
 # ---- What a picture should be ----

@@ -122,25 +122,24 @@ class ImageFunction:
         group = max(1, tile**2 // (min(tile, height) * min(tile, width)))  # images at a time
         parts = [self[i:i + group].weights for i in range(0, len(self), group)]
 
-        rows = pixel_coord((height, 1), window, self.corners, device)    # (H, 1, 2)
+        rows = pixel_coord((height, 1), window, self.corners, device)[None, :, 0]  # (1, H, 2)
         cols = pixel_coord((1, width), window, self.corners, device)     # (1, W, 2)
-        for top in range(0, height, tile):
-            y = rows[top:top + tile]                                     # (h, 1, 2)
-            for left in range(0, width, tile):
-                x = cols[:, left:left + tile]                            # (1, w, 2)
-                code = self.code_of_grid(y, x)
-                rgb = torch.cat([colours(part, *code, dtype) for part in parts])
-                yield top, left, rgb.unflatten(1, (len(y), -1)).movedim(-1, 1)
+        if not self.pe_turned:             # each axis has its share of the code, (1, H or W, in)
+            rows = share_of_axis(positional_encoding(rows, *self.encoding), 0)
+            cols = share_of_axis(positional_encoding(cols, *self.encoding), 1)
 
-    def code_of_grid(self, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What `colours` takes of rows (h, 1, 2) and columns (1, w, 2): of frequencies along the
-        axes the share of each, (1, h, in) and (1, w, in), else (1, h w, in) of their crossings."""
-        if self.pe_turned:
-            y, x = torch.broadcast_tensors(rows[..., 0], cols[..., 1])   # (h, w)
-            coord = torch.stack([y, x], dim=-1).flatten(0, 1)            # (h w, 2)
-            return positional_encoding(coord, *self.encoding)[None], None
-        return (share_of_axis(positional_encoding(rows[:, 0], *self.encoding), 0)[None],
-                share_of_axis(positional_encoding(cols[0], *self.encoding), 1)[None])
+        for top in range(0, height, tile):
+            down = rows[:, top:top + tile]                               # (1, h, 2 or in)
+            for left in range(0, width, tile):
+                across = cols[:, left:left + tile]                       # (1, w, 2 or in)
+                code = (self.crossings(down, across), None) if self.pe_turned else (down, across)
+                rgb = torch.cat([colours(part, *code, dtype) for part in parts])
+                yield top, left, rgb.unflatten(1, (down.shape[1], -1)).movedim(-1, 1)
+
+    def crossings(self, rows: Tensor, cols: Tensor) -> Tensor:
+        """The code (1, h w, in) where rows (1, h, 2) and columns (1, w, 2) of pixels cross."""
+        coord = torch.cartesian_prod(rows[0, :, 0], cols[0, :, 1])       # (h w, 2)
+        return positional_encoding(coord, *self.encoding)[None]
 
     def draw(self, res: int | tuple[int, int], window: Window | None = None,
              tile: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -394,6 +394,12 @@ class DiffusionConfig:
             raise ValueError(f"ddim_start is {self.ddim_start}; choose 0 (INFD) or 1 (LDM)")
 
 
+def check_eta(eta: float) -> None:
+    """ValueError where eta is no share of noise."""
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta}; it must be in [0, 1]")
+
+
 class GaussianDiffusion:
     """Add noise to data, train a model to predict it, and sample by removing it step by step.
 
@@ -471,8 +477,7 @@ class GaussianDiffusion:
         x_T (B, C, h, w) is standard normal; noise(i), of step i, is called where some is added.
         first: the timestep to start from, for which x_T is then; those above it are left out.
         """
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta is {eta}; it must be in [0, 1]")
+        check_eta(eta)
         visited = self.ddim_timesteps(steps)
         first = visited[-1] if first is None else first
         timesteps = [first, *(t for t in reversed(visited) if t < first)]
@@ -552,8 +557,7 @@ class GaussianDiffusion:
         Arguments and what it yields as of `ddim_loop`. One model call per step: x_0 in the middle
         of the step, on the scale of log rho, is extrapolated from this prediction and the last.
         """
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta is {eta}; it must be in [0, 1]")
+        check_eta(eta)
         timesteps = self.solver_timesteps(steps, first)[::-1]
         x_t = x_T
         x_0_last = None

@@ -212,8 +212,8 @@ def infd_pictures(model: INFD, args: argparse.Namespace,
     if how["sampler"] == "cm" and model.text is not None and args.given and args.prompt is None:
         args.prompt = args.n * [""]                                  # which PNGs say
         for i in range(args.start, args.start + args.n):
-            fitting = model.fitting_captions([i], args.seed, lead["conditions"], latent)
-            args.prompt[i % args.n], = fitting
+            caption, = model.fitting_captions([i], args.seed, lead["conditions"], latent)
+            args.prompt[i % args.n] = caption
     paper = args.norm == "paper"
     model.compile(args.compile or ("off" if args.given else "auto"))
     sizes = args.res or [tuple(model.autoencoder.cfg.f * n for n in latent)]

@@ -20,7 +20,7 @@ from inr_generator import (FunctionGenerator, GeneratorConfig, ImageFunction, Tr
                            pixel_coord, variational_coord)
 from ldm import UNetConfig
 from metrics import lpips_network
-from models import GENERATORS, OneStep, load
+from models import GENERATORS, INFD, OneStep, load, same_encoder
 from runs import choose, load_weights, rng, unflatten
 from stages import (Reconstruction, Run, Stage, ema_update, optimisers, set_rates,
                     starting_point)
@@ -136,8 +136,8 @@ class CMStage(Stage):
         net = network(getattr(cfg, option))
         self.assemble(ConsistencyModel(net, cfg.cm))
 
-    def assemble(self, f: ConsistencyModel, **parts) -> None:
-        """Put together what training f takes; parts: of a checkpoint, see `hold`."""
+    def assemble(self, f: ConsistencyModel, base: INFD | None = None, **parts) -> None:
+        """Put together what training f takes; base: whose latents f makes; parts: see `hold`."""
         cfg = self.cfg
         self.schedule = getattr(cfg, cfg.schedule)
         self.metric = self.loss or {"l2": l2, "huber": pseudo_huber}.get(cfg.metric)
@@ -155,6 +155,9 @@ class CMStage(Stage):
                 raise ValueError(f"distil={cfg.distil} must be a run of stage cm at {cfg.size} px, "
                                  f"with {like[2]} classes"
                                  f"{' and latents=' if cfg.latents else ''}{cfg.latents}")
+            if base is not None and not same_encoder(made, base):
+                raise ValueError(f"distil={cfg.distil} has other latents than "
+                                 f"latents={cfg.latents}")
             self.denoiser = made.f
         self.makes_functions = hasattr(f.net, "function")
         self.target = self.f                         # without a teacher, its own

@@ -273,8 +273,10 @@ def leave_out(batch: dict, cfg: Run) -> dict:
     index = batch["index"].tolist()
     out = [rng(cfg.seed, "uncond", n).random() < cfg.p_uncond for n in index]
     if "caption" in batch:
-        texts = [shortened(text, rng(cfg.seed, "shorten", n), cfg.p_shorten)
-                 for n, text in zip(index, batch["caption"])]
+        texts = batch["caption"]
+        if cfg.p_shorten:
+            texts = [shortened(text, rng(cfg.seed, "shorten", n), cfg.p_shorten)
+                     for n, text in zip(index, texts)]
         return batch | {"caption": ["" if left else text for left, text in zip(out, texts)]}
     left = torch.tensor(out).to(batch["label"].device, non_blocking=True)        # (B,)
     return batch | {"label": torch.where(left, cfg.unet.num_classes, batch["label"])}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from consistency import Guided, LatentConsistency, denoising_distance
 from data import to_uint8
-from models import INFD, load, same_encoder
+from models import INFD, load
 from runs import flatten
 from stages import set_rates
 from stages_func import CMStage, cm_config
@@ -63,9 +63,7 @@ class LatentCMStage(CMStage):
         torch.manual_seed(cfg.seed)
         net = copy.deepcopy(base.unet).requires_grad_(True).train()
         f = LatentConsistency(net, self.cfg.cm, -base.diffusion.log_rho)
-        self.assemble(f, scale=base.scale)
-        if self.denoiser is not None and not same_encoder(load(cfg.distil), base):
-            raise ValueError(f"distil={cfg.distil} has other latents than latents={cfg.latents}")
+        self.assemble(f, base, scale=base.scale)
         if cfg.guidance != 1:
             if self.denoiser is None:
                 raise ValueError("guidance is of the denoiser that distil=RUN names")

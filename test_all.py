@@ -5464,6 +5464,11 @@ def test_a_walk_between_pictures_starts_and_turns_at_them(sample_runs, tmp_path)
     assert len(frames) == 8 and all(np.array_equal(frames[i], frames[8 - i]) for i in (1, 2, 3))
 
 
+def html_about(text):
+    """What a page knows."""
+    return json.loads(re.search('<script type="application/json" id="about">(.*?)</script>', text)[1])
+
+
 def html_colours(about, coord):
     """What the shader of viewer.html computes, in float32, at coord (n, 2): (n, 3)."""
     f = about["function"]
@@ -5485,7 +5490,7 @@ def test_a_page_holds_the_image_function(tmp_path, capsys):
     assert main_sample(*page, "--seed", 3, "--label", "dusk") == 0
     text = file.read_text()
     assert 40_000 < len(text) < 200_000 and not re.search("https?:", text)
-    about = json.loads(re.search('<script type="application/json" id="about">(.*?)</script>', text)[1])
+    about = html_about(text)
     assert about["function"]["info"]["label"] == "dusk"
     function = models.load(sample.bundled("cm")).functions([0], 3, "dusk")
     exact = function.draw(48)[0].movedim(0, -1).reshape(-1, 3).numpy()
@@ -5500,7 +5505,7 @@ def test_a_page_holds_a_function_whose_frequencies_are_turned(tmp_path):
     function = cm_function(1, turned=True)
     pictures.write_html(tmp_path / "out.html", function, (16, 16), {})
     text = (tmp_path / "out.html").read_text()
-    about = json.loads(re.search('<script type="application/json" id="about">(.*?)</script>', text)[1])
+    about = html_about(text)
     drawn = html_colours(about, coord_grid((24, 24)).reshape(-1, 2).numpy())
     exact = function.draw(24)[0].movedim(0, -1).reshape(-1, 3).numpy()
     assert np.abs(drawn - exact).max() < 0.003 * np.abs(exact).max()     # half precision
@@ -7258,6 +7263,21 @@ def test_one_step_infd_reads_captions(text_run, tmp_path):
     assert not torch.equal(a, b) and torch.equal(a, model.sample([0], prompts=["a lake"]))
     assert main_sample("--ckpt", tmp_path / "cm", "--prompt", "a lake", "--res", 16, "--out",
                        tmp_path / "out") == 0
+
+
+def test_a_denoiser_of_other_latents_is_refused(main_runs, tmp_path, capsys):
+    args = [*TINY_LATENT, f"latents={main_runs / 'ldm'}"]
+    assert main_stage("cm", tmp_path / "a", *args) == 0
+    _, ckpt = runs.newest_checkpoint(tmp_path / "a")
+    encoder = ckpt["autoencoder"]["weights"]
+    name = next(name for name in encoder if name.startswith("encoder."))
+    runs.write_checkpoint(tmp_path / "same.pt", ckpt)
+    assert main_stage("cm", tmp_path / "b", *args, f"distil={tmp_path / 'same.pt'}") == 0
+    encoder[name] = encoder[name] + 1
+    runs.write_checkpoint(tmp_path / "other.pt", ckpt)
+    capsys.readouterr()
+    assert main_stage("cm", tmp_path / "c", *args, f"distil={tmp_path / 'other.pt'}") == 2
+    assert "other.pt has other latents than latents=" in main_error(capsys)
 
 
 def test_conditions_alone_choose_the_caption_of_a_one_step_picture(text_run, tmp_path):
