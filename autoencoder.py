@@ -41,6 +41,9 @@ class AutoencoderConfig:
             raise ValueError(f"renderer {self.renderer!r}: choose clif or liif (or pixels, LDM's)")
         if self.lowres and (self.kl or self.z_channels != 3):
             raise ValueError("lowres=true: a picture goes with z_channels=3 and kl=false")
+        if min(len(self.ch_mult), self.num_res_blocks, self.z_channels, self.n_embed) < 1:
+            raise ValueError(f"levels in ch_mult, num_res_blocks, z_channels and n_embed must be "
+                             f"at least 1, not {self}")
         widths = [self.ch * m for m in self.ch_mult] + [self.hidden] * (self.renderer == "clif")
         if self.groups < 1 or any(width < 1 or width % self.groups for width in widths):
             raise ValueError(f"ch and hidden give {widths} channels; GroupNorm needs multiples of "
@@ -196,10 +199,15 @@ class VectorQuantizer(nn.Module):
         """z (B, C, h, w) -> indices of the nearest codes (B*h*w,)."""
         flat = z.movedim(1, -1).flatten(0, -2).float()                        # (B*h*w, C)
         codes = self.embedding.weight.float()                                 # (n_embed, C)
-        with torch.autocast(z.device.type, enabled=False):           # bf16 would confuse near codes
-            # |z - e|^2 less |z|^2, (B*h*w, n_embed)
-            distance = torch.addmm(codes.square().sum(dim=1), flat, codes.T, alpha=-2)
-            return distance.argmin(dim=1)
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")       # TF32 and bf16 would confuse near codes
+        try:
+            with torch.autocast(z.device.type, enabled=False):
+                # |z - e|^2 less |z|^2, (B*h*w, n_embed)
+                distance = torch.addmm(codes.square().sum(dim=1), flat, codes.T, alpha=-2)
+        finally:
+            torch.set_float32_matmul_precision(precision)
+        return distance.argmin(dim=1)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z (B, C, h, w) -> (z_q (B, C, h, w), loss, indices (B*h*w,))."""
@@ -296,6 +304,10 @@ class DiscriminatorConfig:
 
     ndf: int = 64                     # channels of the first layer (published code)
     n_layers: int = 3                 # layers with stride 2; 3 sees 70 pixels (pix2pix)
+
+    def __post_init__(self):
+        if min(self.ndf, self.n_layers) < 1:
+            raise ValueError(f"ndf and n_layers must be at least 1, not {self}")
 
 
 class PatchDiscriminator(nn.Module):

@@ -18,7 +18,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from clif import WHOLE_PLANE, Field, Window, check_frame
-from data import to_rgb, to_tensor
+from data import to_tensor
+from files import to_rgb
 from inr_generator import ImageFunction
 from pictures import read_picture
 
@@ -69,7 +70,7 @@ def read_given(file: str | Path, window: Window = WHOLE_PLANE) -> Condition:
 
 
 def to_rgba(image: Image.Image) -> Image.Image:
-    """As `data.to_rgb`, with the transparency kept."""
+    """As `files.to_rgb`, with the transparency kept."""
     if image.has_transparency_data:
         return ImageOps.exif_transpose(image).convert("RGBA")
     return to_rgb(image).convert("RGBA")

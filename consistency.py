@@ -30,8 +30,9 @@ class ConsistencyConfig:
     boundary: bool = True        # Appendix A.1: shifted so that f(x, sigma_min) = x; False: EDM's
 
     def __post_init__(self) -> None:
-        if not 0 < self.sigma_min < self.sigma_max <= 1e6:
-            raise ValueError(f"need 0 < sigma_min < sigma_max <= 1e6, not {self}")
+        if not (0 < self.sigma_min < self.sigma_max <= 1e6 and min(self.sigma_data, self.rho) > 0):
+            raise ValueError(f"need 0 < sigma_min < sigma_max <= 1e6, sigma_data and rho above 0, "
+                             f"not {self}")
 
     def karras_sigmas(self, n: int, device: torch.device | str | None = None) -> Tensor:
         """The grid of n noise levels, (n,), from sigma_max down; Appendix A.1 counts upwards."""
@@ -99,6 +100,10 @@ class ICT:
     P_mean: float = -1.1         # mean of ln sigma
     P_std: float = 2.0           # standard deviation of ln sigma
 
+    def __post_init__(self) -> None:
+        if not (1 <= self.s0 <= self.s1 and self.P_std > 0):
+            raise ValueError(f"need 1 <= s0 <= s1 and P_std > 0, not {self}")
+
     def N(self, k: int, K: int) -> int:
         """Points of the grid: its intervals double from s0 to s1 in equal stages."""
         length = max(1, K // (int(math.log2(self.s1 // self.s0)) + 1))   # steps per stage
@@ -136,8 +141,8 @@ class ECT:
     mu0: float = 0.0             # beyond ECT: constant decay of a teacher; 0: none
 
     def __post_init__(self) -> None:
-        if self.stages < 1 or not 0 <= self.mu0 < 1:
-            raise ValueError(f"need 1 <= stages and 0 <= mu0 < 1, not {self}")
+        if self.stages < 1 or not 0 <= self.mu0 < 1 or self.q <= 1 or min(self.k, self.P_std) < 0:
+            raise ValueError(f"need 1 <= stages, 0 <= mu0 < 1, q > 1, k and P_std >= 0, not {self}")
 
     def stage(self, k: int, K: int) -> int:
         """Stage at step k of K, from 0; the last one goes on beyond K."""

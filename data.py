@@ -1,14 +1,13 @@
 """Data sets of every form, and the batches made of them.
 
 A `Source` gives pictures, which draw themselves at any size; `random_patch` makes an item of one
-(INFD supplementary E, J.2); `loader` stacks items. Damage in a file is an error of one line.
+(INFD supplementary E, J.2); `loader` stacks items. files.py has how files are read.
 Read next: train.py, whose steps consume the batches.
 """
 from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import json
 import os
 import posixpath
@@ -16,9 +15,7 @@ import re
 import signal
 import sys
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -26,83 +23,23 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
 from clif import coord_grid
 from commandline import Parser
+from files import (EXTENSIONS, BadImage, DataError, Files, centre_square, decode, reading, shown,
+                   to_rgb)
 from landscapes import Box, Landscapes, Scene
-from runs import cli, first_line, rng, torch_noise
+from runs import cli, rng, torch_noise
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp")
-NOT_READ = (".avif", ".bmp", ".exr", ".gif", ".heic", ".jp2", ".jxl", ".ppm", ".tif", ".tiff")
-MAX_PIXELS = 2**26  # 8192 x 8192: below Pillow's own limit
-MAX_BYTES = 2**28  # of one file, packed or not
 PIXELS, META = "pixels.u8", "meta.json"  # a prepared set
-HIDDEN = re.compile(r"(^|/)(\.|__MACOSX)")
 TOLERATED = 10  # unreadable images before 1 % of all is a lot
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 HELD_OUT = ("list_eval_partition.txt", "list_eval_partition.csv",  # CelebA: its makers', Kaggle's
             "ffhqvalidation.txt", "val.txt")  # taming-transformers' lists
-
-
-class DataError(ValueError):
-    """The data cannot be used as asked."""
-
-
-class BadImage(DataError):
-    """One file is no readable image; training skips it."""
-
-
-def shown(name: str | Path) -> str:
-    """Escape what no terminal prints of a file's name."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(name))
-
-
-@contextmanager
-def reading(what: str, kind: type[DataError] = DataError, remedy: str = "") -> Iterator[None]:
-    """Turn all that damage makes a reader raise into one line."""
-    try:
-        yield
-    except DataError:
-        raise
-    except Exception as error:
-        cause = getattr(error, "strerror", None) or first_line(error)
-        if isinstance(error, Image.UnidentifiedImageError):
-            cause = "not a PNG, JPEG or WEBP image"
-        raise kind(f"{what}: {cause}{remedy}") from error
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Turn an image of any mode upright and to RGB, transparency on white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's convert clips
-        grey = np.asarray(image).astype(np.int32).clip(0, 65535)
-        image = Image.fromarray(((2 * grey + 257) // 514).astype(np.uint8))  # round(grey / 257)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def centre_square(image: Image.Image) -> Image.Image:
-    """Crop an image to the largest square in its middle."""
-    side = min(image.size)
-    left = (image.width - side) // 2
-    top = (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
-
-
-def decode(content: bytes, name: str = "picture",
-           convert: Callable[[Image.Image], Image.Image] = to_rgb) -> Image.Image:
-    """Decode a PNG, JPEG or WEBP, or raise BadImage."""
-    with reading(name, BadImage):
-        image = Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP"))
-        if image.width * image.height > MAX_PIXELS:  # known before any decoding
-            raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS:,}")
-        return convert(image)
 
 
 @dataclass
@@ -205,85 +142,6 @@ def fingerprint(source: Source) -> dict[str, int | str]:
     return {"pictures": len(source), "digest": digest.hexdigest()}
 
 
-class Files:
-    """List (name -> where it lies) and read a folder, links followed, or a zip."""
-
-    def __init__(self, root: Path):
-        self.root = root
-        self.zipped = not root.is_dir()
-        self.denied = []  # why folders cannot be read
-        self.members = self._in_zip() if self.zipped else self._in_folder()
-        if self.denied and not self.members:
-            raise self.denied[0]
-        self.names = sorted(name for name in self.members if not HIDDEN.search(name))
-        visible = [name for name in self.names if name.lower().endswith(EXTENSIONS)]
-        self.pictures = visible
-        for main in ("images1024x1024", "img_align_celeba"):  # of FFHQ and CelebA, not copies
-            self.pictures = [name for name in visible if main in name.split("/")] or self.pictures
-
-        hidden = [name for name in self.members if HIDDEN.search(name)]
-        others = [name[name.rindex("."):].lower() for name in self.names
-                  if name.lower().endswith(NOT_READ)]
-        denied = ", ".join(shown(error.filename) for error in self.denied)
-        counts = {
-            f"{', '.join(sorted(set(others)))} (PNG, JPEG and WEBP are read)": len(others),
-            "hidden": sum(name.lower().endswith(EXTENSIONS) for name in hidden),
-            f"without permission ({denied})": len(self.denied),
-            "outside the official folder": len(visible) - len(self.pictures),
-        }
-        self.passed_over = ", ".join(f"{n} {what}" for what, n in counts.items() if n)
-
-    def _in_folder(self) -> dict[str, str]:
-        """Walk through the folder: each real folder once, and no loops."""
-        found = {}
-        top = self.root.resolve()
-        seen = {str(top), *map(str, top.parents)}
-        for folder, below, files in os.walk(top, onerror=self.denied.append, followlinks=True):
-            within = Path(folder).relative_to(top)
-            found |= {(within / name).as_posix(): os.path.join(folder, name) for name in files}
-            paths = [os.path.join(folder, name) for name in sorted(below, reverse=True)]
-            paths.sort(key=os.path.islink, reverse=True)  # of two names the real one counts
-            real = {os.path.realpath(path): os.path.basename(path) for path in paths}
-            below[:] = [name for path, name in real.items() if path not in seen]
-            seen |= real.keys()
-        return found
-
-    def _in_zip(self) -> dict[str, str]:
-        with reading(f"{shown(self.root)} is not a readable zip"):
-            return {posixpath.normpath(member.replace("\\", "/")): member  # of Windows
-                    for member in self.archive(os.getpid()).namelist() if member[-1] not in "/\\"}
-
-    @functools.lru_cache(maxsize=8)
-    def archive(self, process: int) -> zipfile.ZipFile:
-        """Open the zip, once in each process: a handle must not cross a fork."""
-        return zipfile.ZipFile(self.root)
-
-    def where(self, name: str) -> str:
-        return shown(self.root / name)
-
-    def size(self, name: str) -> int:
-        if self.zipped:
-            return self.archive(os.getpid()).getinfo(self.members[name]).file_size
-        return os.path.getsize(self.members[name])
-
-    def read(self, name: str, limit: int = MAX_BYTES) -> bytes:
-        with reading(self.where(name), BadImage):
-            if self.size(name) > limit:  # zipfile never yields more than this size
-                raise ValueError(f"larger than {limit >> 20} MB")
-            if self.zipped:
-                return self.archive(os.getpid()).read(self.members[name])
-            return Path(self.members[name]).read_bytes()
-
-    def text(self, name: str) -> str:
-        with reading(self.where(name), BadImage):
-            return self.read(name, MAX_BYTES // 4).decode("utf-8-sig")
-
-    def nearest(self, *names: str) -> str | None:
-        """Find the file of one of these names that lies nearest to the top."""
-        found = [name for name in self.names if posixpath.basename(name) in names]
-        return min(found, key=len, default=None)
-
-
 @dataclass
 class Photos(Source):
     """The pictures of one split; captions: of metadata.jsonl, else the text files beside them."""
@@ -300,10 +158,14 @@ class Photos(Source):
         return Photo(name, lambda: decode(self.store.read(self.items[i]), name))
 
     def caption(self, i: int) -> str:
+        """What is said of a picture; "" with a warning where that cannot be read."""
         beside = os.path.splitext(self.items[i])[0] + ".txt"
         text = self.listed.get(self.items[i], "")
         if not text and beside in self.store.members:
-            text = self.store.text(beside)
+            try:
+                text = self.store.text(beside)
+            except BadImage as error:
+                warnings.warn(f"a caption is left out: {error}")
         return " ".join(text.encode("utf-8", "replace").decode().split())
 
     @functools.cached_property
@@ -372,7 +234,8 @@ def held_out(store: Files, name: str) -> tuple[set[str], str]:
     lines = store.text(listed).splitlines() if listed else []
     rows = [line.replace(",", " ").split() for line in lines]
     official = {Path(row[0]).stem for row in rows if row and row[1:] in ([], ["1"], ["2"])}
-    ffhq = name == "ffhq" or "images1024x1024" in store.where(store.pictures[0]).split("/")
+    folders = store.where(store.pictures[0]).split("/")
+    ffhq = bare_name(name) == "ffhq" or "images1024x1024" in folders
     if ffhq and not listed:
         official = {stem for stem in stems.values() if stem.isdecimal() and int(stem) >= 60_000}
     held = {picture for picture, stem in stems.items() if stem in official}
@@ -477,6 +340,8 @@ class Prepared(Source):
 
 def prepare(name: str, folder: Path, size: int, workers: int = 0) -> dict:
     """Decode a set into a new folder, which appears when it is complete; gives its meta.json."""
+    if size < 1:
+        raise ValueError(f"--size {size}: pictures have at least 1 pixel")
     if folder.exists():
         raise FileExistsError(f"{shown(folder)} exists; choose another folder, or delete it")
     sources = {split: open_data(name, split) for split in ("train", "val")}
@@ -491,7 +356,7 @@ def prepare(name: str, folder: Path, size: int, workers: int = 0) -> dict:
         with open(made / PIXELS, "wb") as file:
             for split, source in sources.items():
                 drawn = DataLoader(source, None, collate_fn=functools.partial(_draw, size=size),
-                                   num_workers=workers, worker_init_fn=_outlive_signals)
+                                   num_workers=workers, worker_init_fn=outlive_signals)
                 for i, pixels in enumerate(tqdm(drawn, split, disable=None)):
                     if isinstance(pixels, str):
                         tqdm.write(f"skipped: {pixels}")
@@ -510,6 +375,11 @@ def _draw(picture: Picture, size: int) -> bytes | str:
         return picture.draw(size).tobytes()
     except BadImage as error:
         return str(error)
+
+
+def bare_name(name: str) -> str:
+    """The name of a data set, of whose published settings there are some, without its path."""
+    return Path(name).name.removesuffix(".zip")
 
 
 def open_data(name: str, split: str = "train") -> Source:
@@ -556,6 +426,10 @@ def check_data(source: Source) -> list[tuple[str, str]]:
             picture.size  # decodes a photograph; scenes know theirs
         except BadImage as error:
             found.append((picture.name, str(error).removeprefix(f"{picture.name}: ")))
+        with warnings.catch_warnings(record=True) as remarks:
+            warnings.simplefilter("always")
+            source.caption(i)
+        found += [(picture.name, str(remark.message)) for remark in remarks]
     return found
 
 
@@ -576,6 +450,9 @@ class DataConfig:
     def __post_init__(self):
         least = self.smallest or self.size
         fits = 0 < self.patch <= least <= self.max_size and self.size <= self.max_size
+        for name in ("p_whole", "p_original"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name):g} is a probability, 0 to 1")
         if not fits or self.edge < 0 or (self.p_whole and self.patch > self.size):
             raise ValueError(f"patch={self.patch} <= smallest={least} <= max_size={self.max_size} "
                              f">= size={self.size} and edge={self.edge} >= 0 must hold, and with "
@@ -679,11 +556,20 @@ def _batch(numbers: list[int], **options) -> tuple[dict, list[str]] | DataError:
         return error
 
 
-def _outlive_signals(worker: int) -> None:
+def outlive_signals(worker: int) -> None:
     """Leave Ctrl-C and SIGTERM to the main process, whose step needs its workers; end 2 s later."""
     if hasattr(signal, "SIGALRM"):
         os.setpgrp()
         signal.signal(signal.SIGTERM, lambda *_: signal.setitimer(signal.ITIMER_REAL, 2))
+
+
+def report(skipped: list[str], bad: int, of: int, limit: int) -> None:
+    """Warn of images that were skipped; DataError where `bad` of the first `of` are above limit."""
+    for text in skipped:
+        warnings.warn(f"skipped unreadable image: {text}")
+    if bad > limit:
+        raise DataError(f"{bad} of the first {of} images cannot be read (see --check-data), the "
+                        f"last: {skipped[-1]}")
 
 
 def loader(source: Source, make_item: Callable[..., dict], batch: int, start: int = 0,
@@ -707,18 +593,14 @@ def loader(source: Source, make_item: Callable[..., dict], batch: int, start: in
     batches = DataLoader(
         range(sys.maxsize), batch_sampler=(range(first, first + share) for first in firsts),
         collate_fn=make, num_workers=workers, pin_memory=pin_memory,
-        worker_init_fn=_outlive_signals, generator=torch.Generator())
+        worker_init_fn=outlive_signals, generator=torch.Generator())
     bad = 0
     for seen, result in zip(count(share, share), batches):
         if isinstance(result, DataError):
             raise result
         stacked, skipped = result
-        for text in skipped:
-            bad += 1
-            warnings.warn(f"skipped unreadable image {bad}: {text}")
-        if bad > max(TOLERATED, seen // 100):
-            raise DataError(f"{bad} of the first {seen} images cannot be read (see --check-data), "
-                            f"the last: {text}")
+        bad += len(skipped)
+        report(skipped, bad, seen, max(TOLERATED, seen // 100))
         yield stacked
 
 

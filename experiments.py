@@ -159,6 +159,18 @@ def measures(device: torch.device) -> dict[str, Callable]:
     return found | {"FD-squeeze": features}
 
 
+def check_fair(sides: dict[str, dict], data_name: str, texts: Sequence[str]) -> None:
+    """ValueError for options by which sides would no longer differ in what is compared alone."""
+    last = [flatten(list(side.values())[-1]) for side in sides.values()]
+    if data_name != "synthetic" and any("data" in changes for changes in last):
+        raise ValueError("this comparison is of data of its own: leave --data out")
+    for key in (text.partition("=")[0] for text in texts):
+        if key in ("data", "seed"):
+            raise ValueError(f"{key}=: write --data for all runs of all sides, and seeds=N")
+        if len({str(changes.get(key)) for changes in last}) > 1:
+            raise ValueError(f"{key}=: that is what the sides differ in")
+
+
 def compare(name: str, data_name: str, out: Path, device: torch.device, seeds: int = 1,
             texts: Sequence[str] = (), n: int = 256) -> dict[str, dict[str, list]]:
     """Train every side for every seed; write NAME.png and NAME.json into `out`, print a table.
@@ -168,6 +180,7 @@ def compare(name: str, data_name: str, out: Path, device: torch.device, seeds: i
     """
     if name not in COMPARISONS:
         raise ValueError(f"there is no comparison {name}; there are: {', '.join(COMPARISONS)}")
+    check_fair(COMPARISONS[name], data_name, texts)
     held_out = data.open_data(data_name, "val")
     n = min(n, len(held_out) // 2)
     if n < 2:
@@ -570,7 +583,7 @@ def parser() -> Parser:
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     p.add_argument("--out", help="folder of demo and compare (runs/demo, runs/compare/NAME), or "
                                  "picture of bench curves (runs/curves.png)")
-    p.add_argument("--preset", default="tiny", help="bench: tiny, small, paper (tiny)")
+    p.add_argument("--preset", help="bench: tiny, small, paper (tiny)")
     p.add_argument("--repeat", type=int, metavar="N",
                    help="bench: steps, or pictures, that are measured (20; curves: 200); "
                         "agreement: prompts (64)")
@@ -578,10 +591,35 @@ def parser() -> Parser:
     return p
 
 
+# The options that a program reads, beside --device.
+READS = {"demo": ("data", "out"), "compare": ("data", "out"), "plot": (), "agreement": ("repeat",),
+         "bench": ("data", "preset", "repeat"), "bench sample": ("repeat",),
+         "bench all": ("data", "preset", "repeat", "quick"),
+         "bench curves": ("data", "preset", "repeat", "out")}
+
+
+def check_words(args: argparse.Namespace, name: str, texts: list[str]) -> None:
+    """ValueError for words and options that a program does not read."""
+    program = args.program
+    if f"{program} {name}" in READS:
+        program = f"{program} {name}"
+    given = [option for option in ("data", "out", "preset", "repeat", "quick")
+             if getattr(args, option) not in (None, False)]
+    foreign = [f"--{option}" for option in given if option not in READS[program]]
+    foreign += {"demo": args.words, "agreement": texts}.get(program, [])
+    if foreign:
+        raise ValueError(f"{', '.join(foreign)}: {program} does not read that")
+    if args.repeat is not None and args.repeat < 1:
+        raise ValueError(f"--repeat {args.repeat}: once at least")
+    if args.program == "bench" and any(text.startswith("latents=") for text in texts):
+        raise ValueError("bench cm measures networks that make pictures: leave latents= out")
+
+
 def run(argv: list[str]) -> None:
     """Do what the command line says."""
     args = parser().read(argv, "a run's options are written key=value; bench measures --repeat N")
-    name, *texts = ["demo"] if args.program == "demo" else args.words or [""]
+    name, *texts = args.words or ["demo" if args.program == "demo" else ""]
+    check_words(args, name, texts)
     if args.program == "plot":
         for run_folder in args.words or [""]:
             print(plot(Path(run_folder)))
@@ -598,16 +636,21 @@ def run(argv: list[str]) -> None:
         out = Path(args.out or ("runs/demo" if name == "demo" else f"runs/compare/{name}"))
         seeds = [text for text in texts if text.startswith("seeds=")]
         texts = [text for text in texts if text not in seeds]
-        n = max([1, *(convert("seeds", int, text[6:]) for text in seeds)])
+        n = max([convert("seeds", int, text[6:]) for text in seeds], default=1)
+        if n < 1:
+            raise ValueError("seeds=0: one at least is trained")
         compare(name, args.data or "synthetic", out, device, n, texts)
 
 
 def run_bench(name: str, texts: list[str], args: argparse.Namespace, device: torch.device) -> None:
     """Measure; every row is printed as it comes, as a line of JSON, and all as a table at last."""
     n = args.repeat or (5 if args.quick else 200 if name == "curves" else 20)
-    common = args.preset, args.data or "synthetic", texts, n
+    common = args.preset or "tiny", args.data or "synthetic", texts, n
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     rows = {}
+    curves = Path(args.out or "runs/curves.png")
+    if curves.suffix not in (".png", ".jpg"):
+        raise ValueError(f"--out {curves}: name a picture, .png or .jpg")
     with (tempfile.TemporaryDirectory() as empty,            # compile_s is without a cache
           patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=empty)):
         if name == "sample":
@@ -615,7 +658,7 @@ def run_bench(name: str, texts: list[str], args: argparse.Namespace, device: tor
         elif name == "all":
             measured = bench_all(*common, args.quick, device)
         elif name == "curves":
-            measured = bench_curves(*common, Path(args.out or "runs/curves.png"), device)
+            measured = bench_curves(*common, curves, device)
         else:
             measured = bench(name, *common, device)
         for row, values in measured:

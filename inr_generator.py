@@ -166,6 +166,12 @@ class ImageFunction:
 
 # ---- transformer parts ----
 
+def check_widths(cfg: GeneratorConfig | TransformerConfig) -> None:
+    """ValueError where no transformer can be that wide."""
+    if min(cfg.patch, cfg.heads, cfg.dim) < 1 or cfg.dim % 4:
+        raise ValueError(f"patch and heads must be at least 1 and dim a multiple of 4, not {cfg}")
+
+
 class PatchTokens(nn.Module):
     """One token per patch, plus a fixed code of its place: (B, 3, S, S) -> (B, T, D), as in DiT."""
 
@@ -308,6 +314,14 @@ class GeneratorConfig:
     out_scale: float = 1.0       # open: F = out_scale M; 2: f is 3.4's M
     corners: bool = False        # coordinates as Section 3.3 prints them
 
+    def __post_init__(self) -> None:
+        check_widths(self)
+        if min(self.groups, self.hidden, self.layers, self.pe_dim) < 1 or self.pe_dim % 2:
+            raise ValueError(f"groups, hidden and layers must be at least 1 and pe_dim even, "
+                             f"not {self}")
+        if self.hidden % min(self.groups, self.hidden):
+            raise ValueError(f"groups {self.groups} must divide hidden {self.hidden}")
+
 
 class FunctionPrediction(nn.Module):
     """Predict beta, the weights of the image functions, from data tokens (Section 3.3)."""
@@ -315,8 +329,6 @@ class FunctionPrediction(nn.Module):
     def __init__(self, cfg: GeneratorConfig):
         super().__init__()
         self.cfg = cfg
-        if cfg.hidden % min(cfg.groups, cfg.hidden):
-            raise ValueError(f"groups {cfg.groups} must divide hidden {cfg.hidden}")
         widths = [2 * cfg.pe_dim] + [cfg.hidden] * (cfg.layers - 1) + [3]
         shapes = list(zip(widths[:-1], widths[1:]))                      # (in, out) of each layer
         self.groups = [min(cfg.groups, fan_out) for _, fan_out in shapes]  # tokens per layer
@@ -418,6 +430,9 @@ class TransformerConfig:
     num_classes: int = 0        # CIFAR-10: 10, never dropped
     time_mlp: bool = False      # U-ViT only: MLP on the noise level
     qkv_bias: bool = False      # U-ViT only; DiT always has it
+
+    def __post_init__(self) -> None:
+        check_widths(self)
 
 
 class DiT(nn.Module):

@@ -40,6 +40,10 @@ class UNetConfig:
     groups: int = 32                               # of every GroupNorm; their eps is 1e-5
 
     def __post_init__(self) -> None:
+        if min(len(self.channel_mult), self.model_channels, self.num_res_blocks, self.groups,
+               self.transformer_depth) < 1:
+            raise ValueError(f"levels in channel_mult, model_channels, num_res_blocks, groups and "
+                             f"transformer_depth must be at least 1, not {self}")
         for mult in self.channel_mult:
             if mult < 1 or mult * self.model_channels % self.groups:
                 raise ValueError(f"channel_mult {mult} x model_channels {self.model_channels} must "

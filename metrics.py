@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 import runs
 from commandline import Parser
-from data import (PIXELS, Files, Photo, Photos, Prepared, centre_square, fingerprint,
-                  import_torchvision, reading, shown, to_uint8)
+from data import PIXELS, Photo, Photos, Prepared, fingerprint, import_torchvision, to_uint8
+from files import Files, centre_square, reading, shown
 
 HUB = {
     "inception": "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -541,9 +541,12 @@ def compare(name: str, samples: ImageSet, reference: ImageSet, protocol: Protoco
             net: str = "vgg", device: torch.device | str = "cpu") -> Score:
     """Average "psnr" (dB) or "lpips" (by `net`) over the pictures of one name in two sets.
 
-    A name may end in the size, as those of sample.py do: seed0-000001-256x256.png.
+    A name may end in the size, as those of sample.py do: seed0-000001-256x256.png. Pictures of
+    prepared sets have numbers.
     """
     def plain(picture: Photo) -> str:
+        if picture.prepared:
+            return picture.name.rpartition(" number ")[2]
         return re.sub(r"(-\d+x\d+)?\.\w+$", "", os.path.basename(picture.name))
 
     sets = [samples, reference]
@@ -615,6 +618,8 @@ def scores(args: argparse.Namespace) -> Iterator[Score]:
                          f"psnr, lpips, {', '.join(IQA)}")
     if args.metric == "pfid" and not args.patch:
         raise ValueError("pfid needs the side of its squares: --patch 256")
+    if args.patch and set(names) != {"fid"}:
+        raise ValueError("--patch is of pfid: only fid has a form on patches")
     if min(args.size, args.patch, args.limit) < 0:
         raise ValueError("--size, --patch and --limit must not be negative")
     features = "squeeze" if args.metric == "fd" else args.features

@@ -28,7 +28,8 @@ from conditions import (LED, SHIFTED, SHIFTED_LATENT, Condition, check_condition
                         fitted_noise, laid_out, misfit)
 from consistency import (ConsistencyConfig, ConsistencyModel, LatentConsistency, sample_function,
                          sample_multistep)
-from data import Photo, to_rgb, to_tensor
+from data import Photo, to_tensor
+from files import to_rgb
 from inr_generator import (DiT, FunctionGenerator, GeneratorConfig, ImageFunction,
                            TransformerConfig, UViT)
 from ldm import DiffusionConfig, GaussianDiffusion, UNet, UNetConfig, guided
@@ -65,6 +66,11 @@ def draw_labels(net: nn.Module, classes: Sequence[str], indices: Sequence[int], 
         raise ValueError(f"{len(given)} labels for {len(indices)} images: give one, or one each")
     chosen = torch.tensor([numbers[label] for label in given])
     return chosen.to(next(net.parameters()).device).expand(len(indices))
+
+
+def named(classes: Sequence[str], i: int) -> str:
+    """What class i is called: its number, where nothing else is known."""
+    return classes[i] if i < len(classes) else str(i)
 
 
 def numbered(indices: Sequence[float]) -> list[float]:
@@ -120,6 +126,12 @@ FINEST = 8                                  # pixels a cell of phi, as 1024 px o
 START = 10.0                                # noise to signal where walks start, but for DDIM's with
                                             # eta 1, if the schedule ends above twice; see `settle`
 FRESH = 1.0                                 # eta of dpm++: see docs/results.md
+
+
+def start_of(diffusion: GaussianDiffusion) -> int | None:
+    """The timestep of START where the schedule ends above twice that (INFD: 197); else None."""
+    ends = math.exp(-diffusion.log_rho[-1])                          # noise to signal
+    return diffusion.timestep_of(START) if ends > 2 * START else None
 
 
 @dataclass
@@ -227,7 +239,7 @@ class INFD:
                  eta: float | None = None, led: bool = False) -> dict:
         """Fill in what these leave open of how to `sample`, or ValueError; led: by conditions."""
         if sampler is None:
-            many = "ddim" if led or eta is not None else self.sampler
+            many = "ddim" if led else self.sampler
             sampler = many if self.f is None else "cm"
         known = ("ddim", "dpm++") if self.f is None else ("cm",)
         if sampler not in known:
@@ -293,10 +305,8 @@ class INFD:
                bar: Callable) -> Tensor:
         """What diffusion draws in many steps, (B, C, h, w); arguments as in `sample`."""
         x_T = noise("x_T")
-        first = None
-        ends = math.exp(-self.diffusion.log_rho[-1])                 # noise to signal; INFD 197
-        if (how["sampler"] == "dpm++" or how["eta"] < 1) and ends > 2 * START:
-            first = self.diffusion.timestep_of(START)
+        first = start_of(self.diffusion) if how["sampler"] == "dpm++" or how["eta"] < 1 else None
+        if first is not None:
             noises = [noise("settle", 0), noise("settle", 1), x_T]
             x_T = self.diffusion.settle(model, noises, first, y)
         steps = how["steps"]
@@ -341,7 +351,8 @@ class INFD:
     def misfit(self, conditions: Sequence[Condition], x_0: Tensor) -> Tensor:
         """How far the pictures of what diffusion draws, x_0, are from conditions: (B,)."""
         phi = self.autoencoder.decode(self.scale.inverse(x_0))                   # (B, C, h, w)
-        return misfit(Field(self.autoencoder.renderer, phi), phi.shape[-2:], conditions)
+        drawn = Field(self.autoencoder.renderer, phi, finest=FINEST)             # as `decode` does
+        return misfit(drawn, phi.shape[-2:], conditions)
 
     @torch.no_grad()
     def decode(self, z: Tensor, paper: bool = False, tile: int | None = None) -> Field:
@@ -567,8 +578,12 @@ def trained(ckpt: dict, raw: bool) -> INFD | OneStep:
                 made.eta = AS_PUBLISHED["eta"]
                 if isinstance(made.tokenizer, CLIPTokenizer):        # began as Stable Diffusion
                     made = replace(made, **AS_PUBLISHED)
-                made.text = filled(TextTransformer, section("context", TextConfig, told["config"]),
-                                   told["weights"], "the text encoder")
+                reads = section("context", TextConfig, told["config"])
+                knows = (len(made.tokenizer), made.tokenizer.length)
+                if knows != (reads.vocabulary, reads.positions):
+                    raise ValueError(f"its tokenizer knows {knows[0]} words, {knows[1]} a text, "
+                                     f"its text encoder {reads.vocabulary} and {reads.positions}")
+                made.text = filled(TextTransformer, reads, told["weights"], "the text encoder")
                 weights = weights if "text" in ckpt else below(weights, "unet.")
             made.unet = filled(UNet, section("unet", UNetConfig, options), weights, "the UNet")
             options |= flatten({"diffusion": ckpt.get("diffusion", {})})     # of stage cm
@@ -614,17 +629,17 @@ def published_autoencoder(path: Path, groups: int) -> FieldAutoencoder:
         raise ValueError(f"{path}: {first_line(error)}") from error
 
 
-def export(source: Path, target: Path) -> None:
-    """Write what sampling needs of a run, in half precision: the moving average if there is one."""
+def export(source: Path, target: Path, raw: bool = False) -> None:
+    """Write what sampling needs of a run, in half precision; raw: see `load`."""
     if target.exists():
         raise FileExistsError(f"{target} exists; choose another file for --export")
     ckpt = {}
     if source.suffix not in WEIGHT_FILES:
-        path = load(source).file                                     # says what is missing in it
+        path = load(source, raw=raw).file                            # says what is missing in it
         ckpt = read_checkpoint(path)
     if "stage" not in ckpt:
         raise ValueError(f"--export takes a checkpoint of train.py, not {source}")
-    best = "ema" if "ema" in ckpt["state"] else "model"
+    best = "ema" if "ema" in ckpt["state"] and not raw else "model"
     state = {name: value for name, value in ckpt["state"].items() if name in (best, "scale")}
     target.parent.mkdir(parents=True, exist_ok=True)
     write_checkpoint(target, halved({**ckpt, "log": {}, "state": state}))

@@ -18,7 +18,8 @@ from PIL import Image, ImageDraw, PngImagePlugin
 from tqdm import tqdm
 
 from clif import Tiles, Window
-from data import MAX_BYTES, BadImage, decode, shown, to_rgb, to_uint8
+from data import to_uint8
+from files import MAX_BYTES, BadImage, decode, shown, to_rgb
 from inr_generator import ImageFunction, frequencies
 
 Drawing = Callable[..., Tiles]              # (res, window) -> tiles: `tiles` of a field or function

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from autoencoder import AutoencoderConfig
-from ldm import DiffusionConfig, UNetConfig, qkv_from_legacy
+from ldm import DiffusionConfig, GaussianDiffusion, UNetConfig, qkv_from_legacy
 from runs import read_checkpoint, unflatten
 from text import TextConfig
 
@@ -218,6 +218,7 @@ class Parts:
     text: dict[str, Tensor]           # of TextTransformer
     schedule: DiffusionConfig
     averaged: bool                    # the UNet is the moving average beside trained weights
+    scale: float | None               # the UNet sees the latent times this; None: it does not say
     unknown: tuple[str, ...]          # names of tensors that have no place in a model
 
 
@@ -232,7 +233,7 @@ def split_weights(weights: dict[str, Tensor], raw: bool = False) -> Parts:
     unet = below(weights, UNET)
     autoencoder = below(weights, AUTOENCODER)
     text = below(weights, TEXT)
-    used = (UNET, AVERAGED, AUTOENCODER, TEXT, "betas")
+    used = (UNET, AVERAGED, AUTOENCODER, TEXT, "betas", "scale_factor")
     if not unet and not autoencoder and not text:                    # an autoencoder on its own
         if "encoder.conv_in.weight" not in weights:
             raise ValueError(f"these are no weights of Stable Diffusion v1 or LDM, whole or their "
@@ -246,7 +247,17 @@ def split_weights(weights: dict[str, Tensor], raw: bool = False) -> Parts:
     unknown = [name for name in weights if not name.startswith(used)]
     text = {"text_model." + k.removeprefix("text_model."): v for k, v in text.items()}
     return Parts(_float(unet), _float(our_autoencoder(autoencoder)), _float(text),
-                 schedule(weights), averaged, tuple(unknown))
+                 schedule(weights), averaged, latent_scale(weights), tuple(unknown))
+
+
+def latent_scale(weights: dict[str, Tensor]) -> float | None:
+    """What a file of LDM says that latents are multiplied by, where it has been measured."""
+    if "scale_factor" not in weights:
+        return None
+    scale = weights["scale_factor"]
+    if scale.numel() != 1 or not 0 < scale.item() < math.inf:
+        raise ValueError("scale_factor, by which its latents are multiplied, is no number above 0")
+    return scale.item()
 
 
 def refuse_foreign(weights: dict[str, Tensor]) -> None:
@@ -281,6 +292,11 @@ def below(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _float(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights in float32; ValueError for those of a quantised file, whose scales lie elsewhere."""
+    for name, value in weights.items():
+        if not value.is_floating_point():
+            raise ValueError(f"{name} is of {value.dtype}, not of floating point: take a file that "
+                             f"is not quantised")
     return {name: value.float() for name, value in weights.items()}
 
 
@@ -438,6 +454,7 @@ def text_config(weights: dict[str, Tensor], heads: int = 0) -> TextConfig:
 
 
 SD_V1 = DiffusionConfig(beta_start=0.00085, beta_end=0.012, sqrt_beta=True, ddim_start=1)
+KNOWN = (SD_V1, *(DiffusionConfig(sqrt_beta=sqrt, ddim_start=1) for sqrt in (True, False)))   # LDM
 
 
 def schedule(weights: dict[str, Tensor]) -> DiffusionConfig:
@@ -447,18 +464,22 @@ def schedule(weights: dict[str, Tensor]) -> DiffusionConfig:
     """
     if "betas" not in weights:
         return SD_V1
-    betas = weights["betas"].double()
+    stored = weights["betas"]
+    if not stored.is_floating_point():
+        raise ValueError("the betas of this file are no noise schedule")
+    close = max(1e-5, 2 * torch.finfo(stored.dtype).eps)         # of a file in half precision
+    betas = stored.double()
     n = len(betas) if betas.dim() == 1 else 0
     if n < 2 or not ((betas > 0) & (betas < 1)).all():
         raise ValueError("the betas of this file are no noise schedule")
 
-    for power in (2, 1):
-        roots = betas ** (1 / power)
-        line = torch.linspace(roots[0], roots[-1], n, dtype=torch.float64)
-        if (line**power - betas).abs().max() < 1e-5 * betas[-1]:     # they are stored as float32
-            start, end = (betas[[0, -1]] * n / 1000).tolist()
-            return DiffusionConfig(n, float(f"{start:.6g}"), float(f"{end:.6g}"),
-                                   sqrt_beta=power == 2, ddim_start=1)
+    start, end = (float(f"{end:.6g}") for end in (betas[[0, -1]] * n / 1000).tolist())
+    found = [cfg for cfg in KNOWN if cfg.steps == n]
+    if start <= end < n / 1000:
+        found += [DiffusionConfig(n, start, end, sqrt, ddim_start=1) for sqrt in (True, False)]
+    for cfg in found:
+        if (GaussianDiffusion(cfg).betas - betas).abs().max() < close * betas[-1]:
+            return cfg
     raise ValueError("the betas of this file are not linear, nor are their square roots")
 
 
@@ -483,7 +504,8 @@ class Model:
 def sd_model(weights: dict[str, Tensor], raw: bool) -> Model:
     """The model of a file of Stable Diffusion v1 or LDM, or of an autoencoder alone.
 
-    The size is not in the file; the latents of all their models are 64 x 64.
+    The size is not in the file: latents are taken to be 64 x 64, as those of Stable Diffusion v1
+    and of most of LDM's models.
     """
     parts = split_weights(weights, raw)
     if not parts.autoencoder:
@@ -497,13 +519,16 @@ def sd_model(weights: dict[str, Tensor], raw: bool) -> Model:
     if parts.unet:
         unet_cfg = unet_config(parts.unet)
         unet = (unet_cfg, adm_weights(parts.unet, unet_cfg.num_head_channels))
+    if unet and not unet_cfg.in_channels == unet_cfg.out_channels == cfg.z_channels:
+        raise ValueError(f"its UNet takes {unet_cfg.in_channels} channels and its latents have "
+                         f"{cfg.z_channels}: it is no model that draws from noise alone")
     if unet and unet_cfg.context_dim:
         if not parts.text:
             raise ValueError("it has no text encoder; take the file that holds the whole model")
         text = (text_config(parts.text), parts.text)
     return Model((cfg, parts.autoencoder), unet, parts.schedule, 64 * cfg.f,
                  "published EMA" if parts.averaged else "published weights",
-                 SCALE if cfg.kl else 1.0, text)
+                 parts.scale or (SCALE if cfg.kl else 1.0), text)
 
 
 # Names of INFD's parameters -> ours, by prefix; the first that fits wins. Ours goes on without.

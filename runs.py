@@ -18,6 +18,7 @@ import math
 import operator
 import os
 import pickle
+import re
 import signal
 import sys
 import time
@@ -151,7 +152,8 @@ def on_signals(handler: Callable) -> Iterator[None]:
             signal.signal(s, old)
 
 
-def _stop(number: int, frame: object) -> None:
+def stop(number: int, frame: object) -> None:
+    """End the program at once, as a handler for `on_signals`."""
     raise Stopped(128 + number)
 
 
@@ -166,12 +168,12 @@ def cli(run: Callable[[list[str]], int | None], argv: list[str],
         if hasattr(stream, "reconfigure"):                   # names it cannot show print escaped
             stream.reconfigure(errors="backslashreplace")
     try:
-        with on_signals(_stop):                              # `RunFolder` sets a flag instead
+        with on_signals(stop):                              # `RunFolder` sets a flag instead
             code = run(argv) or 0
             sys.stdout.flush()
             return code
-    except Stopped as stop:
-        code, line = stop.args[0], stopped
+    except Stopped as ending:
+        code, line = ending.args[0], stopped
     except BrokenPipeError:                                  # `| head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
@@ -260,15 +262,17 @@ def convert(name: str, kind: type, text: str):
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         if kind is int:
-            number = float(text.replace("_", ""))            # 1e6 and 1_000_000 are whole numbers
-            if number != int(number):
+            whole = re.fullmatch(r"\d[\d_]*", text)
+            number = int(text) if whole else float(text.replace("_", ""))    # 1e6 is whole, too
+            if number != int(number) or number < 0:
                 raise ValueError
             return int(number)
         if kind in (float, str):
             return kind(text)
         return tuple(int(v) for v in text.strip("()").split(",") if v.strip())
     except (KeyError, ValueError, OverflowError):
-        expected = getattr(kind, "__name__", "integers like 1,2,4")
+        expected = {bool: "true or false", int: "a whole number, 0 or more", float: "a number"}
+        expected = expected.get(kind, "integers like 1,2,4")
         raise ValueError(f"option {name}={text}: expected {expected}") from None
 
 
@@ -291,8 +295,14 @@ FORMAT = 1               # of our own checkpoints; a file of a later one is refu
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """List the checkpoints of a run folder, newest first."""
-    return sorted(run.glob("step-*.pt"), reverse=True)
+    """List the checkpoints of a run folder, newest first; not copies by names of the user's."""
+    found = [path for path in run.glob("step-*.pt") if re.fullmatch(r"step-\d+", path.stem)]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint, by the name of its file."""
+    return int(path.stem.removeprefix("step-"))
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -317,6 +327,13 @@ def read_checkpoint(path: str | Path) -> dict:
         raise ValueError(f"{path} has checkpoint format {ckpt['format']}, this version reads "
                          f"{FORMAT}; update the code")
     return ckpt
+
+
+def check_whole(path: str | Path, part: dict, *names: str) -> None:
+    """ValueError where a part of a checkpoint lacks what it should hold."""
+    missing = [name for name in names if not isinstance(part, dict) or name not in part]
+    if missing:
+        raise ValueError(f"{path} is no whole checkpoint: it lacks {', '.join(missing)}")
 
 
 def verify_archive(path: Path) -> None:
@@ -365,6 +382,8 @@ def write_checkpoint(path: Path, content: dict) -> None:
 
 def load_weights(module: nn.Module, weights: dict[str, Tensor], what: str) -> None:
     """Load weights by name and shape; a ValueError names what does not fit, or is not finite."""
+    if not isinstance(weights, dict):
+        raise ValueError(f"{what}: there are no weights, but a {type(weights).__name__}")
     shapes = {k: tuple(v.shape) for k, v in module.state_dict().items()}
     wrong = [f"missing {k}" for k in shapes if k not in weights]
     wrong += [f"left over {k}" for k in weights if k not in shapes]
@@ -478,8 +497,8 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         first = ranks()[0] == 0
         with locked(self.path) if first else contextlib.nullcontext(), on_signals(self._note):
-            for part in self.path.glob("*.part") if first else ():
-                part.unlink()                                # of a run that was killed in writing
+            for part in [*self.path.glob("step-*.part"), self.path / "log.part"] if first else ():
+                part.unlink(missing_ok=True)                 # of a run that was killed in writing
             barrier()                                        # rank 0 holds it before any reads
             yield self
 
@@ -503,7 +522,9 @@ class RunFolder:
         step = 0
         if checkpoints(self.path):
             path, ckpt = newest_checkpoint(self.path)
+            check_whole(path, ckpt, "stage", "step", "config", "state")
             self._check(ckpt)
+            check_whole(path, ckpt["state"], *state)
             for name, part in state.items():
                 restore(part, ckpt["state"][name], f"{name} in {path}")
             step = ckpt["step"]
@@ -536,10 +557,15 @@ class RunFolder:
                              f"was trained on, or choose another --out")
 
     def log(self, line: dict) -> None:
-        """Add a line to log.jsonl (rank 0)."""
-        if ranks()[0] == 0:
+        """Add a line to log.jsonl (rank 0); a full disk is a warning."""
+        if ranks()[0]:
+            return
+        try:
             with open(self.path / "log.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            warnings.warn(f"a line of the log could not be written ({first_line(error)}); training "
+                          f"goes on")
 
     def save(self, step: int, state: dict, extra: dict, last: bool) -> None:
         """Write step-<number>.pt (rank 0); the last two stay, and what cfg.keep_every divides.
@@ -566,7 +592,7 @@ class RunFolder:
             return
         every = self.cfg.keep_every
         for old in checkpoints(self.path)[2:]:
-            if not every or int(old.stem.split("-")[1]) % every:
+            if not every or step_of(old) % every:
                 old.unlink()
 
 

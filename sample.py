@@ -19,10 +19,11 @@ from tqdm import tqdm
 from clif import WHOLE_PLANE, Window, check_frame
 from commandline import Parser
 from conditions import LED, SHIFTED, SHIFTED_LATENT, paired, read_given
-from models import INFD, SAMPLERS, OneStep, draw_labels, export, load
+from models import INFD, SAMPLERS, OneStep, draw_labels, export, load, named
 from pictures import (SHEET, Drawing, check_new, dive, png_head, read_picture, whole, write_html,
                       write_movie, write_png, write_sheet)
 from runs import cli, pick_device
+from text import CLIPTokenizer
 from viewer import about, serve
 
 
@@ -63,7 +64,7 @@ def parser() -> Parser:
     p._negative_number_matcher = re.compile(r"-[\d.]")               # --window -1,-1,0,0
     add = p.add_argument_group("the model").add_argument
     add("--ckpt", metavar="RUN", help="run folder or checkpoint file (the bundled weights)")
-    add("--model", choices=["infd", "cm"], default="infd", help="which bundled weights (infd)")
+    add("--model", choices=["infd", "cm"], help="which bundled weights (infd)")
     add("--raw", action="store_true", help="the trained weights instead of their moving average")
     add("--export", metavar="FILE", help="write the model in half precision; draw nothing")
 
@@ -83,13 +84,13 @@ def parser() -> Parser:
 
     add = p.later("view", "more than still pictures").add_argument
     add("--view", action="store_true", help="walk through pictures in a browser on this machine")
-    add("--port", type=int, default=8000, help="of --view; 0: any that is free (8000)")
+    add("--port", type=int, help="of --view; 0: any that is free (8000)")
     add("--html", metavar="FILE", help="CM: a page that is the picture, drawn by WebGL at any size")
     add("--zoom", type=float, metavar="Z", help="dive Z times closer, into --out FILE.webp or .png")
     add("--at", type=numbers, dest="given", action="append", metavar="y,x",
         help="where to dive (0,0); y0,x0,y1,x1: where the --given before it lies (the whole)")
     add("--morph", type=int, metavar="N", help="walk through N pictures and back, into --out FILE")
-    add("--frames", type=int, default=90, help="of --zoom and --morph, 30 a second (90)")
+    add("--frames", type=int, help="of --zoom and --morph, 30 a second (90)")
 
     add_conditions(p)
     add = p.later("infd", "INFD").add_argument
@@ -142,6 +143,8 @@ def check_kind(model: INFD | OneStep, args: argparse.Namespace, say: Callable) -
              if getattr(args, name.replace("-", "_")) is not None]
     if given:
         raise ValueError(f"{', '.join(given)} means nothing to a model of the kind {kind} (--help)")
+    if args.merges and not isinstance(model.tokenizer, CLIPTokenizer):
+        raise ValueError("--merges is of CLIP's tokenizer, and this model has its own words")
     placed = [text for text, _ in args.prompt_at or []]
     for prompt in [*(args.prompt or []), *placed, args.negative or ""]:
         remark = model.tokenizer.remark(prompt) if prompt else ""
@@ -343,6 +346,15 @@ def planned(model: INFD | OneStep, args: argparse.Namespace, common: dict, sizes
     return files
 
 
+def check_sheet(sheet: Path, files: list[Path], sizes: list[tuple[int, int]]) -> None:
+    """ValueError where the sheet of --sheet cannot be written, or is one of the pictures."""
+    check_new(sheet, ".png", ".jpg")
+    if max(map(max, sizes)) > SHEET:
+        raise ValueError(f"--sheet is for pictures of up to {SHEET} pixels a side")
+    if sheet.resolve() in [file.resolve() for file in files]:
+        raise ValueError(f"--sheet {sheet} is one of the pictures: name another file")
+
+
 def say_stretched(size: tuple[int, int], window: Window, latent: tuple[int, int]) -> None:
     """Remark where the pixels of a picture are not squares of its plane."""
     y0, x0, y1, x1 = window
@@ -396,7 +408,7 @@ def write_moving(model: INFD | OneStep, args: argparse.Namespace, common: dict, 
     if args.morph:                                                   # conditions stay
         net = model.unet if isinstance(model, INFD) else model.f.net
         y = draw_labels(net, model.classes, [args.start], args.seed, args.label)
-        info["label"] = args.label = None if y is None else str(int(y))
+        info["label"] = args.label = None if y is None else named(model.classes, int(y))
         args.prompt = [info["prompt"]] if "prompt" in info else None
     write_movie(Path(args.out), moving(args, size, draw), args.frames, info)
     print(f"{args.frames} frames in {args.out}")
@@ -431,6 +443,12 @@ def check_alone(args: argparse.Namespace) -> bool:
     """Say whether more than still pictures is asked for; ValueError for options of those alone."""
     asked = [f"--{name}" for name in ("html", "zoom", "morph") if getattr(args, name) is not None]
     asked += ["--view"] if args.view else []
+    for name, wanted, usual in (("port", args.view, 8000),
+                                ("frames", args.zoom is not None or args.morph is not None, 90)):
+        if getattr(args, name) is None:
+            setattr(args, name, usual)
+        elif not wanted:
+            raise ValueError(f"--{name} means nothing to still pictures (--help view)")
     if not asked:
         return False
     if len(asked) > 1:
@@ -451,6 +469,8 @@ def check_alone(args: argparse.Namespace) -> bool:
 
 def chosen(args: argparse.Namespace) -> Path:
     """The checkpoint asked for, or the bundled one that does best what is asked for."""
+    if args.ckpt and args.model:
+        raise ValueError("--model is one of the bundled: leave it out with --ckpt")
     if args.ckpt:
         return Path(args.ckpt)
     if args.model == "cm":
@@ -473,7 +493,7 @@ def run(argv: list[str]) -> None:
     args.at = centre_of_dive(args)
     path = chosen(args)
     if args.export:
-        return export(path, Path(args.export))
+        return export(path, Path(args.export), args.raw)
     rank = int(os.environ.get("RANK", 0))                            # torchrun: each has its share
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and (not args.out or args.sheet):
@@ -481,6 +501,10 @@ def run(argv: list[str]) -> None:
     args.prompt = read_prompts(args)
     if args.n is None:
         args.n = len(args.prompt or [""])
+    if more and len(args.prompt or []) > 1:
+        raise ValueError("several prompts are for still pictures: give one")
+    if args.html:
+        check_new(Path(args.html), ".html")
     if min(args.n, args.batch) < 1:
         raise ValueError("--n and --batch must be at least 1")
 
@@ -494,18 +518,16 @@ def run(argv: list[str]) -> None:
     windows = [check_frame(size, args.window)[1] for size in sizes]
     if more:
         return exhibit(model, args, common | made, sizes[0], draw)
-    if args.sheet:
-        check_new(Path(args.sheet), ".png", ".jpg")
-        if max(map(max, sizes)) > SHEET:
-            raise ValueError(f"--sheet is for pictures of up to {SHEET} pixels a side")
 
     for size, window in zip(sizes, windows):
         say_stretched(size, window, made.get("latent_size") or (1, 1))
     taken = [int(p.name) for p in Path("samples").glob("*") if p.name.isdecimal()]
     out = Path(args.out or f"samples/{max(taken, default=0) + 1:04d}")
+    files = planned(model, args, common | made, sizes, out)
+    if args.sheet:
+        check_sheet(Path(args.sheet), [file for file, _ in files.values()], sizes)
     out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out).close()                          # says what is wrong at once
-    files = planned(model, args, common | made, sizes, out)
 
     todo = [i for (i, _), (file, _) in files.items() if i % world == rank and not file.exists()]
     todo = list(dict.fromkeys(todo))

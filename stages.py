@@ -20,14 +20,15 @@ from torch.utils.checkpoint import checkpoint
 import data
 from autoencoder import Attention
 from clif import ResBlock
-from data import DataError, Source, to_tensor, to_uint8
+from data import Source, to_tensor, to_uint8
+from files import DataError
 from inr_generator import AdaLNBlock, Block
 from ldm import SelfAttention, TimeResBlock
 from metrics import psnr
 from pictures import contact_sheet
-from runs import (all_mean, autocast_for, choose, compiled, lay_out_state, newest_checkpoint,
-                  print_once, ranks, read_checkpoint, torch_noise, wants_channels_last,
-                  wants_compile)
+from runs import (all_mean, autocast_for, check_whole, choose, compiled, first_line, lay_out_state,
+                  newest_checkpoint, print_once, ranks, read_checkpoint, torch_noise,
+                  wants_channels_last, wants_compile)
 
 
 @dataclass(frozen=True)
@@ -201,6 +202,9 @@ class Stage:
     def scores(self) -> dict:
         return {}
 
+    def collect(self) -> None:
+        """Make what batches are made of, where that takes long: a signal ends it at once."""
+
     def prepare(self, k: int) -> None:
         """What comes before the forward pass of step k."""
 
@@ -234,11 +238,7 @@ class Stage:
         """Numbers of held-out pictures, they (n, 3, S, S), and labels (n,) if the net is told."""
         some = range(min(self.cfg.eval_n, len(self.held_out)))
         numbers, x, skipped = readable(some, self.held_out, self.cfg.size)
-        for text in skipped:
-            warnings.warn(f"skipped unreadable image: {text}")
-        if not numbers:
-            raise DataError(f"the first {len(some)} held-out pictures cannot be read (see "
-                            f"--check-data): {skipped[-1]}")
+        data.report(skipped, len(skipped), len(some), len(some) - 1)
         y = torch.tensor([self.held_out.label(i) for i in numbers], device=self.device)
         return numbers, x.to(self.device), y if self.extra["classes"] else None
 
@@ -253,7 +253,11 @@ class Stage:
         page = Image.new("RGB", (picture.width, picture.height + 16), "white")
         page.paste(picture, (0, 16))
         ImageDraw.Draw(page).text((4, 2), f"step {k:,}, seed {self.cfg.seed}: {what}", "black")
-        page.save(folder / f"grid-{k:08d}.png")
+        try:
+            page.save(folder / f"grid-{k:08d}.png")
+        except OSError as error:
+            warnings.warn(f"the sheet of step {k} could not be written ({first_line(error)}); "
+                          f"training goes on")
 
 
 def drawn_at(pictures: list[data.Picture], size: int) -> Tensor:
@@ -281,9 +285,12 @@ def starting_point(init: str, *stages: str) -> tuple[str, dict[str, Tensor], dic
     ckpt = newest_checkpoint(path)[1] if path.is_dir() else read_checkpoint(path)
     if ckpt.get("stage") not in stages:
         raise ValueError(f"{init} is no run of stage {' or '.join(stages)}")
+    check_whole(init, ckpt, "step", "state")
     print_once(f"starting from {path}, step {ckpt['step']}")
     state = ckpt["state"]                            # of an exported file one of the two is there
-    return ckpt["stage"], state["ema"] if "ema" in state else state["model"], state
+    best = "ema" if "ema" in state else "model"
+    check_whole(init, state, best)
+    return ckpt["stage"], state[best], state
 
 
 class Reconstruction(Stage):
@@ -310,9 +317,10 @@ class Reconstruction(Stage):
                 row["n"] += 1
                 for name, judge in judges.items():
                     for kind, made in (("render", rgb), ("bicubic", bicubic)):
-                        mean = row.get(f"{name}_{kind}", 0.0)
-                        score = judge(made, truth).item()
-                        row[f"{name}_{kind}"] = mean + (score - mean) / row["n"]
+                        total = row.get(f"{name}_{kind}", 0.0)
+                        row[f"{name}_{kind}"] = total + judge(made, truth).item()
+        for row in scores.values():
+            row |= {key: row[key] / row["n"] for key in list(row)[2:]}
         return scores
 
     def validate(self) -> dict[str, Tensor]:
@@ -323,9 +331,11 @@ class Reconstruction(Stage):
 
     @torch.no_grad()
     def preview(self, folder: Path, k: int) -> None:
-        sides = [s * self.cfg.size for s in self.scales if s == 1 or s * self.cfg.size <= 512]
-        rows = []
         numbers, x, _ = self.judged
+        known = min(self.held_out[i].size for i in numbers[:4])      # of a prepared copy, no more
+        sides = [s * self.cfg.size for s in self.scales
+                 if s == 1 or s * self.cfg.size <= min(known, 512)]
+        rows = []
         for i, image in zip(numbers[:4], x.split(1)):
             drawn = self.reconstruct(image)
             row = [to_uint8(image[0])]

@@ -28,12 +28,12 @@ from stages import (Reconstruction, Run, Stage, ema_update, optimisers, set_rate
 
 @dataclass(frozen=True)
 class PretrainRun(Run):
-    """Stage pretrain: image functions learn to reconstruct (CM-Func 3.4, A.1)."""
+    """Stage pretrain: image functions learn to reconstruct (CM-Func 3.4, 4.1)."""
 
     steps: int = 0                    # 0: as many as `epochs` need
-    epochs: int = 30                  # A.1
+    epochs: int = 30                  # 4.1
     batch: int = 32                   # open in the paper: the reported hours fit 32
-    lr: float = 1e-4                  # A.1, Adam
+    lr: float = 1e-4                  # 4.1, Adam
     muon: float = 0.0                 # not in the paper: rate of Muon inside blocks; 0: Adam alone
     lr_drop: bool = False             # open: a tenth of lr in the last fifth, as in Trans-INR
     size: int = 64
@@ -57,7 +57,7 @@ class PretrainStage(Reconstruction):
     def build(self) -> None:
         cfg = self.cfg
         self.loss = self.loss or F.mse_loss
-        steps = cfg.steps or cfg.epochs * len(self.source) // cfg.batch
+        steps = cfg.steps or max(1, cfg.epochs * len(self.source) // cfg.batch)
         self.cfg = cfg = replace(cfg, steps=steps, func=replace(cfg.func, size=cfg.size))
         torch.manual_seed(cfg.seed)
         self.func = FunctionGenerator(cfg.func).to(self.device)
@@ -90,12 +90,12 @@ class PretrainStage(Reconstruction):
 
 @dataclass(frozen=True)
 class CMRun(Run):
-    """Stage cm: consistency training of one of four generators (CM-Func 3.1, A.1)."""
+    """Stage cm: consistency training of one of four generators (CM-Func 3.1, A.1, A.2)."""
 
-    steps: int = 900_000              # A.1: 400,000 for CIFAR-10
+    steps: int = 900_000              # A.2: 400,000 for CIFAR-10
     K: int = 0                        # steps that the schedule is planned for; 0: steps
-    batch: int = 32                   # A.1
-    lr: float = 5e-4                  # A.1, RAdam; open: no warm-up, clipping or weight decay
+    batch: int = 32                   # A.2
+    lr: float = 5e-4                  # A.2, RAdam; open: no warm-up, clipping or weight decay
     muon: float = 0.0                 # not in the paper: rate of Muon inside blocks; 0: RAdam alone
     ema: float = 0.9999               # open: average to sample from, beside the teacher's
     size: int = 64

@@ -8,7 +8,6 @@ import functools
 import hashlib
 import itertools
 import sys
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,10 +22,12 @@ import data
 from autoencoder import (AutoencoderConfig, DiscriminatorConfig, FieldAutoencoder,
                          PatchDiscriminator, adaptive_weight, first_order, hinge_loss)
 from clif import Field
-from data import TOLERATED, DataConfig, DataError, Source, to_uint8
+from data import TOLERATED, DataConfig, Source, to_uint8
+from files import shown
 from ldm import DiffusionConfig, GaussianDiffusion, UNet, UNetConfig
 from metrics import lpips_network
-from models import GUIDANCE, INFD, LatentScale, load, published_autoencoder, same_encoder
+from models import (GUIDANCE, INFD, LatentScale, load, published_autoencoder, same_encoder,
+                    start_of)
 from published import WEIGHT_FILES
 from runs import all_mean, flatten, load_weights, print_once, ranks, rng
 from stages import (Reconstruction, Run, Stage, add_up, descend, micro_batches, optimisers,
@@ -66,6 +67,9 @@ class AEStage(Reconstruction):
         if cfg.lpips != "none" and not self.loss:
             self.lpips = lpips_network(cfg.lpips).to(self.device)
             self.terms["lpips"] = (cfg.lpips_weight, self.lpips)
+        if cfg.gan_weight and cfg.patch < 3 * 2**cfg.disc.n_layers:
+            raise ValueError(f"disc.n_layers={cfg.disc.n_layers} sees no patch={cfg.patch}: take "
+                             f"patches of {3 * 2**cfg.disc.n_layers} px, or fewer layers")
         torch.manual_seed(cfg.seed)
         net = FieldAutoencoder(cfg.ae).to(self.device)
         self.disc = PatchDiscriminator(cfg.disc).to(self.device)
@@ -239,14 +243,12 @@ def encoded(stage: Stage, base: INFD) -> Latents:
     draw = functools.partial(readable, source=source, size=cfg.size)
     kept = []
     latents = []
-    unread = []
-    for numbers, x, skipped in DataLoader(range(n), 32, num_workers=cfg.workers, collate_fn=draw):
-        for text in skipped:
-            warnings.warn(f"skipped unreadable image: {text}")
-        unread += skipped
-        if len(unread) > max(TOLERATED, n // 100) or len(unread) == n:
-            raise DataError(f"{len(unread)} of {n} images cannot be read (see --check-data), the "
-                            f"last: {unread[-1]}")
+    bad = 0
+    batches = DataLoader(range(n), 32, num_workers=cfg.workers, collate_fn=draw,
+                         worker_init_fn=data.outlive_signals)
+    for numbers, x, skipped in batches:
+        bad += len(skipped)
+        data.report(skipped, bad, n, min(max(TOLERATED, n // 100), n - 1))
         if numbers:
             latents.append(base.autoencoder.encode(x.to(stage.device)).cpu())
             kept += numbers
@@ -322,6 +324,11 @@ class LDMStage(Stage):
         encoder = (v for name, v in frozen["weights"].items() if name.startswith("encoder."))
         digest = hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in encoder)).hexdigest()
         n = base.latent_shape[0]
+        for name in ("in_channels", "out_channels"):
+            asked = getattr(cfg.unet, name)
+            if asked not in (n, getattr(UNetConfig, name)):
+                raise ValueError(f"unet.{name}={asked}: the latents of {cfg.init} have {n} "
+                                 f"channels; leave it out")
         self.started = Path(cfg.start).suffix in WEIGHT_FILES        # from a published file
         self.cfg = cfg = replace(self.learn_words(), encoder=digest[:16])
         classes = self.tell_classes()
@@ -338,6 +345,10 @@ class LDMStage(Stage):
             calls.append((net["text"], "forward"))
         self.scale = LatentScale(n).to(self.device)
         self.diffusion = GaussianDiffusion(cfg.diffusion)
+        try:
+            self.diffusion.solver_timesteps(cfg.preview_steps, start_of(self.diffusion))
+        except ValueError as error:
+            raise ValueError(f"preview_steps: {error}") from error
         self.opts = optimisers(net, cfg)
         self.hold(net, calls, base.autoencoder.encoder, scale=self.scale)
 
@@ -369,7 +380,7 @@ class LDMStage(Stage):
         captions = [self.source.caption(i) for i in some]
         told = [caption for caption in captions if caption]
         if not told:
-            raise ValueError(f"text=true: {data.shown(cfg.data)} has no captions; put name.txt "
+            raise ValueError(f"text=true: {shown(cfg.data)} has no captions; put name.txt "
                              f"beside name.jpg, or a metadata.jsonl (file_name, text)")
         if self.started:
             self.tokenizer = clip_tokenizer(Path(cfg.start), None, cfg.context)
@@ -381,7 +392,8 @@ class LDMStage(Stage):
         else:
             self.tokenizer = WordTokenizer.learn(told)
         state = self.tokenizer.state()
-        print_once(f"captions: {len(self.tokenizer) - 2:,} words of {len(captions):,} pictures, "
+        known = "CLIP's pieces of words" if self.started else f"{len(self.tokenizer) - 2:,} words"
+        print_once(f"captions: {known} of {len(captions):,} pictures, "
                    f"{len(captions) - len(told):,} of them without; the first: {told[0][:90]}")
         self.extra |= {"tokenizer": state, "captions": told[:EXAMPLES]}
         digest = hashlib.sha256(repr(state).encode()).hexdigest()
@@ -394,15 +406,14 @@ class LDMStage(Stage):
         if self.started:
             print_once(f"starting from the UNet in {cfg.start}")
             theirs = load(cfg.start)
-            if not same_encoder(theirs, self.base):
-                print_once(f"warning: {cfg.init} has not the encoder of {cfg.start}, so the UNet "
-                           f"has to learn other latents")
+            self.check_encoder(theirs)
             unet = nn.ModuleDict({"unet": theirs.unet, "text": theirs.text}) if cfg.text \
                 else theirs.unet
             load_weights(self.net, unet.state_dict(), f"the UNet in {cfg.start}")
             load_weights(self.scale, theirs.scale.state_dict(), f"the scale of {cfg.start}")
         elif cfg.start:
             _, best, state = starting_point(cfg.start, "ldm")
+            self.check_encoder(load(cfg.start))
             load_weights(self.net, best, f"the UNet in {cfg.start}")
             load_weights(self.scale, state["scale"], f"the latent scale in {cfg.start}")
         if cfg.latent_norm:
@@ -411,6 +422,12 @@ class LDMStage(Stage):
             mean, square = all_mean([v.mean(dim=(0, 2, 3)) for v in (z, z.square())])
             self.scale.mean.copy_(mean)
             self.scale.std.copy_((square - mean.square()).sqrt())
+
+    def check_encoder(self, start: INFD) -> None:
+        """Warn where what the UNet starts from has learned other latents."""
+        if not same_encoder(start, self.base):
+            print_once(f"warning: {self.cfg.init} has not the encoder of {self.cfg.start}, so the "
+                       f"UNet has to learn other latents")
 
     def batches(self, start: int) -> Iterator[dict]:
         shape = self.base.latent_shape
@@ -426,6 +443,10 @@ class LDMStage(Stage):
     @functools.cached_property
     def latents(self) -> Latents:
         return encoded(self, self.base)
+
+    def collect(self) -> None:
+        if self.cfg.cache:
+            print_once(f"{len(self.latents):,} latents")
 
     @torch.no_grad()
     def encode(self, part: dict) -> Tensor:

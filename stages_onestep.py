@@ -16,7 +16,7 @@ from torch import Tensor
 from consistency import Guided, LatentConsistency, denoising_distance
 from data import to_uint8
 from models import INFD, load
-from runs import flatten
+from runs import flatten, print_once
 from stages import set_rates
 from stages_func import CMStage, cm_config
 from stages_infd import Latents, as_autoencoder, check_chances, encoded, leave_out
@@ -77,6 +77,9 @@ class LatentCMStage(CMStage):
     @functools.cached_property
     def latents(self) -> Latents:
         return encoded(self, self.base)
+
+    def collect(self) -> None:
+        print_once(f"{len(self.latents):,} latents")
 
     def batches(self, start: int) -> Iterator[dict]:
         """Latents of mean 0 and variance 1 in the place of images, with what their captions say."""

@@ -39,6 +39,7 @@ import threading
 import time
 import tracemalloc
 import types
+import unittest.mock
 import warnings
 import zipfile
 import zlib
@@ -61,6 +62,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import clif
 import data
 import experiments
+import files
 import inr_generator
 import metrics
 import models
@@ -600,6 +602,15 @@ def test_golden_vq():
     z = i["z"].clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model(z)[2], o["indices"])                # half precision: same codes
+    torch.set_float32_matmul_precision("high")                       # as `runs.set_tf32`
+    try:
+        seen = []
+        with unittest.mock.patch.object(torch, "addmm", lambda *_, **__: seen.append(
+                torch.get_float32_matmul_precision()) or torch.zeros(1, 2)):
+            model.nearest(z)
+        assert seen == ["highest"] and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
     z_q, loss, indices = model(z)
     assert torch.equal(indices, o["indices"])
     agree(o, z_q=z_q, loss=loss)
@@ -1374,7 +1385,9 @@ def test_cm_ect_starts_near_a_denoiser_and_tightens():
 @pytest.mark.parametrize("build, options", [
     (ConsistencyConfig, dict(sigma_min=0.0)), (ConsistencyConfig, dict(sigma_max=0.001)),
     (Schedule, dict(s0=0)), (Schedule, dict(s0=200)), (Schedule, dict(mu0=1.0)),
-    (ECT, dict(stages=0)), (ECT, dict(mu0=1.0))])
+    (ConsistencyConfig, dict(sigma_data=0.0)), (ConsistencyConfig, dict(rho=0.0)),
+    (ECT, dict(stages=0)), (ECT, dict(mu0=1.0)), (ECT, dict(q=1.0)), (ECT, dict(k=-1.0)),
+    (ICT, dict(s0=0)), (ICT, dict(s1=5)), (ICT, dict(P_std=0.0))])
 def test_cm_schedules_and_model_refuse(build, options):
     with pytest.raises(ValueError, match=f"need .* not .*{next(iter(options))}="):
         build(**options)
@@ -1773,14 +1786,17 @@ def test_cm_pretraining_trains_everything_but_the_encoder_and_the_noise_level():
 
 
 def test_cm_generators_refuse_what_cannot_be_built():
-    for build, shape, word in [
-            (FunctionGenerator, replace(CM_TINY, size=30), "patch 4 must divide size 30"),
-            (FunctionGenerator, replace(CM_TINY, groups=5), "groups 5 must divide hidden 16"),
-            (DiT, replace(CM_VIT, patch=7), "patch 7 must divide size 16"),
-            (UViT, replace(CM_VIT, depth=4), "depth must be odd"),
-            (UViT, replace(CM_VIT, patch=7), "patch divide size")]:
+    for build, cfg, options, word in [
+            (FunctionGenerator, CM_TINY, {"size": 30}, "patch 4 must divide size 30"),
+            (FunctionGenerator, CM_TINY, {"groups": 5}, "groups 5 must divide hidden 16"),
+            (FunctionGenerator, CM_TINY, {"pe_dim": 7}, "pe_dim even"),
+            (FunctionGenerator, CM_TINY, {"heads": 0}, "heads must be at least 1"),
+            (DiT, CM_VIT, {"patch": 7}, "patch 7 must divide size 16"),
+            (DiT, CM_VIT, {"dim": 34}, "dim a multiple of 4"),
+            (UViT, CM_VIT, {"depth": 4}, "depth must be odd"),
+            (UViT, CM_VIT, {"patch": 7}, "patch divide size")]:
         with pytest.raises(ValueError, match=word):
-            build(shape)
+            build(replace(cfg, **options))
 
 
 # ---- golden: schedules, loss, samplers, loop ----
@@ -2460,7 +2476,7 @@ def test_a_corrupt_image_is_replaced_by_the_next_and_named(tmp_path):
     content = data_pictures(60)
     content["00007.png"] = content["00007.png"][:60]
     source = data_open(data_folder(tmp_path, content))
-    with pytest.warns(UserWarning, match=r"skipped unreadable image 1: .*00007\.png") as caught:
+    with pytest.warns(UserWarning, match=r"skipped unreadable image: .*00007\.png") as caught:
         batches = data_take(6, source, data_name, 10)
     assert len(caught) == 1
     at = data._order(0, 0, 60).tolist().index(7)
@@ -2652,7 +2668,7 @@ def test_names_resolve_and_missing_data_is_one_line(tmp_path, monkeypatch):
     pictures = dict.fromkeys(["59999.png", "60000.png"], data_file(data_picture(8)))
     for path in ("data/ffhq", "far/images1024x1024/60000"):  # known by its name, or by the folder's
         data_folder(tmp_path / path, pictures)
-    for name in ("ffhq", "far/images1024x1024", "far/images1024x1024/60000"):
+    for name in ("ffhq", "data/ffhq", "far/images1024x1024", "far/images1024x1024/60000"):
         assert data_names(data.open_data(name, "val")) == ["60000.png"]
     (tmp_path / "fake.zip").write_bytes(b"this is no zip")
     with pytest.raises(data.DataError, match="not a readable zip"):
@@ -2673,6 +2689,21 @@ def test_case_3_pictures_are_known_by_content_not_by_path(tmp_path, monkeypatch)
     (root / "a/00000.png").write_bytes(content["a/00000.png"])
     (root / "a/00000.png").rename(root / "b/00008.png")
     assert data.fingerprint(data_open(root)) != known
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs links and pipes")
+def test_names_behind_which_there_is_no_file_are_skipped_as_bad_pictures(tmp_path):
+    """A link to nothing, as annexes have, a pipe and a device, which would never end."""
+    root = data_folder(tmp_path / "set", data_pictures(3))
+    (root / "gone.png").symlink_to("nowhere.png")
+    (root / "zero.png").symlink_to("/dev/zero")
+    os.mkfifo(root / "pipe.png")
+    source = data_open(root)
+    assert data.fingerprint(source)["pictures"] == 6
+    said = {Path(name).name: why for name, why in data.check_data(source)}
+    assert said == {"gone.png": "No such file or directory", **dict.fromkeys(
+        ["pipe.png", "zero.png"], "a pipe or a device, not a file")}
+
 
 
 def test_case_1_linked_folders_are_followed_once_and_loops_end(tmp_path):
@@ -2743,12 +2774,19 @@ def test_captions_lie_beside_the_pictures_or_in_a_list(tmp_path):
             ("metadata.jsonl", b"{", "is damaged: .*; mend or remove it"),
             ("metadata.jsonl", b'{"text": "no name"}', "is damaged: 'file_name'; mend"),
             ("metadata.jsonl", b'{"file_name": "8.png"}\n{"file_name": "../b/9.png"}',
-             "names 2 pictures that are not there, the first a/8.png"),
-            ("00001.txt", b"\xff\xfe", "invalid start byte")):
-        (tmp_path / "set/a/metadata.jsonl").unlink(missing_ok=True)
+             "names 2 pictures that are not there, the first a/8.png")):
         (tmp_path / "set/a" / file).write_bytes(content)
         with pytest.raises(data.DataError, match=f"{file}.*{said}"):
             data_open(tmp_path / "set").caption(1)
+
+    # A caption that cannot be read costs itself alone: neither its picture nor the run.
+    (tmp_path / "set/a/metadata.jsonl").unlink()
+    (tmp_path / "set/a/00001.txt").write_bytes(b"\xff\xfe")
+    source = data_open(tmp_path / "set")
+    with pytest.warns(UserWarning, match="a caption is left out: .*00001.txt.*invalid start byte"):
+        assert source.caption(1) == ""
+    (name, said), = data.check_data(source)
+    assert name.endswith("00001.png") and "00001.txt" in said
 
 
 def data_prepare(*args) -> int:
@@ -2791,7 +2829,7 @@ def test_a_prepared_set_gives_the_batches_of_its_source(data_prepared):
 def test_an_interrupted_preparation_leaves_nothing_and_starts_again(
         data_prepared, tmp_path, monkeypatch, capsys):
     seen = []
-    exif_transpose = data.ImageOps.exif_transpose
+    exif_transpose = files.ImageOps.exif_transpose
 
     def interrupted(image):
         if len(seen) == 40:
@@ -2801,7 +2839,7 @@ def test_an_interrupted_preparation_leaves_nothing_and_starts_again(
 
     args = data_prepared[0], tmp_path / "copy", "--size", 16, "--workers", 0
     with monkeypatch.context() as patch:
-        patch.setattr(data.ImageOps, "exif_transpose", interrupted)
+        patch.setattr(files.ImageOps, "exif_transpose", interrupted)
         assert data_prepare(*args) == 143
     assert "starts again" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
     assert data_prepare(*args) == 0
@@ -2898,7 +2936,7 @@ def test_files_that_must_not_be_decoded_are_refused(tmp_path, monkeypatch):
             archive.writestr(name, file)
         archive.getinfo("deep.png").file_size = 2**28 + 1    # as the list at the end says it
     loaded = []
-    monkeypatch.setattr(data.ImageOps, "exif_transpose",
+    monkeypatch.setattr(files.ImageOps, "exif_transpose",
                         lambda image: loaded.append(image.size) or image)
     source = data_open(tmp_path / "set.zip")
     bad = {Path(name).name: reason for name, reason in data.check_data(source)}
@@ -3416,6 +3454,33 @@ def test_text_golden_averaged_names():
 def test_text_other_models_are_refused_by_name(name, shape, kind):
     with pytest.raises(ValueError, match=kind):
         split_weights({name: torch.zeros(shape)})
+
+
+def test_text_files_in_half_precision_have_their_schedule(tmp_path):
+    """Also the betas are rounded then, and the numbers of the known schedules come out exactly."""
+    known = (SD_V1, DiffusionConfig(ddim_start=1), DiffusionConfig(sqrt_beta=True, ddim_start=1))
+    for cfg, dtype in itertools.product(known, (torch.float16, torch.bfloat16)):
+        assert schedule({"betas": GaussianDiffusion(cfg).betas.to(dtype)}) == cfg
+    with pytest.raises(ValueError, match="not linear"):
+        schedule({"betas": torch.tensor([0.001, 0.002, 0.02]).half()})
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"scale_factor": torch.tensor(0.25)}, None),
+    ({"scale_factor": torch.zeros(())}, "is no number above 0"),
+    ({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(32, 6, 3, 3)},
+     "UNet takes 6 channels and its latents have 3"),
+    ({"model.diffusion_model.out.2.bias": torch.zeros(3, dtype=torch.int8)}, "not quantised")])
+def test_text_a_file_of_ldm_says_its_scale_and_what_it_cannot_be(tmp_path, change, said):
+    text_ldm_file(tmp_path / "ldm.ckpt")
+    weights = torch.load(tmp_path / "ldm.ckpt")["state_dict"]
+    torch.save({"state_dict": weights | change}, tmp_path / "other.ckpt")
+    if said is None:
+        assert models.load(tmp_path / "other.ckpt").scale.std.tolist() == [4.0, 4.0, 4.0]
+        return
+    with pytest.raises(ValueError, match=said):
+        models.load(tmp_path / "other.ckpt")
+
 
 
 def test_text_schedule_is_read_from_the_betas():
@@ -4364,6 +4429,11 @@ def test_metrics_psnr_and_lpips_between_folders(tmp_path, metrics_squeeze_home, 
             file.rename(file.with_stem("0003-7" if file.stem == "0004" else file.stem + mark))
     record, = metrics_scores(capsys, "lpips", a, large, "--size", "32", "--filter", "box", *lpips)
     assert record["value"] == 0
+    for name, folder in (("p", a), ("q", b)):            # prepared sets, whatever they are called
+        assert data_prepare(folder, tmp_path / name, "--size", 16, "--workers", 0) == 0
+    record, = metrics_scores(capsys, "psnr", tmp_path / "p", tmp_path / "q")
+    assert record["name"] == "PSNR@5"
+    assert "only fid has a form on patches" in metrics_error(capsys, "psnr", a, b, "--patch", 8)
     (b / "0002.png").rename(b / "other.png")
     assert "0002" in metrics_error(capsys, "psnr", b, metrics_folder(tmp_path / "c", pictures))
 
@@ -4635,6 +4705,17 @@ def test_conditions_of_step_size_0_and_masked_out_ones_change_no_bit(stage, how)
     led = drawn(*ASKED)
     assert torch.equal(drawn(*ASKED, step_size=0), plain) and torch.equal(drawn(HIDDEN), plain)
     assert torch.equal(drawn(HIDDEN, *ASKED), led) and (led - plain).abs().max() > 0.01
+
+
+def test_conditions_far_closer_than_clif_was_trained_for_are_judged_as_they_are_drawn():
+    """Beyond FINEST pixels a cell a picture is enlarged; the true latent misses nothing then."""
+    model = conditions_model("ldm")
+    z = model.sample([0], steps=2)
+    window = (0.0, 0.0, 0.125, 0.125)
+    close_up = model.decode(z).draw(32, window)                          # 32 pixels a cell
+    own = [like(close_up[0], window)]
+    assert model.misfit(own, model.scale(z)).item() < 1e-10
+
 
 
 def test_conditions_that_are_the_models_own_sample_leave_it():
@@ -4980,6 +5061,17 @@ def test_a_checkpoint_with_a_part_gone_or_odd_names_it_in_one_line(tmp_path, cap
     assert said in line and "odd.pt" in line
 
 
+def test_a_tokenizer_that_is_not_of_its_text_encoder_is_refused(tmp_path):
+    """Else a word above the vocabulary would end the drawing with an index out of range."""
+    ckpt = runs.read_checkpoint(sample.bundled("infd_text"))
+    words = [*(f"word{i}" for i in range(500)), *ckpt["tokenizer"]["words"]]
+    for change in ({"words": words}, {"length": ckpt["tokenizer"]["length"] + 1}):
+        torch.save(ckpt | {"tokenizer": ckpt["tokenizer"] | change}, tmp_path / "odd.pt")
+        with pytest.raises(ValueError, match="odd.pt: its tokenizer knows"):
+            models.load(tmp_path / "odd.pt")
+
+
+
 def test_torch_saves_old_format_is_read(sample_runs, tmp_path):
     torch.save(sample_content("cm"), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     ours = models.load(tmp_path / "old.pt").functions([3])
@@ -5294,11 +5386,29 @@ def test_viewer_page_knows_what_the_command_line_asks_for(sample_runs):
     """A class by its number too, and the steps that are taken where the page leaves them open."""
     model = models.load(sample_runs / "ldm")
     for options, label, steps in ((["--label", "2"], "dusk", 20), (["--label", "day"], "day", 20),
-                                  (["--eta", "0"], None, 200), (["--sampler", "ddim"], None, 200)):
+                                  (["--eta", "0"], None, 20), (["--sampler", "ddim"], None, 200)):
         args = sample.parser().read(options)
         about = viewer.about(model, args, (64, 64))
         assert about["start"]["label"] == label and about["usual"]["steps"] == steps
         assert model.settings(args.sampler, None, args.eta)["steps"] == steps
+
+
+def test_classes_whose_names_are_numbers_are_drawn_by_their_names(sample_runs, tmp_path):
+    """As folders of digits: class "2" is the second of 1, 2, 3, 4, by every way of drawing."""
+    ckpt = runs.read_checkpoint(runs.checkpoints(sample_runs / "cm")[0])
+    runs.write_checkpoint(tmp_path / "digits.pt", ckpt | {"classes": ["1", "2", "3", "4"]})
+    model = models.load(tmp_path / "digits.pt")
+    for label in ("2", "4"):
+        args = sample.parser().read(["--label", label])
+        assert viewer.about(model, args, (64, 64))["start"]["label"] == label
+    assert main_sample("--ckpt", tmp_path / "digits.pt", "--label", 2, "--morph", 2, "--frames", 2,
+                       "--out", tmp_path / "walk.png") == 0
+    with Image.open(tmp_path / "walk.png") as walk:
+        assert json.loads(walk.text["parameters"])["label"] == "2"
+        walk.seek(0)
+        first = np.asarray(walk.convert("RGB"))
+    assert np.array_equal(first, to_uint8(model.functions([0], 0, "2").draw(first.shape[:2]))[0])
+
 
 
 def test_viewer_keeps_few_pictures_and_one_it_forgot_is_asked_for_again(sample_runs, monkeypatch):
@@ -5317,7 +5427,7 @@ def viewer_hostile(name):
     paths = ["/../viewer.py", "/viewer.py", "//127.0.0.1/", "/?a", "/%2e%2e/", "*", "/tile",
              f"/tile/{name}/13/0/0", f"/tile/{name}/1/2/0", f"/tile/{name}/0/0/0?x",
              f"/tile/{'0' * 16}/0/0/0", "/picture?seed=-1", "/picture?seed=1&seed=2",
-             "/picture?label=noon", "/picture?label=\u00fc", "/picture?steps=5", "/picture?x",
+             "/picture?label=noon", "/picture?label=\u00fc", "http://[/", "/picture?steps=5", "/picture?x",
              "/picture?" + "&".join(10 * ["seed=1"]), f"/view/{name}",
              *(f"/view/{name}?window={view}" for view in (
                  "-1,-1,1,1&res=9999x9999", "-1,-1,1,1&res=0x5", "1,1,-1,-1&res=4x4",
@@ -5549,7 +5659,7 @@ def test_a_picture_of_the_users_that_cannot_be_read_is_one_line_with_its_cause(o
         if file is not None:
             (tmp_path / name).write_bytes(file)
         if name == "large.png":
-            os.truncate(tmp_path / name, data.MAX_BYTES + 1)     # of holes: it takes no room
+            os.truncate(tmp_path / name, files.MAX_BYTES + 1)     # of holes: it takes no room
         assert main_sample("--ckpt", sample_runs / "ldm", option, tmp_path / name) == 2
         lines = capsys.readouterr().err.strip().splitlines()
         assert len(lines) == 1 and name in lines[0] and cause in lines[0], lines
@@ -5672,12 +5782,17 @@ def sample_files(tmp_path_factory):
     ("cm", "--zoom 8 --morph 2 --out b.png", "--zoom and --morph: ask for one at a time"),
     ("cm", "--morph 0 --out b.png", "--morph 2 to 1000"), ("cm", "--zoom 0 --out b.png", "above 1"),
     ("cm", "--morph 2", "a moving picture has a name: --out FILE.webp"),
+    ("ldm", "--morph 2 --prompt a --prompt b --out b.png", "several prompts are for still pictures"),
     ("cm", "--html b.html --sigmas 0.8", "--sigmas: --html takes none"),
     ("cm", "--html b.html --func-dtype bfloat16", "--func-dtype: --html takes none"),
     ("cm", "--html b.html --window 0,0,1,1", "--window: --html takes none"),
     ("ldm", "--view --n 3", "--n: --view takes none"), ("ldm", "--view --sheet b.png", "--sheet: --v"),
     ("ldm", "--zoom 4 --window 0,0,1,1 --out b.png", "--window: --zoom takes none"),
     ("cm", "--view --res 16,32", "--view draws at one size: give --res one"),
+    ("cm", "--view --port 99999", "--port 99999: ports are 0 to 65535"),
+    ("cm", "--port 99", "--port means nothing to still pictures"),
+    ("cm", "--frames 7", "--frames means nothing to still pictures"),
+    ("cm", "--out lab --sheet lab/seed0-000000-16x16.png", "is one of the pictures"),
     ("ldm", "--image a.png --given a.png --merges b", "--given, --merges: --image draws one"),
     ("ae", "--image a.png --step-size 3 --negative snow", "--step-size, --negative: --image draws"),
     ("cm", "--out a.png", "a.png: File exists"), ("cm", "--out a.png/b", "a.png/b: Not a directory"),
@@ -5771,7 +5886,15 @@ def test_export_keeps_what_sampling_needs_in_half_precision(sample_runs, tmp_pat
     for args, said in ((["--ckpt", sample_runs / stage, "--export", file], "exists; choose"),
                        (["--ckpt", file, "--raw"], "moving average alone: leave --raw out")):
         assert said in sample_error(capsys, *args)
-    assert models.load(sample_runs / stage, raw=True).weights == "trained weights"
+    trained = models.load(sample_runs / stage, raw=True)
+    assert trained.weights == "trained weights"
+    raw = tmp_path / "raw.pt"
+    assert main_sample("--ckpt", sample_runs / stage, "--raw", "--export", raw) == 0
+    assert "ema" not in runs.read_checkpoint(raw)["state"]
+    small = models.load(raw)
+    whole, small = (m.unet if stage == "ldm" else m.f.net for m in (trained, small))
+    for ours, theirs in zip(small.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2**-11, atol=2**-25)
 
 
 def test_export_names_no_folder_of_this_machine_and_takes_what_is_sampled(tmp_path, capsys):
@@ -5884,10 +6007,13 @@ def test_a_prompt_alone_is_drawn_by_the_bundled_model_of_text(tmp_path):
     (["--given", "a.png", "--sampler", "ddim"], "infd"),
     (["--given", "a.png", "--sampler", "ddim", "--prompt", "a"], "infd_text")])
 def test_sample_without_a_checkpoint_takes_the_bundled_weights_for_what_is_asked(args, name):
-    for ckpt, path in (([], sample.bundled(name)), (["--ckpt", "a.pt"], Path("a.pt"))):
-        asked = sample.parser().read([*args, *ckpt])
+    own = [arg for arg in args if arg not in ("--model", "cm")]
+    for words, path in ((args, sample.bundled(name)), ([*own, "--ckpt", "a.pt"], Path("a.pt"))):
+        asked = sample.parser().read(words)
         sample.centre_of_dive(asked)
         assert sample.chosen(asked) == path
+    with pytest.raises(ValueError, match="leave it out with --ckpt"):
+        sample.chosen(sample.parser().read(["--model", "infd", "--ckpt", "a.pt"]))
 
 
 def test_a_dive_leaves_the_places_of_conditions_alone():
@@ -6162,7 +6288,7 @@ def test_a_run_says_what_it_learns_from_how_long_it_takes_and_what_comes_next(tm
 @pytest.mark.parametrize("before, after", [
     (["--stage", "ae", "--data", "my photos"], ["--stage", "ldm", "--data", "my photos"]),
     (["--stage", "pretrain", "--out", "a b/pre", "func.dim=64", "steps=9", "size=32"],
-     ["--stage", "cm", "--out", "a b/cm", "func.dim=64", "size=32"]),
+     ["--stage", "cm", "--out", "a b/cm", "init=a b/pre", "func.dim=64", "size=32"]),
 ])
 def test_the_next_command_goes_on_from_this_run(before, after):
     """Options that both stages must share are in it, words with a space are quoted when shown."""
@@ -6457,10 +6583,10 @@ def test_checkpointed_blocks_have_the_same_gradients(net):
 @pytest.mark.parametrize("stage, options, said", [
     ("ae", "lrr=1e-4", "stage ae has no option lrr; did you mean lr"),
     ("ae", "ch=32", "did you mean ae.ch"),
-    ("ae", "steps=many", "option steps=many: expected int"),
+    ("ae", "steps=many", "option steps=many: expected a whole number, 0 or more"),
     ("ae", "steps=0", "must be at least 1"),
     ("ae", "batch=3 accum=2", "batch=3 a multiple of accum=2"),
-    ("ae", "ae.kl=perhaps", "option ae.kl=perhaps: expected bool"),
+    ("ae", "ae.kl=perhaps", "option ae.kl=perhaps: expected true or false"),
     ("ae", "steps", "options are written key=value"),
     ("ae", "--steps 300", "--steps: write steps=300"),
     ("ae", "--weight-decay=0.1", "--weight-decay=0.1: write weight_decay=0.1"),
@@ -6509,13 +6635,37 @@ def test_checkpointed_blocks_have_the_same_gradients(net):
     ("cm", "latents={ldm} labels=false", "is told classes: leave labels=false out"),
     ("cm", "generator=unet init=none unet.dropout=0.1", "unet.dropout: student and teacher would"),
     ("ldm", "text=true start={cm}", "knows no words of text=true"),
-    ("ae", "eval_n=0", "steps, batch, accum, eval_n, *_every must be at least 1"),
+    ("ae", "eval_n=0", "steps, batch, accum, eval_n, size, *_every must be at least 1"),
     ("cm", "latents={ldm} distil={cm}", "must be a run of stage cm"),
+    ("ae", "steps=-5", "option steps=-5: expected a whole number, 0 or more"),
+    ("ae", "ema=1.5", "ema=1.5: the rate of an average, from 0 to below 1"),
+    ("ae", "p_whole=7", "p_whole=7 is a probability"),
+    ("ae", "ae.num_res_blocks=0", "num_res_blocks, z_channels and n_embed must be at least 1"),
+    ("ae", "ae.ch_mult=", "levels in ch_mult"),
+    ("ae", "gan_weight=1 disc.n_layers=3", "disc.n_layers=3 sees no patch=16: take patches of 24"),
+    ("ae", "disc.ndf=0", "ndf and n_layers must be at least 1"),
+    ("pretrain", "size=0", "size, *_every must be at least 1"),
+    ("pretrain", "epochs=3 steps=4", "epochs and steps say the same"),
+    ("ldm", "unet.groups=0", "groups and transformer_depth must be at least 1"),
+    ("ldm", "unet.channel_mult=", "levels in channel_mult"),
+    ("ldm", "unet.in_channels=7", "have 3 channels; leave it out"),
+    ("ldm", "preview_steps=1000", "preview_steps: 1000 sampling steps; choose 1 to 636"),
+    ("ldm", "diffusion.steps=30", "preview_steps: 20 sampling steps; choose 1 to 17"),
+    ("cm", "schedule=ict ict.s0=0", "need 1 <= s0 <= s1"),
+    ("cm", "func.groups=0", "groups, hidden and layers must be at least 1"),
+    ("ae", "init={odd}", "odd.pt is no whole checkpoint: it lacks step, state"),
+    ("ae", "init={empty}", "empty.pt is no whole checkpoint: it lacks model"),
+    ("ae", "init={number}", "there are no weights, but a int"),
 ])
 def test_bad_training_options(main_runs, stage_runs, tmp_path, capsys, stage, options, said):
     places = {"ae": main_runs / "ae", "ldm": main_runs / "ldm", "cm": stage_runs / "cm"}
     small = {"ae": TINY_AE, "ldm": [*TINY_LDM, f"init={main_runs / 'ae'}"],
-             "cm": [*TINY_CM, *TINY_NETS, f"init={stage_runs / 'pretrain'}"]}[stage]
+             "cm": [*TINY_CM, *TINY_NETS, f"init={stage_runs / 'pretrain'}"],
+             "pretrain": TINY_FUNC}[stage]
+    for name, content in (("odd", {}), ("empty", {"step": 1, "state": {}}),
+                          ("number", {"step": 1, "state": {"model": 3}})):
+        places[name] = tmp_path / f"{name}.pt"
+        torch.save({"stage": "ae", **content}, places[name])
     plain = main_set(tmp_path / "plain", 4)
     given = options.format(**places, plain=plain).split()
     assert main_stage(stage, tmp_path / "run", *small, *given) == 2
@@ -6608,6 +6758,80 @@ def main_set(folder, n, classes=()):
         noise = np.random.default_rng(i).integers(0, 256, (4, 4, 3), dtype=np.uint8)
         Image.fromarray(noise).resize((16, 16), Image.BICUBIC).save(place / f"{i:03d}.png")
     return folder
+
+
+@pytest.mark.parametrize("stage, options", [("pretrain", TINY_PRETRAIN), ("ae", TINY_AE)])
+def test_a_prepared_copy_is_enough_for_a_run_with_its_sheets(tmp_path, stage, options):
+    """Sheets and scores ask for no more pixels than the copy has."""
+    folder = main_set(tmp_path / "set", 24)
+    assert data_prepare(folder, tmp_path / "copy", "--size", 16, "--workers", 0) == 0
+    own = ["max_size=16"] if stage == "ae" else []
+    assert main_stage(stage, tmp_path / "run", *options, *own, "steps=2", "grid_every=1", "--data",
+                      tmp_path / "copy") == 0
+    assert len(list((tmp_path / "run").glob("grid-*.png"))) == 2
+
+
+def test_a_full_disk_costs_a_line_of_the_log_and_a_sheet_not_the_run(tmp_path, monkeypatch):
+    """As saving: training goes on."""
+    stage = main_made("pretrain", *TINY_PRETRAIN)
+    folder = runs.RunFolder(tmp_path, "pretrain", stage.cfg)
+    if Path("/dev/full").exists():
+        (tmp_path / "log.jsonl").symlink_to("/dev/full")
+        with pytest.warns(UserWarning, match="a line of the log could not be written.*No space"):
+            folder.log({"step": 1})
+    with pytest.warns(UserWarning, match="the sheet of step 7 could not be written"):
+        stage.preview(tmp_path / "gone", 7)
+
+
+def test_copies_in_a_run_folder_are_no_checkpoints_and_stay(tmp_path):
+    """Names that a user gives are neither taken for the newest nor deleted."""
+    run = tmp_path / "run"
+    args = ["pretrain", run, *TINY_PRETRAIN, "save_every=1"]
+    assert main_stage(*args, "steps=2") == 0
+    mine = [run / name for name in ("step-best.pt", "step-00000001-good.pt", "notes.part")]
+    for file in mine:
+        shutil.copy(run / "step-00000001.pt", file)
+    assert main_stage(*args, "steps=4") == 0
+    assert [runs.step_of(path) for path in runs.checkpoints(run)] == [4, 3]
+    assert all(file.exists() for file in mine)
+    assert [line["step"] for line in main_log(run)][-1] == 4
+
+
+def test_a_signal_before_the_first_step_ends_the_run_at_once(main_runs, tmp_path, monkeypatch):
+    """While latents are encoded there is nothing to save, and it may take long."""
+    def encoded(stage, base):
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("it went on")
+
+    monkeypatch.setattr(stages_infd, "encoded", encoded)
+    args = [tmp_path / "run", *TINY_LDM, f"init={main_runs / 'ae'}"]
+    assert main_stage("ldm", *args) == 143
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["lock"]
+
+
+def test_epochs_count_in_pictures_and_at_least_one_step_is_taken(tmp_path):
+    for epochs, steps in ((1, 1), (4, 11)):
+        cfg = train.configure("pretrain", "tiny", "synthetic", [*TINY_FUNC, f"epochs={epochs}"])
+        made = train.PretrainStage(replace(cfg, batch=8 if epochs > 1 else 32), CPU,
+                                   data.Source([Image.new("RGB", (16, 16))] * 22))
+        assert made.cfg.steps == steps
+    assert train.configure("pretrain", "tiny").steps == 4000
+
+
+def test_whole_numbers_are_read_exactly():
+    assert runs.convert("seed", int, "12345678901234567891") == 12345678901234567891
+    assert runs.convert("steps", int, "1e6") == 1_000_000 == runs.convert("steps", int, "1_000_000")
+
+
+def test_a_unet_of_other_latents_is_warned_of(main_runs, tmp_path, capsys):
+    assert main_stage("ae", tmp_path / "ae", *TINY_AE, "seed=1") == 0
+    start = f"start={main_runs / 'ldm'}"
+    for run, warns in ((main_runs, False), (tmp_path, True)):
+        capsys.readouterr()
+        args = [*TINY_LDM, "steps=1", f"init={run / 'ae'}", start]
+        assert main_stage("ldm", tmp_path / f"ldm-{warns}", *args) == 0
+        assert ("has not the encoder of" in capsys.readouterr().out) == warns
+
 
 
 def test_changed_data_is_refused_and_moved_data_goes_on(tmp_path, capsys):
@@ -6709,6 +6933,8 @@ def text_run(main_runs, tmp_path_factory):
 
 def test_stage_ldm_learns_words_of_captions_and_its_checkpoint_knows_them(text_run, capsys):
     model = models.load(text_run)
+    assert "--merges is of CLIP's tokenizer" in sample_error(capsys, "--ckpt", text_run, "--merges",
+                                                             "a.txt")
     seen = [Landscapes().caption(i) for i in range(8)]           # pictures=8
     assert list(model.captions) == [seen[i] for i in rng(0, "captions").permutation(8)]
     assert set(model.tokenizer.words) == set(WordTokenizer.learn(seen).words)
@@ -6792,7 +7018,7 @@ def test_a_set_of_which_nothing_can_be_read_is_an_error_with_the_cause(main_runs
         assert main_stage("ldm", tmp_path / "run", *TINY_LDM, f"init={main_runs / 'ae'}", "--data",
                           folder, f"workers={workers}") == 2
         said = capsys.readouterr().err.splitlines()[-1]
-        assert "3 of 3 images cannot be read (see --check-data), the last: " in said
+        assert "3 of the first 3 images cannot be read (see --check-data), the last: " in said
         assert "003.png: not a PNG, JPEG or WEBP image" in said
 
 
@@ -8406,7 +8632,7 @@ def test_colour_moments_have_a_closed_form_and_a_table_shows_means_and_gaps():
     ("compare", "there is no comparison ; there are: demo, renderer, downsampling, mix, latent"),
     ("compare convolutional", "name some by --data"),
     ("compare generators lrr=1", "stage cm has no option lrr"),
-    ("compare generators seeds=two", "option seeds=two: expected int"),
+    ("compare generators seeds=two", "option seeds=two: expected a whole number"),
     ("bench cmm", "there is no stage cmm; there are: ae, ldm, pretrain, cm"),
     ("bench ldm", "stage ldm needs an autoencoder"),
     ("bench ae --preset huge", "stage ae has no preset huge"),
@@ -8414,9 +8640,34 @@ def test_colour_moments_have_a_closed_form_and_a_table_shows_means_and_gaps():
     ("plot none", "has 0 lines"),
     (f"agreement {ROOT}/weights/infd.pt --device cpu", "infd.pt does not read text")])
 def test_experiments_refuse_what_they_cannot_do(tmp_path, capsys, words, said):
-    assert experiments.main([*words.split(), "--out", str(tmp_path / "runs")]) == 2
+    out = ["--out", str(tmp_path / "runs")] if words.startswith("compare") else []
+    assert experiments.main([*words.split(), *out]) == 2
     assert said in main_error(capsys)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("words, said", [
+    ("demo steps=5", "steps=5: demo does not read that"),
+    ("demo --repeat 3 --quick", "--repeat, --quick: demo does not read that"),
+    ("agreement a.pt b.pt", "b.pt: agreement does not read that"),
+    ("plot a --data b", "--data: plot does not read that"),
+    ("bench sample --preset paper", "--preset: bench sample does not read that"),
+    ("bench pretrain --out b.png", "--out: bench does not read that"),
+    ("bench pretrain --repeat -3", "--repeat -3: once at least"),
+    ("bench cm latents=a", "leave latents= out"),
+    ("bench curves --out b", "--out b: name a picture"),
+    ("compare renderer ae.renderer=liif", "ae.renderer=: that is what the sides differ in"),
+    ("compare renderer seed=7", "seed=: write --data for all runs of all sides, and seeds=N"),
+    ("compare latent data=a", "data=: write --data"),
+    ("compare mix --data a", "of data of its own: leave --data out"),
+    ("compare renderer seeds=0", "seeds=0: one at least"),
+    ("compare renderer --preset paper", "--preset: compare does not read that")])
+def test_experiments_say_what_they_do_not_read(tmp_path, monkeypatch, capsys, words, said):
+    monkeypatch.chdir(tmp_path)
+    assert experiments.main(words.split()) == 2
+    assert said in main_error(capsys)
+    assert not any(tmp_path.iterdir())
+
 
 
 def experiments_bench(capsys, *args):

@@ -29,9 +29,10 @@ from torch import Tensor
 import data
 from commandline import Parser
 from data import Source
-from runs import (Meter, RunFolder, Stopped, barrier, cli, flatten, option_types, parse_options,
-                  pick_device, print_once, process_group, ranks, rng, set_tf32, unflatten,
-                  wants_compile)
+from files import shown
+from runs import (Meter, RunFolder, Stopped, barrier, cli, flatten, on_signals, option_types,
+                  parse_options, pick_device, print_once, process_group, ranks, rng, set_tf32, stop,
+                  unflatten, wants_compile)
 from stages import Run, Stage, add_up, descend, ema_update, micro_batches
 from stages_func import CMRun, CMStage, PretrainRun, PretrainStage
 from stages_infd import AERun, AEStage, LDMRun, LDMStage
@@ -77,9 +78,11 @@ def fit(stage: Stage, out: Path) -> None:
     trained_on = data.fingerprint(stage.source)
     with RunFolder(out, stage.name, cfg, FREE, trained_on).owned() as folder:
         start = folder.resume(stage.state)
-        if start == 0:
-            stage.begin()
-            stage.shown.load_state_dict(stage.net.state_dict())
+        with on_signals(stop):                       # at once: there is nothing to save yet
+            if start == 0:
+                stage.begin()
+                stage.shown.load_state_dict(stage.net.state_dict())
+            stage.collect()
         stream = stage.batches(start)
         meter = Meter()
         compiles = wants_compile(cfg.compile, stage.device)
@@ -244,13 +247,17 @@ def configure(stage: str, preset: str = "paper", data_name: str = "synthetic",
     given = parse_options(cls, list(texts), f"stage {stage}")
     chosen = PRESETS[stage][preset]
     if preset not in ("small", "tiny"):
-        chosen = PAPER_DATA.get((stage, data_name), {}) | chosen
+        chosen = PAPER_DATA.get((stage, data.bare_name(data_name)), {}) | chosen
     follows = STAGES[stage].implied(given)
     for name, value in follows.items():
         if given.get(name, value) != value:
             raise ValueError(f"{name}={given[name]}: the file that the run starts from has {value};"
                              f" leave {name} out")
     chosen = chosen | follows
+    if "epochs" in given:
+        if given.get("steps"):
+            raise ValueError("epochs and steps say the same: leave one of them out")
+        chosen = chosen | {"steps": 0}
     size = given.get("size", chosen.get("size", cls.size))
     known = option_types(cls)
     by_size = {name: v for name, v in PAPER_SIZE.get(size, {}).items() if name in known}
@@ -290,10 +297,12 @@ def train(stage: str, cfg: Run, out: str | Path, device: str | torch.device,
     world = int(os.environ.get("WORLD_SIZE", 1))
     steps = cfg.steps or getattr(cfg, "epochs", 0)
     counts = (steps, cfg.batch, cfg.accum, cfg.log_every, cfg.grid_every, cfg.save_every,
-              cfg.eval_n)
+              cfg.eval_n, cfg.size)
     if min(counts) < 1 or cfg.batch % (world * cfg.accum):
-        raise ValueError(f"steps, batch, accum, eval_n, *_every must be at least 1, and batch="
-                         f"{cfg.batch} a multiple of accum={cfg.accum} times {world} processes")
+        raise ValueError(f"steps, batch, accum, eval_n, size, *_every must be at least 1, and batch"
+                         f"={cfg.batch} a multiple of accum={cfg.accum} times {world} processes")
+    if not 0 <= cfg.ema < 1:
+        raise ValueError(f"ema={cfg.ema:g}: the rate of an average, from 0 to below 1")
     before = {"ldm": "ae", "cm": "pretrain"}.get(stage)
     latents = getattr(cfg, "latents", "")            # of stage cm: one-step INFD
     if before and not cfg.init and not latents and getattr(cfg, "generator", "func") == "func":
@@ -330,10 +339,10 @@ def introduce(stage: Stage, out: Path) -> None:
     if isinstance(cfg, AERun):
         crops = f" and {cfg.patch} px patches of them at {cfg.size} to {cfg.max_size} px"
     parameters = sum(p.numel() for p in stage.net.parameters())
-    print_once(f"stage {stage.name}: {len(source):,} pictures of {data.shown(cfg.data)} to "
+    print_once(f"stage {stage.name}: {len(source):,} pictures of {shown(cfg.data)} to "
                f"train on and {held}, centre squares at {cfg.size} px{crops}, {classes}{over}\n"
                f"{parameters:,} parameters, {cfg.steps:,} steps of batch {cfg.batch}, "
-               f"{stage.device}, into {data.shown(out)}")
+               f"{stage.device}, into {shown(out)}")
 
 
 # ---- command line ----
@@ -409,6 +418,8 @@ def next_command(args: argparse.Namespace, out: Path) -> list[str]:
     words = ["python", "train.py", "--stage", after]
     for flag, value in flags.items():
         words += [flag, value] if value not in (None, parser().get_default(flag[2:])) else []
+    if out.name != args.stage:                       # else the stage finds it by itself
+        words.append(f"init={out}")
     return words + [text for text in args.options if text.startswith(("size=", "func."))]
 
 

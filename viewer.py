@@ -22,7 +22,7 @@ from urllib.parse import parse_qsl, urlsplit
 from PIL import Image
 
 from clif import Tiles, check_frame
-from models import INFD, OneStep
+from models import INFD, OneStep, draw_labels, named
 from pictures import Drawing, page, png_head, png_parts, whole
 from runs import Stopped, first_line
 
@@ -52,8 +52,7 @@ def about(model: INFD | OneStep, args: argparse.Namespace, shape: tuple[int, int
     if args.image:
         return {"shape": shape, "fields": [], "classes": [], "usual": {}, "start": {}}
     net = model.unet if isinstance(model, INFD) else model.f.net
-    classes = [model.classes[i] if i < len(model.classes) else str(i)
-               for i in range(net.cfg.num_classes)]
+    classes = [named(model.classes, i) for i in range(net.cfg.num_classes)]
     fields = ["seed"]
     usual = {}
     if classes:
@@ -68,8 +67,8 @@ def about(model: INFD | OneStep, args: argparse.Namespace, shape: tuple[int, int
             fields += ["negative", "guidance"] if model.text else ["guidance"]
             usual["guidance"] = model.guidance if model.text else 1
     start = {name: getattr(args, name) for name in fields}
-    if classes and str(args.label).isdecimal():
-        start["label"] = classes[int(args.label)]
+    if classes and args.label is not None:
+        start["label"] = classes[int(draw_labels(net, model.classes, [0], 0, args.label))]
     return {"shape": shape, "fields": fields, "classes": classes, "usual": usual,
             "start": {**start, "prompt": (args.prompt or [None])[0]}}
 
@@ -203,7 +202,10 @@ class Page(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         gallery = self.server.gallery
-        address = urlsplit(self.path)
+        try:
+            address = urlsplit(self.path)
+        except ValueError as error:
+            return self.send_error(400, explain=first_line(error))
         tile = re.fullmatch(r"/tile/([0-9a-f]{16})/(\d{1,2})/(\d{1,5})/(\d{1,5})", address.path)
         view = re.fullmatch(r"/view/([0-9a-f]{16})", address.path)
         self.begun = False
@@ -290,6 +292,8 @@ def serve(show: Show, about: dict, port: int) -> None:
     about: "shape" (height, width) of the plane, "fields" of the model, "classes", and of the fields
     "start" (the values to begin with) and "usual" (shown where one is empty).
     """
+    if not 0 <= port <= 65535:
+        raise ValueError(f"--port {port}: ports are 0 to 65535")
     gallery = Gallery(show, about)
     try:
         server = Server(gallery, port)
