@@ -5961,9 +5961,10 @@ def test_bundled_weights_make_pictures_of_the_data(held_out, name, how):
 
 @slow
 @pytest.mark.parametrize("name, how", [
-    ("infd", dict(sampler="dpm++")), ("infd", dict(eta=0.0)), ("infd", dict(eta=1.0)),
-    ("infd", dict(eta=0.0, steps=50)), ("infd_text", {}), ("infd_onestep", dict(steps=1)),
-    ("infd_onestep", dict(steps=2))])
+    ("infd", dict(sampler="dpm++")), ("infd", dict(sampler="dpm++", eta=0.0)),
+    ("infd", dict(sampler="ddim", eta=0.0)), ("infd", dict(sampler="ddim", eta=1.0)),
+    ("infd", dict(sampler="ddim", eta=0.0, steps=50)), ("infd_text", {}),
+    ("infd_onestep", dict(steps=1)), ("infd_onestep", dict(steps=2))])
 def test_bundled_pictures_are_of_the_class_asked_for(held_out, name, how):
     right = 0
     for first in range(0, 208, 16):
