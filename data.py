@@ -433,6 +433,13 @@ def check_data(source: Source) -> list[tuple[str, str]]:
     return found
 
 
+def check_probabilities(cfg: object, *names: str) -> None:
+    """ValueError where one of these options is none."""
+    for name in names:
+        if not 0 <= getattr(cfg, name) <= 1:
+            raise ValueError(f"{name}={getattr(cfg, name):g} is a probability, 0 to 1")
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """How a picture becomes encoder input and ground-truth patch (INFD supplementary E, J.2)."""
@@ -450,9 +457,7 @@ class DataConfig:
     def __post_init__(self):
         least = self.smallest or self.size
         fits = 0 < self.patch <= least <= self.max_size and self.size <= self.max_size
-        for name in ("p_whole", "p_original"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name):g} is a probability, 0 to 1")
+        check_probabilities(self, "p_whole", "p_original")
         if not fits or self.edge < 0 or (self.p_whole and self.patch > self.size):
             raise ValueError(f"patch={self.patch} <= smallest={least} <= max_size={self.max_size} "
                              f">= size={self.size} and edge={self.edge} >= 0 must hold, and with "

@@ -9,6 +9,7 @@ import io
 import os
 import posixpath
 import re
+import stat
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -143,17 +144,21 @@ class Files:
         """Bytes when unpacked; -1 of what is no file: a link to nothing, a pipe, a device."""
         if self.zipped:
             return self.archive(os.getpid()).getinfo(self.members[name]).file_size
-        path = self.members[name]
-        return os.path.getsize(path) if os.path.isfile(path) else -1
+        try:
+            found = os.stat(self.members[name])
+        except OSError:
+            return -1
+        return found.st_size if stat.S_ISREG(found.st_mode) else -1
 
     def read(self, name: str, limit: int = MAX_BYTES) -> bytes:
         with reading(self.where(name), BadImage):
-            if self.size(name) > limit:  # zipfile never yields more than this size
+            size = self.size(name)
+            if size > limit:  # zipfile never yields more than this size
                 raise ValueError(f"larger than {limit >> 20} MB")
             if self.zipped:
                 return self.archive(os.getpid()).read(self.members[name])
             path = Path(self.members[name])
-            if path.exists() and not path.is_file():  # which might never end
+            if size < 0 and path.exists():  # which might never end
                 raise ValueError("a pipe or a device, not a file")
             return path.read_bytes()
 

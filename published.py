@@ -465,14 +465,12 @@ def schedule(weights: dict[str, Tensor]) -> DiffusionConfig:
     if "betas" not in weights:
         return SD_V1
     stored = weights["betas"]
-    if not stored.is_floating_point():
-        raise ValueError("the betas of this file are no noise schedule")
-    close = max(1e-5, 2 * torch.finfo(stored.dtype).eps)         # of a file in half precision
+    n = len(stored) if stored.dim() == 1 and stored.is_floating_point() else 0
     betas = stored.double()
-    n = len(betas) if betas.dim() == 1 else 0
     if n < 2 or not ((betas > 0) & (betas < 1)).all():
         raise ValueError("the betas of this file are no noise schedule")
 
+    close = max(1e-5, 2 * torch.finfo(stored.dtype).eps)         # of a file in half precision
     start, end = (float(f"{end:.6g}") for end in (betas[[0, -1]] * n / 1000).tolist())
     found = [cfg for cfg in KNOWN if cfg.steps == n]
     if start <= end < n / 1000:

@@ -168,7 +168,7 @@ def cli(run: Callable[[list[str]], int | None], argv: list[str],
         if hasattr(stream, "reconfigure"):                   # names it cannot show print escaped
             stream.reconfigure(errors="backslashreplace")
     try:
-        with on_signals(stop):                              # `RunFolder` sets a flag instead
+        with on_signals(stop):                               # `RunFolder` sets a flag instead
             code = run(argv) or 0
             sys.stdout.flush()
             return code

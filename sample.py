@@ -396,6 +396,7 @@ def write_moving(model: INFD | OneStep, args: argparse.Namespace, common: dict, 
     """Write what --zoom or --morph asks for."""
     if not args.out:
         raise ValueError("a moving picture has a name: --out FILE.webp")
+    args.frames = 90 if args.frames is None else args.frames
     morph = 2 if args.morph is None else args.morph
     zoom = 2 if args.zoom is None else args.zoom
     if not (2 <= args.frames <= 3000 and args.frames % 2 == 0 and 2 <= morph <= 1000
@@ -418,7 +419,8 @@ def exhibit(model: INFD | OneStep, args: argparse.Namespace, common: dict, size:
             draw: Callable) -> None:
     """Serve --view, or write --html or a moving picture."""
     if args.view:
-        serve(functools.partial(shown, model, args, common), about(model, args, size), args.port)
+        port = 8000 if args.port is None else args.port
+        serve(functools.partial(shown, model, args, common), about(model, args, size), port)
     elif args.html:
         lead, _ = conditions_of(args, SHIFTED)
         function = model.functions([args.start], args.seed, args.label, **lead)
@@ -443,11 +445,9 @@ def check_alone(args: argparse.Namespace) -> bool:
     """Say whether more than still pictures is asked for; ValueError for options of those alone."""
     asked = [f"--{name}" for name in ("html", "zoom", "morph") if getattr(args, name) is not None]
     asked += ["--view"] if args.view else []
-    for name, wanted, usual in (("port", args.view, 8000),
-                                ("frames", args.zoom is not None or args.morph is not None, 90)):
-        if getattr(args, name) is None:
-            setattr(args, name, usual)
-        elif not wanted:
+    moves = args.zoom is not None or args.morph is not None
+    for name, wanted in (("port", args.view), ("frames", moves)):
+        if getattr(args, name) is not None and not wanted:
             raise ValueError(f"--{name} means nothing to still pictures (--help view)")
     if not asked:
         return False

@@ -257,9 +257,7 @@ def encoded(stage: Stage, base: INFD) -> Latents:
 
 def check_chances(cfg: Run, text: bool) -> None:
     """ValueError where `leave_out` cannot do what the options ask for."""
-    for name in ("p_uncond", "p_shorten"):
-        if not 0 <= getattr(cfg, name) <= 1:
-            raise ValueError(f"{name}={getattr(cfg, name):g} is a probability, 0 to 1")
+    data.check_probabilities(cfg, "p_uncond", "p_shorten")
     if cfg.p_shorten and not text:
         raise ValueError("p_shorten leaves out words of captions, and this UNet is told none")
 
@@ -403,31 +401,25 @@ class LDMStage(Stage):
     def begin(self) -> None:
         """Take over what `start` has; with latent_norm, measure the latents of 512 samples."""
         cfg = self.cfg
-        if self.started:
+        if cfg.start:
             print_once(f"starting from the UNet in {cfg.start}")
             theirs = load(cfg.start)
-            self.check_encoder(theirs)
-            unet = nn.ModuleDict({"unet": theirs.unet, "text": theirs.text}) if cfg.text \
-                else theirs.unet
-            load_weights(self.net, unet.state_dict(), f"the UNet in {cfg.start}")
+            if not isinstance(theirs, INFD) or theirs.unet is None or theirs.f is not None:
+                raise ValueError(f"{cfg.start} is no run of stage ldm")
+            if not same_encoder(theirs, self.base):
+                print_once(f"warning: {cfg.init} has not the encoder of {cfg.start}, so the UNet "
+                           f"has to learn other latents")
+            part = theirs.unet
+            if cfg.text:
+                part = nn.ModuleDict({"unet": theirs.unet, "text": theirs.text})
+            load_weights(self.net, part.state_dict(), f"the UNet in {cfg.start}")
             load_weights(self.scale, theirs.scale.state_dict(), f"the scale of {cfg.start}")
-        elif cfg.start:
-            _, best, state = starting_point(cfg.start, "ldm")
-            self.check_encoder(load(cfg.start))
-            load_weights(self.net, best, f"the UNet in {cfg.start}")
-            load_weights(self.scale, state["scale"], f"the latent scale in {cfg.start}")
         if cfg.latent_norm:
             some = itertools.islice(self.batches(0), -(-512 // cfg.batch))
             z = torch.cat([self.encode(batch).cpu().double() for batch in some])     # (N, C, h, w)
             mean, square = all_mean([v.mean(dim=(0, 2, 3)) for v in (z, z.square())])
             self.scale.mean.copy_(mean)
             self.scale.std.copy_((square - mean.square()).sqrt())
-
-    def check_encoder(self, start: INFD) -> None:
-        """Warn where what the UNet starts from has learned other latents."""
-        if not same_encoder(start, self.base):
-            print_once(f"warning: {self.cfg.init} has not the encoder of {self.cfg.start}, so the "
-                       f"UNet has to learn other latents")
 
     def batches(self, start: int) -> Iterator[dict]:
         shape = self.base.latent_shape

@@ -202,18 +202,16 @@ class Page(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         gallery = self.server.gallery
-        try:
-            address = urlsplit(self.path)
-        except ValueError as error:
-            return self.send_error(400, explain=first_line(error))
-        tile = re.fullmatch(r"/tile/([0-9a-f]{16})/(\d{1,2})/(\d{1,5})/(\d{1,5})", address.path)
-        view = re.fullmatch(r"/view/([0-9a-f]{16})", address.path)
         self.begun = False
         try:
-            if address.path == "/" and not address.query:
+            address = urlsplit(self.path)
+            path = address.path
+            tile = re.fullmatch(r"/tile/([0-9a-f]{16})/(\d{1,2})/(\d{1,5})/(\d{1,5})", path)
+            view = re.fullmatch(r"/view/([0-9a-f]{16})", path)
+            if path == "/" and not address.query:
                 self.begin("text/html; charset=utf-8")
                 self.wfile.write(page(gallery.about))
-            elif address.path == "/picture":
+            elif path == "/picture":
                 self.tell(gallery.picture(address.query, self.tell))
             elif tile and not address.query:
                 pixels = gallery.draw_tile(tile[1], *map(int, tile.groups()[1:]))
