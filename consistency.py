@@ -259,9 +259,15 @@ class Guided(nn.Module):
         return led(x, sigma, y)
 
 
+def euler_step(denoiser: nn.Module, x: Tensor, t: Tensor, r: Tensor, y: Tensor | None = None,
+               **told: Tensor) -> Tensor:
+    """Follow dx/dsigma = (x - D) / sigma from t (B,) to r < t by one step; r = 0: to D."""
+    return x + per_image((r - t) / t) * (x - denoiser(x, t, y, **told))
+
+
 def heun_step(denoiser: nn.Module, x: Tensor, t: Tensor, r: Tensor, y: Tensor | None = None,
               **told: Tensor) -> Tensor:
-    """Follow dx/dsigma = (x - D) / sigma from t (B,) to r < t by one step of Heun; r = 0: to D."""
+    """As `euler_step`, of second order: by the mean of the slopes at both ends."""
     gap = per_image(r - t)
     slope = (x - denoiser(x, t, y, **told)) / per_image(t)
     ahead = x + gap * slope                                          # Euler
@@ -273,14 +279,15 @@ def heun_step(denoiser: nn.Module, x: Tensor, t: Tensor, r: Tensor, y: Tensor | 
 def consistency_loss(f: nn.Module, target: nn.Module | None, x: Tensor, noise: Tensor, t: Tensor,
                      r: Tensor, metric: Callable, y: Tensor | None = None,
                      denoiser: nn.Module | None = None, context: Tensor | None = None,
-                     **extra: Tensor) -> Tensor:
+                     solver: Callable = heun_step, **extra: Tensor) -> Tensor:
     """The loss of consistency training: d(f(x + t z, t), target(x + r z, r)) of each image, (B,).
 
     x (B, 3, H, W) clean images; noise z like x; t > r >= 0 (B,), where r = 0 is the clean image: if
     all are, f learns to denoise and target may be None.
     `extra`, shifted coordinates, goes to both: separate draws would leave a floor under the loss.
     y, context: what f, target and denoiser are told, classes (B,) or a text (B, N, D).
-    denoiser: distillation (Song et al. 2023, Algorithm 2); x + r z is on its path in the mean only.
+    denoiser: distillation (Song et al. 2023, Algorithm 2) along its paths, by steps of `solver`;
+    x + r z is on them in the mean only.
     """
     told = {} if context is None else {"context": context}
     noisy = x + per_image(t) * noise                                     # (B, 3, H, W)
@@ -290,7 +297,7 @@ def consistency_loss(f: nn.Module, target: nn.Module | None, x: Tensor, noise: T
         with torch.no_grad():
             start = x + per_image(r) * noise                             # (B, 3, H, W)
             if denoiser is not None:
-                start = heun_step(denoiser, noisy, t, r, y, **told)
+                start = solver(denoiser, noisy, t, r, y, **told)
             there = target(start, r.clamp(min=1e-6), y, **told, **extra)
             answer = torch.where(per_image(r > 0), there, x)
 
@@ -315,12 +322,15 @@ class ResizedLPIPS(nn.Module):
 
     lpips: a frozen module (a, b) -> one distance per image; it is copied. average_pool: left open;
     the published PyTorch code replaces the max pooling of the VGG. A size below 224 is cheaper.
+    l2_weight, not in the paper: of `l2`, which holds the colours that LPIPS alone hardly sees.
     """
 
-    def __init__(self, lpips: nn.Module, average_pool: bool = True, size: int = 224):
+    def __init__(self, lpips: nn.Module, average_pool: bool = True, size: int = 224,
+                 l2_weight: float = 0.0):
         super().__init__()
         self.lpips = deepcopy(lpips)
         self.size = (size, size)
+        self.l2_weight = l2_weight
         for parent in list(self.lpips.modules()) if average_pool else []:
             for name, child in parent.named_children():
                 if isinstance(child, nn.MaxPool2d):
@@ -330,8 +340,9 @@ class ResizedLPIPS(nn.Module):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> (B,)."""
-        a, b = (F.interpolate(image, self.size, mode="bilinear") for image in (a, b))
-        return self.lpips(a, b).flatten()                                # (B,)
+        large = (F.interpolate(image, self.size, mode="bilinear") for image in (a, b))
+        d = self.lpips(*large).flatten()                                 # (B,)
+        return d + self.l2_weight * l2(a, b) if self.l2_weight else d
 
 
 # ---- sampling and evaluation ----

@@ -5,6 +5,7 @@ A stage stands below its options, whose defaults are the paper's ("open": left o
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from consistency import (ECT, ICT, ConsistencyConfig, ConsistencyModel, ResizedLPIPS, Schedule,
-                         consistency_loss, denoising_distance, l2, pseudo_huber)
+                         consistency_loss, denoising_distance, euler_step, heun_step, l2,
+                         pseudo_huber)
 from data import to_uint8
 from inr_generator import (FunctionGenerator, GeneratorConfig, ImageFunction, TransformerConfig,
                            pixel_coord, variational_coord)
@@ -105,8 +107,10 @@ class CMRun(Run):
     metric: str = "lpips"             # lpips (A.1) | l2 | huber; those two need no download
     lpips: str = "vgg"                # network of metric=lpips: vgg | alex | squeeze
     lpips_size: int = 224             # A.1
+    l2_weight: float = 0.0            # not in the paper: of l2, on top of metric=lpips
     init: str = ""                    # run of stage pretrain (func: the one beside --out) or cm
     distil: str = ""                  # run of a denoiser: follow its trajectories, not x + r z
+    solver: str = "heun"              # of them: heun | euler, which a distil= of one step can take
     latents: str = ""                 # run of stage ldm: one step in its latents, from its UNet
     p_uncond: float = 0.0             # with latents: of a denoiser that will guide, as stage ldm
     p_shorten: float = 0.0            # with latents: leave out words of captions, as stage ldm
@@ -144,10 +148,12 @@ class CMStage(Stage):
         judges = []
         if self.metric is None:
             net = lpips_network(cfg.lpips, "train without it: metric=huber schedule=ect")
-            self.metric = ResizedLPIPS(net.to(self.device), cfg.lpips == "vgg", cfg.lpips_size)
+            self.metric = ResizedLPIPS(net.to(self.device), cfg.lpips == "vgg", cfg.lpips_size,
+                                       cfg.l2_weight)
             judges = [self.metric]
         self.f = f.to(self.device)
         self.denoiser = None
+        self.solver = {"heun": heun_step, "euler": euler_step}[cfg.solver]
         if cfg.distil:
             made = load(cfg.distil, self.device)
             like = (type(f), cfg.size, len(self.extra["classes"]))
@@ -209,7 +215,7 @@ class CMStage(Stage):
             coord["coord"] = moved_grid(part["coord_noise"], self.cfg.func.corners)
         with self.autocast():
             d = self.distance(self.f, target, part["image"], part["noise"], t, r, self.metric, y,
-                              self.denoiser, part.get("context"), **coord)       # (B,)
+                              self.denoiser, part.get("context"), self.solver, **coord)  # (B,)
         loss = (self.schedule.weight(t, r) * d).mean()           # Eq. (5)
         return loss, {"loss": loss, "difference": d.mean()}
 
@@ -240,10 +246,13 @@ def cm_config(cfg: CMRun, classes: int) -> CMRun:
     """Fill in what follows from the data and from other options; ValueError for unknown names."""
     choose("schedule", cfg.schedule, "ct", "ict", "ect")
     choose("metric", cfg.metric, "lpips", "l2", "huber")
+    choose("solver", cfg.solver, "heun", "euler")
     choose("generator", cfg.generator, *GENERATORS)
     if cfg.unet.dropout:
         raise ValueError("unet.dropout: student and teacher would each leave out units of their "
                          "own, and their loss would not end; stage cm has none")
+    if cfg.l2_weight and (cfg.metric != "lpips" or not 0 < cfg.l2_weight < math.inf):
+        raise ValueError(f"l2_weight={cfg.l2_weight:g}: a positive number, with metric=lpips")
     for name in ("p_uncond", "p_shorten", "guidance", "pictures"):
         if getattr(cfg, name) != getattr(CMRun, name) and not cfg.latents:
             raise ValueError(f"{name} goes with latents=RUN, a run of stage ldm")

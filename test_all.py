@@ -85,7 +85,7 @@ from conditions import (LED, SHIFTED, Condition, conditioned, fitted_noise, insi
                         misfit, read_given)
 from consistency import (ConsistencyConfig, ConsistencyModel, ECT, Guided, ICT,
                          LatentConsistency, ResizedLPIPS, Schedule, consistency_loss,
-                         denoising_distance, heun_step, l2, noise_condition, per_image,
+                         denoising_distance, euler_step, heun_step, l2, noise_condition, per_image,
                          pseudo_huber, sample_function, sample_multistep, sample_onestep)
 from data import to_uint8
 from inr_generator import (AdaLNBlock, Block, DiT, FunctionGenerator, FunctionPrediction,
@@ -1499,6 +1499,20 @@ def test_cm_heun_step_follows_the_trajectories_of_gaussian_data():
     cm_close(heun_step(denoiser, x, t, torch.zeros(4).double()), denoiser(x, t))
 
 
+def test_cm_euler_step_is_exact_where_the_slope_does_not_change():
+    """One step of any width along a consistency function, whose answer is the trajectory's end."""
+    end, x = randn(2, 4, 3, 8, 8).double()
+    t = torch.tensor([80.0, 3.0, 1.0, 0.5]).double()
+
+    def answer(x, t, y=None):
+        return end
+
+    for part in (0.5, 0.01, 0.0):
+        there = euler_step(answer, end + per_image(t) * x, t, part * t)
+        cm_close(there, end + per_image(part * t) * x)
+    cm_close(heun_step(answer, end + per_image(t) * x, t, 0.5 * t), end + per_image(0.5 * t) * x)
+
+
 def test_cm_distillation_leaves_no_distance_where_training_does():
     # The true consistency function answers alike along trajectories. x + r z is on one only in the
     # mean.
@@ -1509,6 +1523,9 @@ def test_cm_distillation_leaves_no_distance_where_training_does():
     along = consistency_loss(f, f, x, noise, t, 0.9 * t, l2, denoiser=denoiser)
     trained = consistency_loss(f, f, x, noise, t, 0.9 * t, l2)
     assert (along < 1e-3 * trained).all()
+    first_order = consistency_loss(f, f, x, noise, t, 0.9 * t, l2, denoiser=denoiser,
+                                   solver=euler_step)
+    assert (along < first_order).all() and (first_order < 0.1 * trained).all()
 
 
 def test_cm_metrics_known_answers():
@@ -1902,6 +1919,22 @@ def test_cm_golden_lpips_at_224():
     cm_close(lpips(i["a"], i["b"]).flatten(), out["maxpool"])            # a copy was changed
     kept = ResizedLPIPS(lpips, average_pool=False)(i["a"], i["b"])
     assert (kept - out["avgpool_224"]).abs().min() > 1e-4
+
+
+class CmHalf(torch.nn.Module):
+    """A distance in place of LPIPS: half of the mean difference, of pictures as it gets them."""
+
+    def forward(self, a, b):
+        return 0.5 * (a - b).mean((1, 2, 3), keepdim=True)
+
+
+def test_lpips_can_be_held_by_squared_errors():
+    """Both terms in closed form, of pictures one grey value apart."""
+    a = torch.full((3, 3, 8, 8), 0.25)
+    b = a - torch.tensor([0.0, 0.1, 0.4])[:, None, None, None]
+    cm_close(ResizedLPIPS(CmHalf())(a, b), torch.tensor([0.0, 0.05, 0.2]))
+    both = ResizedLPIPS(CmHalf(), size=16, l2_weight=10.0)(a, b)
+    cm_close(both, torch.tensor([0.0, 0.05 + 10 * 0.01, 0.2 + 10 * 0.16]))
 
 
 def test_cm_golden_samplers():
@@ -6622,6 +6655,8 @@ def test_checkpointed_blocks_have_the_same_gradients(net):
     ("cm", "guidance=3", "guidance goes with latents=RUN"),
     ("cm", "pictures=100", "pictures goes with latents=RUN"),
     ("cm", "metric=ssim", "metric=ssim: choose lpips, l2 or huber"),
+    ("cm", "solver=rk4", "solver=rk4: choose heun or euler"),
+    ("cm", "l2_weight=10", "l2_weight=10: a positive number, with metric=lpips"),
     ("cm", "labels=maybe", "labels=maybe: choose auto, true or false"),
     ("cm", "labels=true --data {plain}", "has no classes"),
     ("cm", "size=18", "patch"),
