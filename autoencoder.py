@@ -57,8 +57,8 @@ class AutoencoderConfig:
 
 # ---- Encoder and decoder ----
 # Module names are LDM's, so that published checkpoints map key by key. The paper calls the two
-# symmetric, without attention; the published networks, followed here, have three residual blocks
-# per decoder level and self-attention between the middle blocks.
+# symmetric and names no attention; the published networks, followed here, have three residual
+# blocks per decoder level and self-attention between the middle blocks.
 
 class Attention(nn.Module):
     """Self-attention over all positions with a single head, added to its input."""

@@ -95,7 +95,7 @@ class ResBlock(nn.Module):
 
 
 def query(phi: Tensor, coord: Tensor, cell: Tensor) -> Tensor:
-    """Build the input of CLIF (supplementary A); arguments as in `CLIF.forward`.
+    """Build the input of CLIF (published code); arguments as in `CLIF.forward`.
 
     Per pixel: the nearest feature, where in its cell the pixel lies, its size in half such cells.
     """
@@ -266,8 +266,8 @@ def _snap(pixels: float) -> float:
 def _span(centre: Tensor, step: float, own: float) -> tuple[int, float, float]:
     """What a bicubic enlargement to pixels at `centre` (n,), an axis, looks at: see `_enlarged`.
 
-    Of the pixels of size `own` that fill the plane: how many, from and to where. Those wanted, of
-    size `step`, themselves if they are no finer.
+    (count, start, stop) of the pixels that it reads: of size `own`, which fill the plane, or those
+    wanted, of size `step`, where these are no finer.
     """
     first = float(centre[0])
     last = float(centre[-1])
@@ -291,7 +291,7 @@ class Field:
     phi: Tensor                       # (B, C, h, w)
     tile: int = 256                   # side of a tile in pixels; with paper, of a training patch
     paper: bool = False
-    norm: Norm | None = None          # by default, this and halo follow the rule
+    norm: Norm | None = None          # by default, this and halo follow from paper
     halo: int = 0                     # pixels drawn around a tile and cut off
     finest: int = 0                   # pixels a cell of phi; what is finer is enlarged; 0: drawn
 
@@ -318,7 +318,7 @@ class Field:
     def tiles(self, res: int | tuple[int, int], window: Window | None = None) -> Tiles:
         """Draw tile by tile, row by row; res and window as in `check_frame`.
 
-        Where phi has a gradient they have: statistics count as constant, and no weight has one.
+        Tiles carry a gradient where phi does, in which the statistics count as constant.
         """
         wanted = torch.is_grad_enabled() and self.phi.requires_grad
         (height, width), (y0, x0, y1, x1) = check_frame(res, window)

@@ -1,7 +1,7 @@
 """Conditions on parts of a picture, at any scale, and one prompt here and another there.
 
-INFD supplementary B supervises one latent at several scales: a field can be rendered in any window
-at any resolution, and a score of that rendering leads the sampler. Super-resolution, inpainting and
+INFD supplementary B names such inverse problems: a field can be rendered in any window at any
+resolution, and a score of that rendering leads the sampler. Super-resolution, inpainting and
 outpainting are such scores. Read next: models.py, whose `sample` and `functions` take conditions.
 """
 from __future__ import annotations
@@ -94,8 +94,8 @@ def misfit(drawn: Field | ImageFunction, cells: tuple[int, int],
            conditions: Sequence[Condition]) -> Tensor:
     """The sum (B,) of the scores of B pictures, of which only the windows are rendered.
 
-    Each counts by the side of its window: by 1, the gradient of a small one would drown the others,
-    and by its area they it.
+    Each counts by the side of its window: weighted by 1 a small one would drown the others, by its
+    area they would drown it.
     cells: the model's own pixels down and across the plane. Where those of a condition are larger,
     as many as needed are rendered in place of each and averaged: no model learned to draw coarser.
     """

@@ -282,8 +282,8 @@ def consistency_loss(f: nn.Module, target: nn.Module | None, x: Tensor, noise: T
                      solver: Callable = heun_step, **extra: Tensor) -> Tensor:
     """The loss of consistency training: d(f(x + t z, t), target(x + r z, r)) of each image, (B,).
 
-    x (B, 3, H, W) clean images; noise z like x; t > r >= 0 (B,), where r = 0 is the clean image: if
-    all are, f learns to denoise and target may be None.
+    x (B, 3, H, W) clean images, or latents; noise z like x; t > r >= 0 (B,), where r = 0 is the
+    clean image: if all are, f learns to denoise and target may be None.
     `extra`, shifted coordinates, goes to both: separate draws would leave a floor under the loss.
     y, context: what f, target and denoiser are told, classes (B,) or a text (B, N, D).
     denoiser: distillation (Song et al. 2023, Algorithm 2) along its paths, by steps of `solver`;
@@ -357,7 +357,7 @@ def sample_onestep(f: ConsistencyModel, noise: Tensor, y: Tensor | None = None) 
 def sample_multistep(f: ConsistencyModel, noises: Sequence[Tensor], sigmas: Sequence[float],
                      y: Tensor | None = None, clip: bool = True, limit: float = 1.0,
                      cfg: ConsistencyConfig | None = None) -> Tensor:
-    """Images (B, 3, S, S) in [-1, 1] by denoising, adding less noise, denoising again, and so on.
+    """Images (B, 3, S, S), or latents, by denoising, adding less noise, denoising again, and so on.
 
     Song et al. 2023. sigmas: falling, sigma_max first; noises: one (B, 3, S, S) each. clip: also
     before the last step. limit: of the values; math.inf for latents. cfg: by default f's. ECT adds

@@ -1,6 +1,6 @@
 """Generate the weights of an image function from noise: CM-Func; DiT and U-ViT to compare.
 CM-Func Sections 3.2 to 3.4, Appendices A.2, D.2.1; parts of ANR (Zhang et al. 2024), Trans-INR.
-Next: consistency.py, which trains any net(x, t, y). CM-UNet is ldm.UNet.
+Next: stages_func.py; consistency.py trains any net(x, t, y). CM-UNet is ldm.UNet.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ def pixel_coord(shape: tuple[int, int], window: Window | None = None, corners: b
 
 
 def variational_coord(coord: Tensor, noise: Tensor) -> Tensor:
-    """Move coordinates (H, W, 2) by normal noise (B, H, W, 2), at most a quarter pixel (3.2)."""
+    """Move coordinates (H, W, 2) by normal noise (B, H, W, 2), at most a quarter pixel (3.2).
+
+    Of `corners`, whose plane is half as long, half a pixel.
+    """
     step = 1 / max(coord.shape[:2])  # ANR. open: when; here in training, alike in f and f^-
     return coord + (0.3 * step * noise).clamp(-0.5 * step, 0.5 * step)
 

@@ -1,7 +1,7 @@
 """Latent diffusion: train a UNet to predict the noise in a latent z; sample new z from pure noise.
 INFD's second stage (supplementary J.1, J.2). The same UNet (ADM) is CM-Func's baseline CM-UNet and,
 attending to the context that text.py makes of a prompt, Stable Diffusion v1's.
-Read autoencoder.py first (it defines z), then train.py (`--stage ldm`) and sample.py.
+Read autoencoder.py first (it defines z), then stages_infd.py (`--stage ldm`) and models.py.
 """
 
 from __future__ import annotations
@@ -500,7 +500,7 @@ class GaussianDiffusion:
     @torch.no_grad()
     def settle(self, model: Callable, noises: Sequence[Tensor], t: int,
                y: Tensor | None = None) -> Tensor:
-        """Make what a walk without fresh noise can start from at timestep t: x_t, like the noises.
+        """Make the x_t (B, C, h, w) that a walk starts from at timestep t, below the end.
 
         INFD's schedule ends at 197 times as much noise as signal. There, dividing by alpha makes
         an error of eps an x_0 that is off by 4 standard deviations of the latents, and such a walk

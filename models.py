@@ -1,8 +1,8 @@
 """Models that draw: INFD and the one-step models, and how a file becomes one.
 
-INFD: z ~ diffusion, phi = D(z), pixels = R(phi, coord, cell) (Section J: 200 steps of DDIM, eta 1).
-CM-Func: one call of the generator makes an image function (Appendix D.3.1). Both come to something
-with `tiles` and `draw`, and a picture is a function of (seed, index).
+INFD: z ~ diffusion (published code: 200 steps of DDIM, eta 1), phi = D(z), pixels = R(phi, coord,
+cell). CM-Func: one call of the generator makes an image function (Appendix D.3.1). Both come to
+something with `tiles` and `draw`, and a picture is a function of (seed, index).
 """
 from __future__ import annotations
 

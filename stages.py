@@ -193,7 +193,7 @@ class Stage:
 
     @classmethod
     def implied(cls, given: dict) -> dict[str, object]:
-        """Options that follow from the published file that a given one says to start from."""
+        """Options fixed by the published file that `given` starts from (init=, start=)."""
         return {}
 
     def begin(self) -> None:

@@ -123,7 +123,7 @@ class CMRun(Run):
     ect: ECT = ECT()
     func: GeneratorConfig = GeneratorConfig()
     vit: TransformerConfig = TransformerConfig()                 # of uvit and dit
-    # A.3. open: resampling inside residual blocks and heads of 64 channels, as Song et al.
+    # A.3, whose 4 heads of 64 channels fit 256 alone. open: resampling inside residual blocks.
     unet: UNetConfig = UNetConfig(model_channels=256, num_head_channels=64, resblock_updown=True)
 
 

@@ -137,7 +137,7 @@ class AEStage(Reconstruction):
         self.statistics = [b.clone() for b in self.disc.buffers()]
 
     def objective(self, part: dict, k: int) -> tuple[Tensor, dict]:
-        """L1 + LPIPS, VQ or KL, and the adversarial loss at its adaptive weight (J.2)."""
+        """L1 + LPIPS, VQ or KL (J.2), the adversarial loss at its adaptive weight (code)."""
         cfg = self.cfg
         rgb, reg = self.draw(part)                               # (B, 3, P, P), ()
         logs = {"reg": reg}
@@ -152,12 +152,11 @@ class AEStage(Reconstruction):
         self.disc.requires_grad_(False)
         with self.autocast():
             g = -self.disc(rgb).float().mean()
-        nll = first_order(nll, rgb)
+        pull = first_order(nll, rgb)
         push = first_order(g, rgb)
-        weight = adaptive_weight(nll, push, self.net.renderer.last_weight, all_mean)
-        value = loss + cfg.gan_weight * weight * g
-        loss = nll + cfg.reg_weight * reg + cfg.gan_weight * weight * push
-        return loss, logs | {"gan": g, "gan_weight": weight, "loss": value}
+        weight = adaptive_weight(pull, push, self.net.renderer.last_weight, all_mean)
+        logs |= {"gan": g, "gan_weight": weight, "loss": loss + cfg.gan_weight * weight * g}
+        return pull + cfg.reg_weight * reg + cfg.gan_weight * weight * push, logs
 
     def adversary(self, part: dict) -> tuple[Tensor, dict]:
         """The hinge loss of the discriminator, on what the updated generator draws."""

@@ -1,7 +1,7 @@
 """Text: from a prompt to the context that a UNet attends to.
 CLIP's tokenizer and text transformer as in Stable Diffusion v1, from which INFD's text-to-image
 starts (Section H), or small ones: words of the training captions, trained with the UNet.
-Read next: ldm.py, which attends to the context; published.py, which reads weights.
+ldm.UNet attends to the context. Read next: published.py, which reads weights.
 """
 
 from __future__ import annotations

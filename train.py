@@ -163,7 +163,7 @@ PRESETS = {
     "ae": {"paper": {},
            "small": OFTEN | {"steps": 30_000, "lr": 1e-4, "ae.ch": 64, "ae.hidden": 128,
                              "ema": 0.999},
-           # Stable Diffusion's autoencoder becomes a field (init=FILE), for pictures up to 2K (H).
+           # Stable Diffusion's autoencoder becomes a field (init=FILE), pictures up to 2K (H, I).
            "sd": {"size": 512, "max_size": 2048, "original_from": 600_000, "p_original": 0.5,
                   "frozen_encoder": True, "reg_weight": 1e-6, "ae.ch_mult": (1, 2, 4, 4),
                   "ae.z_channels": 4, "ae.kl": True},
