@@ -5,6 +5,7 @@ import argparse
 import functools
 import hashlib
 import itertools
+import math
 import os
 import re
 import sys
@@ -25,6 +26,9 @@ from pictures import (SHEET, Drawing, check_new, dive, png_head, read_picture, w
 from runs import cli, pick_device
 from text import CLIPTokenizer
 from viewer import about, serve
+
+
+MOVIE = 2**32                               # bytes of frames: Pillow takes them all at once
 
 
 def read_size(text: str) -> tuple[int, int]:
@@ -54,7 +58,7 @@ def add_conditions(p: Parser) -> None:
         help=f"how firmly; too firm looks overdone (INFD {LED:g}, in one step {SHIFTED_LATENT:g}, "
              f"CM {SHIFTED:g})")
     add("--prompt-at", nargs=2, action="append", metavar=("TEXT", "y0,x0,y1,x1"),
-        help="what to draw in a part of the plane; several, of which the later hold")
+        help="what to draw in a part of the plane; may be repeated, the later on top")
 
 
 def parser() -> Parser:
@@ -204,7 +208,9 @@ def conditions_of(args: argparse.Namespace, step_size: float) -> tuple[dict, dic
 
 def infd_pictures(model: INFD, args: argparse.Namespace,
                   bar: Callable = tqdm) -> tuple[dict, list, Callable]:
-    """How pictures are made, their sizes, and what makes those of indices: (index, Drawing)."""
+    """(made, sizes, draw): what PNGs say of how they were made, the sizes asked for, and
+    draw(indices), which samples these pictures and yields (index, Drawing) of each.
+    """
     how = model.settings(args.sampler, args.steps, args.eta, bool(args.given))
     if model.text is not None:
         how["negative"] = args.negative or ""
@@ -213,10 +219,7 @@ def infd_pictures(model: INFD, args: argparse.Namespace,
     lead, led = conditions_of(args, model.step_size)
     latent = args.latent_size or model.latent_shape[1:]
     if how["sampler"] == "cm" and model.text is not None and args.given and args.prompt is None:
-        args.prompt = args.n * [""]                                  # which PNGs say
-        for i in range(args.start, args.start + args.n):
-            caption, = model.fitting_captions([i], args.seed, lead["conditions"], latent)
-            args.prompt[i % args.n] = caption
+        args.prompt = fitting_prompts(model, args, lead["conditions"], latent)
     paper = args.norm == "paper"
     model.compile(args.compile or ("off" if args.given else "auto"))
     sizes = args.res or [tuple(model.autoencoder.cfg.f * n for n in latent)]
@@ -229,6 +232,16 @@ def infd_pictures(model: INFD, args: argparse.Namespace,
 
     made = {**how, **drawing_of(model, args), "latent_size": args.latent_size}
     return made | led, sizes, draw
+
+
+def fitting_prompts(model: INFD, args: argparse.Namespace, conditions: list,
+                    latent: tuple[int, int]) -> list[str]:
+    """A caption for each picture, which its PNG says; that of i at i modulo their number, where
+    `INFD.prompt_of` looks.
+    """
+    found = {i % args.n: model.fitting_captions([i], args.seed, conditions, latent)[0]
+             for i in range(args.start, args.start + args.n)}
+    return [found[k] for k in range(args.n)]
 
 
 def drawing_of(model: INFD, args: argparse.Namespace) -> dict:
@@ -325,7 +338,7 @@ def origin(model: INFD | OneStep, decoder: INFD | None = None) -> dict:
 def described(model: INFD | OneStep, args: argparse.Namespace, common: dict, i: int) -> dict:
     """How picture i is made, for its PNG, which adds its size; common: what all share."""
     prompt = {}
-    if isinstance(model, INFD) and model.text is not None:
+    if isinstance(model, INFD) and model.text is not None and not args.image:
         prompts = [""] if args.given and args.prompt is None else args.prompt
         prompt["prompt"] = model.prompt_of(i, args.seed, prompts)
     return {**common, "seed": args.seed, "label": args.label, **prompt, "index": i}
@@ -371,7 +384,7 @@ def shown(model: INFD | OneStep, args: argparse.Namespace, common: dict, asked: 
     if "prompt" in asked:
         args.prompt = [asked["prompt"]] if asked["prompt"] else None
     if isinstance(model, INFD):
-        args.compile = "off"                                         # it is, if it was asked for
+        args.compile = "off"                                         # `run` has done it, if asked
     made, _, draw = pictures_of(model, args, bar, say)
     i, drawing = next(draw([args.start]))
     return described(model, args, common | made, i), drawing
@@ -403,6 +416,9 @@ def write_moving(model: INFD | OneStep, args: argparse.Namespace, common: dict, 
             and 1 < zoom <= 1e4 and max(map(abs, args.at)) <= 1):
         raise ValueError("--frames is even, 2 to 3000; --morph 2 to 1000; --zoom above 1, up to "
                          "10000; --at y,x within -1 and 1")
+    if args.frames * 3 * math.prod(size) > MOVIE:
+        raise ValueError(f"{args.frames} frames of {size[1]}x{size[0]} need more than "
+                         f"{MOVIE / 2**30:g} GB of memory: take fewer --frames, or a smaller --res")
     info = {**described(model, args, common, args.start), "res": size, "frames": args.frames}
     info |= ({"zoom": args.zoom, "at": args.at} if args.zoom else
              {"morph": args.morph, "window": args.window})
@@ -456,6 +472,8 @@ def check_alone(args: argparse.Namespace) -> bool:
     still = ["n", "sheet"]
     if args.morph is None:
         still += ["window"]
+    if not moves:
+        still += ["out"]
     if args.html:
         still += ["sigmas", "func_dtype"]
     for name in still:
@@ -465,6 +483,15 @@ def check_alone(args: argparse.Namespace) -> bool:
     if len(args.res or [0]) > 1:
         raise ValueError(f"{asked[0]} draws at one size: give --res one")
     return True
+
+
+def check_export(args: argparse.Namespace) -> None:
+    """ValueError where --export would leave an option out: it writes the checkpoint as it is."""
+    usual = vars(parser().parse_args([]))
+    for name, value in vars(args).items():
+        if name not in ("ckpt", "model", "raw", "export", "at") and value != usual.get(name):
+            raise ValueError(f"--{name.replace('_', '-')} goes with pictures: --export writes the "
+                             f"checkpoint alone")
 
 
 def chosen(args: argparse.Namespace) -> Path:
@@ -493,6 +520,7 @@ def run(argv: list[str]) -> None:
     args.at = centre_of_dive(args)
     path = chosen(args)
     if args.export:
+        check_export(args)
         return export(path, Path(args.export), args.raw)
     rank = int(os.environ.get("RANK", 0))                            # torchrun: each has its share
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -511,12 +539,14 @@ def run(argv: list[str]) -> None:
     model, common = asked_for(path, args)
     if args.view or args.zoom:
         args.window = WHOLE_PLANE                                    # or this model has no windows
+    told = args.prompt                                               # below, of --given: found
     made, sizes, draw = pictures_of(model, args)
     net = model.unet if isinstance(model, INFD) else model.f.net
     if net is not None:
         draw_labels(net, model.classes, [0], args.seed, args.label)  # names a wrong one at once
     windows = [check_frame(size, args.window)[1] for size in sizes]
     if more:
+        args.prompt = told if args.view else args.prompt             # each seed finds its own
         return exhibit(model, args, common | made, sizes[0], draw)
 
     for size, window in zip(sizes, windows):
@@ -548,7 +578,8 @@ def run(argv: list[str]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The exit code: see `runs.cli`."""
     return cli(run, sys.argv[1:] if argv is None else argv,
-               stopped="stopped; the same command with the same --out draws what is missing",
+               stopped="stopped; stills that are drawn stay (without --out in the newest folder of "
+                       "samples), and the same command with --out FOLDER draws the rest",
                memory="take a smaller --tile (INFD), --batch or --res")
 
 

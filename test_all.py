@@ -5460,16 +5460,18 @@ def viewer_hostile(name):
     """Requests as bytes that no page of ours makes."""
     paths = ["/../viewer.py", "/viewer.py", "//127.0.0.1/", "/?a", "/%2e%2e/", "*", "/tile",
              f"/tile/{name}/13/0/0", f"/tile/{name}/1/2/0", f"/tile/{name}/0/0/0?x",
-             f"/tile/{'0' * 16}/0/0/0", "/picture?seed=-1", "/picture?seed=1&seed=2",
+             f"/tile/{'0' * 16}/0/0/0", "/picture?seed=--1", "/picture?seed=1&seed=2",
              "/picture?label=noon", "/picture?label=\u00fc", "http://[/", "/picture?steps=5", "/picture?x",
              "/picture?" + "&".join(10 * ["seed=1"]), f"/view/{name}",
              *(f"/view/{name}?window={view}" for view in (
                  "-1,-1,1,1&res=9999x9999", "-1,-1,1,1&res=0x5", "1,1,-1,-1&res=4x4",
-                 "-1,-1,1e999,1&res=4x4", "1,2,3&res=4x4")), "/" + 9000 * "a", "/" + 70000 * "a"]
+                 "-1,-1,1e999,1&res=4x4", "1,2,3&res=4x4")), "/" + 21000 * "a", "/" + 70000 * "a"]
     good = "GET / HTTP/1.1\r\nHost: "
     heads = [f"GET {path} HTTP/1.1\r\nHost: localhost" for path in paths]
     heads += [good + host for host in ("evil.example", "127.0.0.1.evil.example", "", "[::1]",
                                        "localhost\r\nSec-Fetch-Site: cross-site",
+                                       "localhost\r\nSec-Fetch-Site: same-site\r\n"
+                                       "Sec-Fetch-Mode: no-cors",
                                        "localhost\r\nX: " + 70000 * "a")]
     heads += [f"{method} / HTTP/1.1\r\nHost: localhost" for method in ("POST", "HEAD", "BREW")]
     heads += ["GET / HTTP/1.1", "GET / HTTP/9.9", "GET / HTTX", "GET", "GET / / /", "\x16\x03\x01\x02"]
@@ -5504,6 +5506,59 @@ def test_viewer_refuses_hostile_requests_and_survives_who_goes_away(sample_runs,
             assert answer or len(request) > 60000
         assert viewer_get(port, f"/tile/{name}/0/0/0")[0] == 200
     assert capfd.readouterr().err == ""
+
+
+def test_viewer_says_what_went_wrong_on_its_own_side(sample_runs, monkeypatch, capfd):
+    """A file of --given that has gone, memory that does not suffice: a status, and a line here."""
+    errors = iter((FileNotFoundError(2, "No such file", "peak.png"), RuntimeError("out of memory"),
+                   ConnectionResetError(104, "reset")))
+
+    def fails(*_):
+        raise next(errors)
+
+    with viewer_at(sample_runs / "cm") as (gallery, port):
+        name = viewer_get(port, "/picture?seed=-3")[2].decode().strip()
+        monkeypatch.setattr(gallery, "show", fails)
+        monkeypatch.setattr(viewer, "whole", fails)
+        status, _, body = viewer_get(port, "/picture?seed=4")
+        assert status == 500 and b"peak.png" in body
+        assert viewer_get(port, f"/tile/{name}/0/0/0")[0] == 500
+        with pytest.raises((http.client.HTTPException, ConnectionError)):
+            viewer_get(port, f"/tile/{name}/0/0/0")                  # who reset it needs no answer
+    lines = capfd.readouterr().err.splitlines()
+    assert ["peak.png" in lines[0], "out of memory" in lines[1], len(lines)] == [True, True, 2]
+
+
+def test_viewer_leaves_a_view_that_it_cannot_finish_without_its_end(sample_runs, monkeypatch):
+    """A PNG is whole if it ends by IEND, which the page looks for."""
+    query = "window=-1,-1,1,1&res=100x90"
+    with viewer_at(sample_runs / "ldm", "--sampler", "dpm++") as (gallery, port):
+        name = viewer_get(port, "/picture?steps=1")[2].decode().split()[-1]
+        png = viewer_get(port, f"/view/{name}?{query}")[2]
+        assert png[-8:-4] == b"IEND"
+        info, drawing = gallery.shown[name]
+
+        def cut(size, window):
+            tiles = iter(drawing(size, window))
+            yield next(tiles)
+            gallery.closing.set()                                    # Ctrl-C
+            yield from tiles
+
+        gallery.shown[name] = info, cut
+        part = viewer_get(port, f"/view/{name}?{query}")[2]
+    assert part[:33] == png[:33] and b"IEND" not in part and b"closed" not in part
+
+
+def test_viewer_can_be_followed_to_by_a_link_and_tells_its_pictures_from_another_s(sample_runs):
+    names = []
+    for _ in range(2):
+        with viewer_at(sample_runs / "cm") as (_, port):
+            names.append(viewer_get(port, "/picture?seed=1")[2])
+            with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port)) as asked:
+                asked.request("GET", "/", headers={"Sec-Fetch-Site": "cross-site",
+                                                   "Sec-Fetch-Mode": "navigate"})
+                assert asked.getresponse().status == 200
+    assert names[0] != names[1]
 
 
 def test_viewer_ends_by_ctrl_c_and_says_what_is_wrong_before(sample_runs, monkeypatch, capsys):
@@ -5547,6 +5602,8 @@ def test_viewer_ends_by_ctrl_c_and_says_what_is_wrong_before(sample_runs, monkey
     assert main_sample("--ckpt", sample_runs / "cm", "--view", "--port", 0) == 0
     assert "closed" in capsys.readouterr().out
     assert "window" in sample_error(capsys, "--ckpt", sample_runs / "cm-unet", "--view")
+    line = sample_error(capsys, "--ckpt", sample_runs / "cm", "--view", "--seed", 10**16)
+    assert "seed: cannot read" in line
 
 
 def test_viewer_works_in_a_browser(sample_runs):
@@ -5811,6 +5868,7 @@ def sample_files(tmp_path_factory):
     ("ae", "--given a.png", "this is an autoencoder"),
     ("cm", "--sigmas 1 --given a.png", "only one step"),
     ("cm", "--zoom 8 --frames 3 --out b.png", "--frames is even"),
+    ("cm", "--zoom 8 --frames 3000 --res 2048 --out b.png", "need more than 4 GB of memory"),
     ("cm", "--zoom 1 --out b.png", "--zoom above 1"),
     ("cm", "--zoom 8 --at 2,0 --out b.png", "--at y,x within -1 and 1"),
     ("cm", "--zoom 8 --morph 2 --out b.png", "--zoom and --morph: ask for one at a time"),
@@ -5820,6 +5878,9 @@ def sample_files(tmp_path_factory):
     ("cm", "--html b.html --sigmas 0.8", "--sigmas: --html takes none"),
     ("cm", "--html b.html --func-dtype bfloat16", "--func-dtype: --html takes none"),
     ("cm", "--html b.html --window 0,0,1,1", "--window: --html takes none"),
+    ("cm", "--html b.html --out c", "--out: --html takes none"),
+    ("cm", "--export b.pt --decoder c", "--decoder goes with pictures"),
+    ("cm", "--export b.pt --res 64", "--res goes with pictures"),
     ("ldm", "--view --n 3", "--n: --view takes none"), ("ldm", "--view --sheet b.png", "--sheet: --v"),
     ("ldm", "--zoom 4 --window 0,0,1,1 --out b.png", "--window: --zoom takes none"),
     ("cm", "--view --res 16,32", "--view draws at one size: give --res one"),
@@ -7557,7 +7618,13 @@ def test_conditions_alone_choose_the_caption_of_a_one_step_picture(text_run, tmp
     assert torch.equal(alone, told) and not torch.equal(alone, other)
 
 
-def test_what_a_picture_by_conditions_alone_shows_its_file_says(text_run, tmp_path):
+def test_a_photo_is_drawn_by_a_model_of_text_and_its_file_says_no_prompt(text_run, tmp_path):
+    photo = conditions_file(tmp_path / "a.png", 8)
+    assert main_sample("--ckpt", text_run, "--image", photo, "--res", 16, "--out", tmp_path) == 0
+    assert "prompt" not in main_png(tmp_path / "a-16x16.png")[1]
+
+
+def test_what_a_picture_by_conditions_alone_shows_its_file_says(text_run, tmp_path, monkeypatch):
     """The caption that they chose, by which the same picture is drawn, as a still or a frame."""
     assert main_stage("cm", tmp_path / "cm", *TINY_LATENT, f"latents={text_run}") == 0
     model = models.load(tmp_path / "cm")
@@ -7570,6 +7637,10 @@ def test_what_a_picture_by_conditions_alone_shows_its_file_says(text_run, tmp_pa
         assert info["prompt"] == caption
         assert main_sample(*common[:-1], i, "--prompt", caption, "--out", tmp_path / f"{i}") == 0
         assert np.array_equal(pixels, main_png(tmp_path / f"{i}/seed0-{i:06d}-16x16.png")[0])
+    served = []
+    monkeypatch.setattr(sample, "serve", lambda show, about, port: served.append(about))
+    assert main_sample(*common, "--view") == 0
+    assert served[0]["start"]["prompt"] is None                      # each seed has its own
     assert main_sample(*common, "--morph", 2, "--frames", 2, "--out", tmp_path / "m.png") == 0
     with Image.open(tmp_path / "m.png") as film:
         info = json.loads(film.text["parameters"])

@@ -1,7 +1,8 @@
 """A page in the browser to walk through pictures: a server on this machine, for this machine alone.
 
 The page (viewer.html) asks for a picture, then for tiles of it as one drags and zooms: level L cuts
-the plane into 2^L by 2^L windows, each drawn alone. Frame statistics make them fit (clif.py).
+the plane into 2^L by 2^L windows, each drawn alone. Neighbours fit because all are normalised by
+the same statistics, those of the whole picture (`clif.FrameNorm`).
 """
 from __future__ import annotations
 
@@ -11,13 +12,14 @@ import hashlib
 import io
 import json
 import re
+import secrets
 import socket
 import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from PIL import Image
 
@@ -31,7 +33,8 @@ DEPTH = 12                                  # levels; float32 tells pixels of le
 PICTURES = 8                                # kept at a time: a latent and its field each
 JOBS = 16                                   # requests at a time; more are refused
 PIXELS = 4096                               # a side of a saved view
-HOSTS = ("127.0.0.1", "localhost")          # a page of another name was led here (DNS rebinding)
+HOSTS = ("127.0.0.1", "localhost")          # any other name: a foreign site's, pointed at us
+TEXT = "text/plain; charset=utf-8"
 HEADERS = {"Content-Security-Policy":
            "default-src 'none'; img-src 'self' data: blob:; connect-src 'self'; "
            "script-src 'unsafe-inline'; style-src 'unsafe-inline'; form-action 'none'; "
@@ -40,7 +43,7 @@ HEADERS = {"Content-Security-Policy":
            "Cross-Origin-Resource-Policy": "same-origin"}
 
 # What a picture can be asked by, and what that may be.
-FIELDS = {"seed": r"\d{1,12}", "steps": r"[1-9]\d{0,2}", "guidance": r"\d{1,2}(\.\d{1,6})?",
+FIELDS = {"seed": r"-?\d{1,15}", "steps": r"[1-9]\d{0,3}", "guidance": r"-?\d{0,3}(\.\d{1,9})?",
           "label": r".{1,100}", "prompt": r".{1,1000}", "negative": r".{1,1000}"}
 KINDS = {"seed": int, "steps": int, "guidance": float}
 
@@ -82,6 +85,7 @@ class Gallery:
 
     def __init__(self, show: Show, about: dict):
         self.show = show
+        self.salt = secrets.token_hex(8)    # another server's ids are not ours: other weights
         self.about = {**about, "tile": TILE, "depth": DEPTH, "pixels": PIXELS}
         height, width = about["shape"]
         self.tile = tuple(max(1, round(TILE * n / max(height, width))) for n in (height, width))
@@ -95,7 +99,8 @@ class Gallery:
         On the way tells "done steps", and "remark LINE" of what the model does not read.
         """
         asked = self.read(query)
-        name = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+        text = self.salt + json.dumps(asked, sort_keys=True)
+        name = hashlib.sha256(text.encode()).hexdigest()[:16]
 
         def bar(walk: Iterable, what: str, steps: int, **_) -> Iterator:
             for done, item in enumerate(walk):
@@ -168,7 +173,9 @@ class Gallery:
         while True:
             with self.model:
                 tile = next(tiles, None)
-            if tile is None or self.closing.is_set():
+            if self.closing.is_set():
+                raise Refused(410, "closed")                         # and no whole PNG
+            if tile is None:
                 return
             yield tile
 
@@ -180,7 +187,7 @@ class Page(BaseHTTPRequestHandler):
     default_request_version = "HTTP/1.0"    # a request without a version gets a whole answer too
     server_version = "viewer"
     sys_version = ""
-    error_content_type = "text/plain; charset=utf-8"
+    error_content_type = TEXT
     error_message_format = "%(explain)s\n"
 
     def parse_request(self) -> bool:
@@ -190,19 +197,25 @@ class Page(BaseHTTPRequestHandler):
         host = self.headers.get("Host", "")
         if self.command != "GET":
             self.send_error(405, explain="only GET")
-        elif len(self.path) > 8000:
+        elif len(self.path) > 20000:        # 1,000 characters of a prompt, up to 12 bytes each
             self.send_error(414, explain="too long")
         elif re.sub(r":\d+$", "", host).lower() not in HOSTS:
             self.send_error(421, explain="this is 127.0.0.1, asked by another name")
-        elif self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+        elif self.foreign():
             self.send_error(403, explain="asked by another page")
         else:
             return True
         return False
 
+    def foreign(self) -> bool:
+        """Whether the page of another site asks, otherwise than by a link to ours."""
+        followed = self.path == "/" and self.headers.get("Sec-Fetch-Mode") == "navigate"
+        return not followed and self.headers.get("Sec-Fetch-Site", "none") not in (
+            "none", "same-origin")
+
     def do_GET(self) -> None:
         gallery = self.server.gallery
-        self.begun = False
+        self.begun = ""                     # the kind of the answer
         try:
             address = urlsplit(self.path)
             path = address.path
@@ -223,19 +236,32 @@ class Page(BaseHTTPRequestHandler):
                 self.wfile.writelines(parts)
             else:
                 raise Refused(404, "nothing here")
-        except (Refused, ValueError) as error:
-            status, line = error.args if isinstance(error, Refused) else (400, first_line(error))
-            self.tell(line) if self.begun else self.send_error(status, explain=line)
+        except (ConnectionError, TimeoutError):
+            raise                           # a client that has gone away
+        except Refused as error:
+            self.fail(*error.args)
+        except ValueError as error:
+            self.fail(400, first_line(error))
+        except (OSError, RuntimeError, MemoryError) as error:
+            self.fail(500, f"{type(error).__name__}: {first_line(error)}")
+            raise
+
+    def fail(self, status: int, line: str) -> None:
+        """Say what is wrong, in a text that has begun as its last line; of a PNG the end lacks."""
+        if not self.begun:
+            self.send_error(status, explain=line)
+        elif self.begun == TEXT:
+            self.tell(line)
 
     def tell(self, line: object) -> None:
         """Send a line: how far the sampler is, the id; a client that has gone away ends it here."""
-        self.begin("text/plain; charset=utf-8")
+        self.begin(TEXT)
         self.wfile.write(f"{line}\n".encode())
 
     def begin(self, kind: str, *headers: tuple[str, str]) -> None:
         """Send the head of a good answer, once."""
         if not self.begun:
-            self.begun = True
+            self.begun = kind
             self.send_response(200)
             for name, value in (("Content-Type", kind), *headers):
                 self.send_header(name, value)
@@ -277,7 +303,7 @@ class Server(ThreadingHTTPServer):
     def handle_error(self, request: socket.socket, client_address: tuple) -> None:
         """Go on; that a client has gone away is no error."""
         error = sys.exc_info()[1]
-        if not isinstance(error, OSError):
+        if not isinstance(error, (ConnectionError, TimeoutError)):
             print(f"error in an answer: {type(error).__name__}: {first_line(error)}",
                   file=sys.stderr)
 
@@ -293,6 +319,8 @@ def serve(show: Show, about: dict, port: int) -> None:
     if not 0 <= port <= 65535:
         raise ValueError(f"--port {port}: ports are 0 to 65535")
     gallery = Gallery(show, about)
+    start = {name: about["start"].get(name) for name in about["fields"]}
+    gallery.read(urlencode({k: v for k, v in start.items() if v is not None}))  # as the page will
     try:
         server = Server(gallery, port)
     except OSError as error:
