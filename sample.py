@@ -512,6 +512,41 @@ def chosen(args: argparse.Namespace) -> Path:
     return bundled("infd_text" if told or args.label is None and not args.given else "infd")
 
 
+def share() -> tuple[int, int]:
+    """(rank, world): which of the pictures this process draws; torchrun starts several."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def write_stills(model: INFD | OneStep, args: argparse.Namespace, common: dict, sizes: list,
+                 draw: Callable) -> None:
+    """Write the still pictures that are not there yet, and their sheet."""
+    rank, world = share()
+    for size in sizes:
+        say_stretched(size, check_frame(size, args.window)[1], common.get("latent_size") or (1, 1))
+    taken = [int(p.name) for p in Path("samples").glob("*") if p.name.isdecimal()]
+    out = Path(args.out or f"samples/{max(taken, default=0) + 1:04d}")
+    files = planned(model, args, common, sizes, out)
+    if args.sheet:
+        check_sheet(Path(args.sheet), [file for file, _ in files.values()], sizes)
+    out.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out).close()                          # says what is wrong at once
+
+    todo = [i for (i, _), (file, _) in files.items() if i % world == rank and not file.exists()]
+    todo = list(dict.fromkeys(todo))
+    for at in range(0, len(todo), args.batch):
+        for i, drawing in draw(todo[at:at + args.batch]):
+            for size in sizes:
+                file, head = files[i, size]
+                if not file.exists():                                # one that is there is the same
+                    write_png(file, head, size, drawing(size, args.window))
+    if args.sheet:
+        labels = [f"{size[0]}x{size[1]}" for _, size in files] if len(sizes) > 1 else []
+        write_sheet(Path(args.sheet), [file for file, _ in files.values()], labels)
+    if rank == 0:
+        made_by = f"by {Path(args.ckpt or model.file).name} ({model.weights}, step {model.step})"
+        print(f"{len(files)} picture{'s' * (len(files) > 1)} {made_by} in {out}")
+
+
 def run(argv: list[str]) -> None:
     """Draw what the command line asks for."""
     args = parser().read(argv, "sizes are given by --res, scores made by metrics.py, "
@@ -522,9 +557,7 @@ def run(argv: list[str]) -> None:
     if args.export:
         check_export(args)
         return export(path, Path(args.export), args.raw)
-    rank = int(os.environ.get("RANK", 0))                            # torchrun: each has its share
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1 and (not args.out or args.sheet):
+    if share()[1] > 1 and (not args.out or args.sheet):
         raise ValueError("under torchrun give --out, which all processes share, and no --sheet")
     args.prompt = read_prompts(args)
     if args.n is None:
@@ -544,35 +577,13 @@ def run(argv: list[str]) -> None:
     net = model.unet if isinstance(model, INFD) else model.f.net
     if net is not None:
         draw_labels(net, model.classes, [0], args.seed, args.label)  # names a wrong one at once
-    windows = [check_frame(size, args.window)[1] for size in sizes]
+    for size in sizes:
+        check_frame(size, args.window)
     if more:
         args.prompt = told if args.view else args.prompt             # each seed finds its own
         return exhibit(model, args, common | made, sizes[0], draw)
 
-    for size, window in zip(sizes, windows):
-        say_stretched(size, window, made.get("latent_size") or (1, 1))
-    taken = [int(p.name) for p in Path("samples").glob("*") if p.name.isdecimal()]
-    out = Path(args.out or f"samples/{max(taken, default=0) + 1:04d}")
-    files = planned(model, args, common | made, sizes, out)
-    if args.sheet:
-        check_sheet(Path(args.sheet), [file for file, _ in files.values()], sizes)
-    out.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=out).close()                          # says what is wrong at once
-
-    todo = [i for (i, _), (file, _) in files.items() if i % world == rank and not file.exists()]
-    todo = list(dict.fromkeys(todo))
-    for at in range(0, len(todo), args.batch):
-        for i, drawing in draw(todo[at:at + args.batch]):
-            for size in sizes:
-                file, head = files[i, size]
-                if not file.exists():                                # one that is there is the same
-                    write_png(file, head, size, drawing(size, args.window))
-    if args.sheet:
-        labels = [f"{size[0]}x{size[1]}" for _, size in files] if len(sizes) > 1 else []
-        write_sheet(Path(args.sheet), [file for file, _ in files.values()], labels)
-    if rank == 0:
-        made_by = f"by {path.name} ({model.weights}, step {model.step})"
-        print(f"{len(files)} picture{'s' * (len(files) > 1)} {made_by} in {out}")
+    write_stills(model, args, common | made, sizes, draw)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5270,7 +5270,7 @@ def test_fault_f11_a_signal_in_sampling_leaves_whole_pictures(sample_runs, tmp_p
 
     monkeypatch.setattr(pictures, "png_chunk", in_the_middle)
     assert main_sample(*args, "--out", tmp_path / "parts") == code
-    assert "the same command with the same --out" in capsys.readouterr().err
+    assert "the same command with --out FOLDER draws the rest" in capsys.readouterr().err
     monkeypatch.undo()
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "parts").iterdir()}
     assert len(before) == 3                                      # no part of a file stays either
