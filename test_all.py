@@ -6050,8 +6050,7 @@ def test_bundled_weights_make_pictures_of_the_data(held_out, name, how):
                  for images in (pictures, noise))
     assert near < 0.2 * far
     assert (bundled_classes(held_out[0], held_out) == held_out[1]).all()
-    if name != "cm":
-        assert (bundled_classes(pictures, held_out) == torch.arange(16) % 4).all()
+    assert (bundled_classes(pictures, held_out) == torch.arange(16) % 4).all()
 
 
 @slow
@@ -6059,7 +6058,7 @@ def test_bundled_weights_make_pictures_of_the_data(held_out, name, how):
     ("infd", dict(sampler="dpm++")), ("infd", dict(sampler="dpm++", eta=0.0)),
     ("infd", dict(sampler="ddim", eta=0.0)), ("infd", dict(sampler="ddim", eta=1.0)),
     ("infd", dict(sampler="ddim", eta=0.0, steps=50)), ("infd_text", {}),
-    ("infd_onestep", dict(steps=1)), ("infd_onestep", dict(steps=2))])
+    ("infd_onestep", dict(steps=1)), ("infd_onestep", dict(steps=2)), ("cm", {})])
 def test_bundled_pictures_are_of_the_class_asked_for(held_out, name, how):
     right = 0
     for first in range(0, 208, 16):
