@@ -110,7 +110,7 @@ class CMRun(Run):
     l2_weight: float = 0.0            # not in the paper: of l2, on top of metric=lpips
     init: str = ""                    # run of stage pretrain (func: the one beside --out) or cm
     distil: str = ""                  # run of a denoiser: follow its trajectories, not x + r z
-    solver: str = "heun"              # of them: heun | euler, which a distil= of one step can take
+    solver: str = "heun"              # along them: heun | euler, for a distil= that answers in one
     latents: str = ""                 # run of stage ldm: one step in its latents, from its UNet
     p_uncond: float = 0.0             # with latents: of a denoiser that will guide, as stage ldm
     p_shorten: float = 0.0            # with latents: leave out words of captions, as stage ldm
@@ -251,6 +251,8 @@ def cm_config(cfg: CMRun, classes: int) -> CMRun:
     if cfg.unet.dropout:
         raise ValueError("unet.dropout: student and teacher would each leave out units of their "
                          "own, and their loss would not end; stage cm has none")
+    if cfg.solver != CMRun.solver and not cfg.distil:
+        raise ValueError(f"solver={cfg.solver} goes with distil=RUN, whose trajectories it follows")
     if cfg.l2_weight and (cfg.metric != "lpips" or not 0 < cfg.l2_weight < math.inf):
         raise ValueError(f"l2_weight={cfg.l2_weight:g}: a positive number, with metric=lpips")
     for name in ("p_uncond", "p_shorten", "guidance", "pictures"):

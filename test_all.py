@@ -6716,6 +6716,7 @@ def test_checkpointed_blocks_have_the_same_gradients(net):
     ("cm", "pictures=100", "pictures goes with latents=RUN"),
     ("cm", "metric=ssim", "metric=ssim: choose lpips, l2 or huber"),
     ("cm", "solver=rk4", "solver=rk4: choose heun or euler"),
+    ("cm", "solver=euler", "solver=euler goes with distil=RUN"),
     ("cm", "l2_weight=10", "l2_weight=10: a positive number, with metric=lpips"),
     ("cm", "labels=maybe", "labels=maybe: choose auto, true or false"),
     ("cm", "labels=true --data {plain}", "has no classes"),
