@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -107,6 +107,7 @@ class CMRun(Run):
     metric: str = "lpips"             # lpips (A.1) | l2 | huber; those two need no download
     lpips: str = "vgg"                # network of metric=lpips: vgg | alex | squeeze
     lpips_size: int = 224             # A.1
+    lpips_window: int = 16            # with latents: it sees so many by so many of them, decoded
     l2_weight: float = 0.0            # not in the paper: of l2, on top of metric=lpips
     init: str = ""                    # run of stage pretrain (func: the one beside --out) or cm
     distil: str = ""                  # run of a denoiser: follow its trajectories, not x + r z
@@ -148,8 +149,7 @@ class CMStage(Stage):
         judges = []
         if self.metric is None:
             net = lpips_network(cfg.lpips, "train without it: metric=huber schedule=ect")
-            self.metric = ResizedLPIPS(net.to(self.device), cfg.lpips == "vgg", cfg.lpips_size,
-                                       cfg.l2_weight)
+            self.metric = self.judge(net.to(self.device))
             judges = [self.metric]
         self.f = f.to(self.device)
         self.denoiser = None
@@ -174,6 +174,15 @@ class CMStage(Stage):
         self.opts = optimisers(f.net, cfg, torch.optim.RAdam, cfg.muon)
         self.distance = consistency_loss             # networks and metric in one graph, compiled
         self.hold(f.net, [(self, "distance")], *judges, **teacher, **parts)
+
+    def judge(self, lpips: nn.Module) -> nn.Module:
+        """The metric of metric=lpips."""
+        return ResizedLPIPS(lpips, self.cfg.lpips == "vgg", self.cfg.lpips_size,
+                            self.cfg.l2_weight)
+
+    def metric_at(self, index: Tensor, k: int) -> Callable:
+        """The metric of the samples `index` (B,) in step k."""
+        return self.metric
 
     def begin(self) -> None:
         """Take over what stage pretrain has learned (3.4), or all of a run of stage cm to tune."""
@@ -214,8 +223,9 @@ class CMStage(Stage):
         if self.makes_functions:                                 # (B, S, S, 2)
             coord["coord"] = moved_grid(part["coord_noise"], self.cfg.func.corners)
         with self.autocast():
-            d = self.distance(self.f, target, part["image"], part["noise"], t, r, self.metric, y,
-                              self.denoiser, part.get("context"), self.solver, **coord)  # (B,)
+            d = self.distance(self.f, target, part["image"], part["noise"], t, r,
+                              self.metric_at(part["index"], k), y, self.denoiser,
+                              part.get("context"), self.solver, **coord)         # (B,)
         loss = (self.schedule.weight(t, r) * d).mean()           # Eq. (5)
         return loss, {"loss": loss, "difference": d.mean()}
 
@@ -255,7 +265,7 @@ def cm_config(cfg: CMRun, classes: int) -> CMRun:
         raise ValueError(f"solver={cfg.solver} goes with distil=RUN, whose trajectories it follows")
     if cfg.l2_weight and (cfg.metric != "lpips" or not 0 < cfg.l2_weight < math.inf):
         raise ValueError(f"l2_weight={cfg.l2_weight:g}: a positive number, with metric=lpips")
-    for name in ("p_uncond", "p_shorten", "guidance", "pictures"):
+    for name in ("p_uncond", "p_shorten", "guidance", "pictures", "lpips_window"):
         if getattr(cfg, name) != getattr(CMRun, name) and not cfg.latents:
             raise ValueError(f"{name} goes with latents=RUN, a run of stage ldm")
     part = GENERATORS[cfg.generator][2]

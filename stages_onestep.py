@@ -6,17 +6,18 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from consistency import Guided, LatentConsistency, denoising_distance
+from clif import coord_grid
+from consistency import Guided, LatentConsistency, denoising_distance, l2
 from data import to_uint8
 from models import INFD, load
-from runs import flatten, print_once
+from runs import flatten, print_once, rng
 from stages import set_rates
 from stages_func import CMStage, cm_config
 from stages_infd import Latents, as_autoencoder, check_chances, encoded, leave_out
@@ -24,6 +25,39 @@ from text import CLIPTokenizer
 
 
 UNRECTIFIED = 5                             # steps before RAdam divides by the gradient's size
+
+
+class DecodedLPIPS(nn.Module):
+    """LPIPS in the latents of INFD: of what a window of each draws, for which they are decoded.
+
+    Squared errors of latents weigh alike what shows and what does not. A window, since to decode
+    all of a latent and back takes many times what the UNet takes.
+    """
+
+    def __init__(self, base: INFD, lpips: nn.Module, window: int, l2_weight: float):
+        """lpips: a frozen module (a, b) -> one distance per image; l2_weight: of `l2`, of all."""
+        super().__init__()
+        self.autoencoder = base.autoencoder
+        self.scale = base.scale
+        self.lpips = lpips
+        self.window = window
+        self.l2_weight = l2_weight
+
+    def draw(self, z: Tensor, corner: Tensor) -> Tensor:
+        """A window of latents (B, C, h, w) from corner (B, 2) on, at f pixels a latent."""
+        span = torch.arange(self.window, device=z.device)
+        y, x = (corner[:, :, None] + span).unbind(1)                             # (B, window)
+        image = torch.arange(len(z), device=z.device)[:, None, None]
+        part = z.movedim(1, -1)[image, y[:, :, None], x[:, None]].movedim(-1, 1)  # (B, C, n, n)
+        side = self.window * self.autoencoder.cfg.f
+        coord = coord_grid((side, side), device=z.device).expand(len(z), -1, -1, -1)
+        phi = self.autoencoder.decode(self.scale.inverse(part))
+        return self.autoencoder.renderer(phi, coord, coord.new_full((len(z), 2), 2 / side))
+
+    def forward(self, a: Tensor, b: Tensor, corner: Tensor) -> Tensor:
+        """Latents (B, C, h, w) -> (B,)."""
+        d = self.lpips(self.draw(a, corner), self.draw(b, corner)).flatten()     # (B,)
+        return d + self.l2_weight * l2(a, b)
 
 
 class LatentCMStage(CMStage):
@@ -38,8 +72,10 @@ class LatentCMStage(CMStage):
         if isinstance(base.tokenizer, CLIPTokenizer):
             raise ValueError(f"latents={cfg.latents} began as Stable Diffusion, whose text encoder "
                              f"this stage does not take")
-        if cfg.metric == "lpips" and self.loss is None:
-            raise ValueError("latents are no pictures for LPIPS: give metric=huber or metric=l2")
+        sees = cfg.metric == "lpips" and self.loss is None
+        if sees and not 1 <= cfg.lpips_window <= base.latent_shape[1]:
+            raise ValueError(f"lpips_window={cfg.lpips_window}: the latents of {cfg.latents} are "
+                             f"{base.latent_shape[1]} a side")
         self.source = getattr(self.source, "photos", self.source)    # of the 6K-mix: all at once
         scalings = replace(cfg.cm, sigma_data=1.0, boundary=False)
         cfg = replace(cfg, generator="unet", size=base.size, flip=False, cm=scalings,
@@ -69,6 +105,18 @@ class LatentCMStage(CMStage):
                 raise ValueError("guidance is of the denoiser that distil=RUN names")
             null = None if base.text is None else self.told([""])["context"]
             self.denoiser = Guided(self.denoiser, cfg.guidance, null).to(self.device)
+
+    def judge(self, lpips: nn.Module) -> nn.Module:
+        return DecodedLPIPS(self.base, lpips, self.cfg.lpips_window, self.cfg.l2_weight)
+
+    def metric_at(self, index: Tensor, k: int) -> Callable:
+        """LPIPS looks at a window of each sample, drawn for all of step k."""
+        if not isinstance(self.metric, DecodedLPIPS):
+            return self.metric
+        room = self.base.latent_shape[1] - self.cfg.lpips_window
+        drawn = rng(self.cfg.seed, "window", k).integers(0, room + 1, (self.cfg.batch, 2))
+        corner = torch.from_numpy(drawn)[index.cpu() % self.cfg.batch]           # (B, 2)
+        return functools.partial(self.metric, corner=corner.to(self.device, non_blocking=True))
 
     def prepare(self, k: int) -> None:
         """Leave out the steps of RAdam that follow the bare gradient: they undo a trained UNet."""

@@ -6729,7 +6729,8 @@ def test_checkpointed_blocks_have_the_same_gradients(net):
     ("cm", "init={ae}", "is no run of stage pretrain or cm"),
     ("cm", "distil={cm} labels=false", "must be a run of stage cm at 16 px, with 0 classes"),
     ("cm", "latents={ae}", "must be a run of stage ldm"),
-    ("cm", "latents={ldm} metric=lpips", "metric=huber or metric=l2"),
+    ("cm", "latents={ldm} metric=lpips", "lpips_window=16: the latents of"),
+    ("cm", "lpips_window=8", "lpips_window goes with latents=RUN"),
     ("cm", "latents={ldm} labels=false", "is told classes: leave labels=false out"),
     ("cm", "generator=unet init=none unet.dropout=0.1", "unet.dropout: student and teacher would"),
     ("ldm", "text=true start={cm}", "knows no words of text=true"),
@@ -7512,6 +7513,39 @@ def onestep_run(main_runs, tmp_path_factory):
     ones = [f"init={root / 'denoiser'}", f"distil={root / 'denoiser'}", "ect.mu0=0.9"]
     assert main_stage("cm", root / "cm", *args, *ones) == 0
     return root / "cm"
+
+
+def test_lpips_of_latents_looks_at_a_window_of_what_they_draw(main_runs, monkeypatch):
+    """It draws as a latent of that size would; beyond the window nothing counts but l2."""
+    monkeypatch.setattr(stages_func, "lpips_network", lambda *_: CmHalf())
+    stage = train.LatentCMStage(train.configure("cm", "tiny", "synthetic", [
+        *TINY_LATENT, f"latents={main_runs / 'ldm'}", "metric=lpips", "lpips_window=2"]), CPU)
+    base = stage.base
+    a, b = randn(2, 2, *base.latent_shape)
+    a.requires_grad_(True)
+    corner = torch.tensor([[0, 2], [1, 0]])
+    parts = [base.scale.inverse(z)[..., y:y + 2, x:x + 2] for z, (y, x) in zip(a.split(1), corner)]
+    side = 2 * base.autoencoder.cfg.f
+    drawn = [base.autoencoder.field(part, side, True) for part in parts]
+    whole = torch.cat([field.draw(side) for field in drawn])
+    torch.testing.assert_close(stage.metric.draw(a, corner), whole, rtol=1e-4, atol=1e-5)
+
+    d = stage.metric(a, b, corner)
+    mean = (stage.metric.draw(a, corner) - stage.metric.draw(b, corner)).mean((1, 2, 3))
+    torch.testing.assert_close(d, 0.5 * mean)
+    d.sum().backward()
+    seen = torch.zeros(2, *base.latent_shape[1:], dtype=torch.bool)
+    for i, (y, x) in enumerate(corner):
+        seen[i, y:y + 2, x:x + 2] = True
+    assert torch.equal(a.grad.abs().sum(1) > 0, seen)
+    stage.metric.l2_weight = 3.0
+    torch.testing.assert_close(stage.metric(a, b, corner), 0.5 * mean + 3 * l2(a, b))
+
+    both = stage.metric_at(torch.tensor([6, 7]), 5).keywords["corner"]    # as one, and part by part
+    assert torch.equal(both[1:], stage.metric_at(torch.tensor([7]), 5).keywords["corner"])
+    assert not torch.equal(both, stage.metric_at(torch.tensor([6, 7]), 6).keywords["corner"])
+    logs = train.step(stage, next(stage.batches(0)), 0)
+    assert torch.isfinite(logs["loss"])
 
 
 def test_one_step_infd_starts_as_its_ldm_and_learns_its_latents(main_runs):
