@@ -434,6 +434,7 @@ def write_moving(model: INFD | OneStep, args: argparse.Namespace, common: dict, 
 def exhibit(model: INFD | OneStep, args: argparse.Namespace, common: dict, size: tuple,
             draw: Callable) -> None:
     """Serve --view, or write --html or a moving picture."""
+    check_frame(size, args.window)
     if args.view:
         port = 8000 if args.port is None else args.port
         serve(functools.partial(shown, model, args, common), about(model, args, size), port)
@@ -521,8 +522,9 @@ def write_stills(model: INFD | OneStep, args: argparse.Namespace, common: dict, 
                  draw: Callable) -> None:
     """Write the still pictures that are not there yet, and their sheet."""
     rank, world = share()
-    for size in sizes:
-        say_stretched(size, check_frame(size, args.window)[1], common.get("latent_size") or (1, 1))
+    windows = [check_frame(size, args.window)[1] for size in sizes]
+    for size, window in zip(sizes, windows):
+        say_stretched(size, window, common.get("latent_size") or (1, 1))
     taken = [int(p.name) for p in Path("samples").glob("*") if p.name.isdecimal()]
     out = Path(args.out or f"samples/{max(taken, default=0) + 1:04d}")
     files = planned(model, args, common, sizes, out)
@@ -577,8 +579,6 @@ def run(argv: list[str]) -> None:
     net = model.unet if isinstance(model, INFD) else model.f.net
     if net is not None:
         draw_labels(net, model.classes, [0], args.seed, args.label)  # names a wrong one at once
-    for size in sizes:
-        check_frame(size, args.window)
     if more:
         args.prompt = told if args.view else args.prompt             # each seed finds its own
         return exhibit(model, args, common | made, sizes[0], draw)

@@ -115,7 +115,7 @@ class LatentCMStage(CMStage):
             return self.metric
         room = self.base.latent_shape[1] - self.cfg.lpips_window
         drawn = rng(self.cfg.seed, "window", k).integers(0, room + 1, (self.cfg.batch, 2))
-        corner = torch.from_numpy(drawn)[index.cpu() % self.cfg.batch]           # (B, 2)
+        corner = torch.from_numpy(drawn)[index % self.cfg.batch]                 # (B, 2)
         return functools.partial(self.metric, corner=corner.to(self.device, non_blocking=True))
 
     def prepare(self, k: int) -> None:

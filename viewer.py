@@ -104,8 +104,7 @@ class Gallery:
 
         def bar(walk: Iterable, what: str, steps: int, **_) -> Iterator:
             for done, item in enumerate(walk):
-                if self.closing.is_set():
-                    raise Refused(410, "closed")
+                self.check_open()
                 tell(f"{done} {steps}")
                 yield item
 
@@ -167,14 +166,18 @@ class Gallery:
         file = f"seed{info['seed']}-{info['index']:06d}-{size[0]}x{size[1]}.png"
         return file, png_parts(head, size[1], self.in_turn(drawing(size, window)))
 
+    def check_open(self) -> None:
+        """End what is being drawn when the server ends."""
+        if self.closing.is_set():
+            raise Refused(410, "closed")
+
     def in_turn(self, tiles: Tiles) -> Tiles:
         """Let others draw between two tiles."""
         tiles = iter(tiles)
         while True:
             with self.model:
                 tile = next(tiles, None)
-            if self.closing.is_set():
-                raise Refused(410, "closed")                         # and no whole PNG
+            self.check_open()                                        # no whole PNG of a part
             if tile is None:
                 return
             yield tile
