@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -234,24 +235,41 @@ class Latents(list):
 
 @torch.no_grad()
 def encoded(stage: Stage, base: INFD) -> Latents:
-    """The latents of the first cfg.pictures, or all, pictures; of the KL variant the means."""
+    """The latents of the first cfg.pictures, or all, pictures; of the KL variant the means.
+
+    Every rank encodes its share, 32 pictures at a time, and gets the others' from them.
+    """
     cfg = stage.cfg
     source = stage.source
     n = min(cfg.pictures or len(source), len(source))
     print_once(f"encoding {n:,} pictures")
+    rank, world = ranks()
+    firsts = range(32 * rank, n + 32 * rank, 32 * world)           # as many for every rank
+    blocks = [range(n)[i:i + 32] for i in firsts]
     draw = functools.partial(readable, source=source, size=cfg.size)
+    batches = DataLoader(range(n), batch_sampler=blocks, num_workers=cfg.workers, collate_fn=draw,
+                         worker_init_fn=data.outlive_signals)
     kept = []
     latents = []
     bad = 0
-    batches = DataLoader(range(n), 32, num_workers=cfg.workers, collate_fn=draw,
-                         worker_init_fn=data.outlive_signals)
     for numbers, x, skipped in batches:
-        bad += len(skipped)
-        data.report(skipped, bad, n, min(max(TOLERATED, n // 100), n - 1))
-        if numbers:
-            latents.append(base.autoencoder.encode(x.to(stage.device)).cpu())
-            kept += numbers
+        z = [base.autoencoder.encode(x.to(stage.device)).cpu()] if numbers else []
+        for read, made, unread in all_gathered((numbers, z, skipped)):
+            bad += len(unread)
+            data.report(unread, bad, n, min(max(TOLERATED, n // 100), n - 1))
+            kept += read
+            latents += made
     return Latents(torch.cat(latents), source, kept)
+
+
+def all_gathered(value: object) -> list:
+    """The values of all ranks, in their order."""
+    world = ranks()[1]
+    if world == 1:
+        return [value]
+    values = [None] * world
+    dist.all_gather_object(values, value)
+    return values
 
 
 def check_chances(cfg: Run, text: bool) -> None:

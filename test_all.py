@@ -7504,6 +7504,33 @@ TINY_LATENT = ["batch=2", "pictures=8", "steps=8", "workers=0", "log_every=2", "
                "eval_n=2", "ema=0.9"]
 
 
+@pytest.mark.parametrize("n, shares", [(70, ([32], [32], [6])), (96, ([32], [32], [32])),
+                                       (100, ([32, 4], [32, 0], [32, 0]))])
+def test_ranks_share_the_encoding_of_latents(main_runs, tmp_path, monkeypatch, n, shares):
+    """Each encodes its blocks, as many as the others, and together they are what one makes."""
+    source = data.open_data("synthetic")
+    stage = types.SimpleNamespace(
+        cfg=types.SimpleNamespace(pictures=n, size=8, workers=0), device=CPU, source=source)
+    base = models.load(main_runs / "ldm")
+    parts = []
+    with monkeypatch.context() as patch:
+        patch.setattr(stages_infd, "all_gathered", lambda part: parts.append(part) or [part])
+        for rank in range(3):
+            patch.setattr(stages_infd, "ranks", lambda rank=rank: (rank, 3))
+            stages_infd.encoded(stage, base)
+    k = len(shares[0])
+    assert [[len(part[0]) for part in parts[k * rank:k * rank + k]] for rank in range(3)] \
+        == list(shares)
+    in_order = iter([parts[k * rank + block] for block in range(k) for rank in range(3)])
+    monkeypatch.setattr(stages_infd, "all_gathered", lambda _: [next(in_order) for _ in range(3)])
+    monkeypatch.setattr(stages_infd, "ranks", lambda: (0, 3))
+    shared = stages_infd.encoded(stage, base)
+    monkeypatch.undo()
+    whole = stages_infd.encoded(stage, base)
+    assert shared.kept == whole.kept == list(range(n))
+    assert torch.equal(torch.stack(list(shared)), torch.stack(list(whole)))
+
+
 @pytest.fixture(scope="module")
 def onestep_run(main_runs, tmp_path_factory):
     """A one-step INFD, as small as can be: a denoiser first, then distilled from that."""
