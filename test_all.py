@@ -7508,7 +7508,7 @@ TINY_LATENT = ["batch=2", "pictures=8", "steps=8", "workers=0", "log_every=2", "
                                        (100, ([32, 4], [32, 0], [32, 0]))])
 def test_ranks_share_the_encoding_of_latents(main_runs, tmp_path, monkeypatch, n, shares):
     """Each encodes its blocks, as many as the others, and together they are what one makes."""
-    source = data.open_data("synthetic")
+    source = data.Source([Image.new("RGB", (8, 8), (i, 2 * i, 0)) for i in range(n)])
     stage = types.SimpleNamespace(
         cfg=types.SimpleNamespace(pictures=n, size=8, workers=0), device=CPU, source=source)
     base = models.load(main_runs / "ldm")
@@ -7665,10 +7665,26 @@ def test_a_denoiser_of_other_latents_is_refused(main_runs, tmp_path, capsys):
     assert "other.pt has other latents than latents=" in main_error(capsys)
 
 
-def test_conditions_alone_choose_the_caption_of_a_one_step_picture(text_run, tmp_path):
+@pytest.fixture(scope="module")
+def onestep_text(text_run, tmp_path_factory):
+    """A one-step INFD of text, of whose captions it keeps six."""
+    root = tmp_path_factory.mktemp("onestep_text")
+    assert main_stage("cm", root / "cm", *TINY_LATENT, f"latents={text_run}") == 0
+    ckpt = runs.newest_checkpoint(root / "cm")[1]
+    runs.write_checkpoint(root / "six.pt", ckpt | {"captions": ckpt["captions"][:6]})
+    return root / "six.pt"
+
+
+@pytest.fixture
+def fitted_briefly(monkeypatch):
+    """Three steps of `fitted_noise`: what they lead to is judged elsewhere."""
+    monkeypatch.setattr(models, "fitted_noise", lambda noise, misfit, steps, step_size:
+                        fitted_noise(noise, misfit, 3, step_size))
+
+
+def test_conditions_alone_choose_the_caption_of_a_one_step_picture(onestep_text, fitted_briefly):
     """That of whose picture they miss least; a prompt that is given stays."""
-    assert main_stage("cm", tmp_path / "cm", *TINY_LATENT, f"latents={text_run}") == 0
-    model = models.load(tmp_path / "cm")
+    model = models.load(onestep_text)
     captions = list(dict.fromkeys(model.captions))
     assert len(captions) > 2
     goal = model.functions([3], steps=1, prompts=[captions[2]]).draw(16)[0]
@@ -7685,12 +7701,12 @@ def test_a_photo_is_drawn_by_a_model_of_text_and_its_file_says_no_prompt(text_ru
     assert "prompt" not in main_png(tmp_path / "a-16x16.png")[1]
 
 
-def test_what_a_picture_by_conditions_alone_shows_its_file_says(text_run, tmp_path, monkeypatch):
+def test_what_a_picture_by_conditions_alone_shows_its_file_says(
+        onestep_text, fitted_briefly, tmp_path, monkeypatch):
     """The caption that they chose, by which the same picture is drawn, as a still or a frame."""
-    assert main_stage("cm", tmp_path / "cm", *TINY_LATENT, f"latents={text_run}") == 0
-    model = models.load(tmp_path / "cm")
+    model = models.load(onestep_text)
     goal = conditions_file(tmp_path / "a.png", 8)
-    common = ["--ckpt", tmp_path / "cm", "--given", goal, "--res", 16, "--start", 3]
+    common = ["--ckpt", onestep_text, "--given", goal, "--res", 16, "--start", 3]
     assert main_sample(*common, "--n", 2, "--out", tmp_path / "out") == 0
     chosen = model.fitting_captions([3, 4], 0, [read_given(goal)])
     for i, caption in zip((3, 4), chosen):
