@@ -199,14 +199,10 @@ class VectorQuantizer(nn.Module):
         """z (B, C, h, w) -> indices of the nearest codes (B*h*w,)."""
         flat = z.movedim(1, -1).flatten(0, -2).float()                        # (B*h*w, C)
         codes = self.embedding.weight.float()                                 # (n_embed, C)
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")       # TF32 and bf16 would confuse near codes
-        try:
-            with torch.autocast(z.device.type, enabled=False):
-                # |z - e|^2 less |z|^2, (B*h*w, n_embed)
-                distance = torch.addmm(codes.square().sum(dim=1), flat, codes.T, alpha=-2)
-        finally:
-            torch.set_float32_matmul_precision(precision)
+        # |z - e|^2 less |z|^2. No matrix product: TF32 and bf16 would confuse near codes.
+        distance = codes.square().sum(dim=1).repeat(len(flat), 1)             # (B*h*w, n_embed)
+        for z_c, e_c in zip(flat.T, codes.T):                                 # C is 3 or 4
+            distance.addcmul_(z_c[:, None], e_c, value=-2)
         return distance.argmin(dim=1)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -99,7 +99,8 @@ def query(phi: Tensor, coord: Tensor, cell: Tensor) -> Tensor:
 
     Per pixel: the nearest feature, where in its cell the pixel lies, its size in half such cells.
     """
-    hw = coord.new_tensor(phi.shape[-2:]).view(1, 2, 1, 1)
+    # Filled on the device: to copy two numbers there the host would wait, twice in a step.
+    hw = torch.cat([coord.new_full((1, 1, 1, 1), n) for n in phi.shape[-2:]], dim=1)
     feature = nearest(phi, coord)                                             # (B, C, H, W)
     offset = (coord.movedim(-1, 1) - _nearest_centre(phi, coord)) * hw        # (B, 2, H, W)
     size = (cell[:, :, None, None] * hw).expand_as(offset)                    # (B, 2, H, W)

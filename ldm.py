@@ -428,7 +428,8 @@ class GaussianDiffusion:
     def q_sample(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t of clean x_0 (B, C, h, w) at timestep t (B,) int64; noise is standard normal."""
         def at_t(table: Tensor) -> Tensor:
-            return table.float().to(x_0.device)[t].view(-1, 1, 1, 1)     # MPS has no float64
+            table = table.float().to(x_0.device, non_blocking=True)      # MPS has no float64
+            return table[t].view(-1, 1, 1, 1)
 
         return at_t(self.alpha_bar.sqrt()) * x_0 + at_t((1 - self.alpha_bar).sqrt()) * noise
 

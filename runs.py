@@ -99,7 +99,7 @@ def all_mean(tensors: list[Tensor]) -> list[Tensor]:
         return tensors
     flat = torch.cat([t.detach().flatten() for t in tensors])
     dist.all_reduce(flat)
-    parts = (flat / world).split([t.numel() for t in tensors])
+    parts = flat.div_(world).split([t.numel() for t in tensors])
     # In the layout of each: fused optimisers take that for granted, unchecked.
     return [torch.empty_like(t).copy_(part.view_as(t)) for part, t in zip(parts, tensors)]
 
