@@ -359,12 +359,12 @@ def sample_multistep(f: ConsistencyModel, noises: Sequence[Tensor], sigmas: Sequ
                      cfg: ConsistencyConfig | None = None) -> Tensor:
     """Images (B, 3, S, S), or latents, by denoising, adding less noise, denoising again, and so on.
 
-    Song et al. 2023. sigmas: falling, sigma_max first; noises: one (B, 3, S, S) each. clip: also
-    before the last step. limit: of the values; math.inf for latents. cfg: by default f's. ECT adds
-    sigma z where this adds sqrt(sigma^2 - sigma_min^2) z.
+    Song et al. 2023. sigmas: falling; noises: one (B, 3, S, S) each. clip: also before the last
+    step. limit: of the values; math.inf for latents. cfg: by default f's. ECT adds sigma z where
+    this adds sqrt(sigma^2 - sigma_min^2) z.
     """
     cfg = cfg or f.cfg
-    x = cfg.sigma_max * noises[0]
+    x = float(sigmas[0]) * noises[0]
     image = f(x, x.new_full((len(x),), float(sigmas[0])), y)             # (B, 3, S, S)
     for noise, sigma in zip(noises[1:], sigmas[1:], strict=True):
         image = image.clamp(-limit, limit) if clip else image

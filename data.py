@@ -36,7 +36,7 @@ from landscapes import Box, Landscapes, Scene
 from runs import cli, rng, torch_noise
 
 PIXELS, META = "pixels.u8", "meta.json"  # a prepared set
-TOLERATED = 10  # unreadable images before 1 % of all is a lot
+TOLERATED = 10  # images that cannot be used before 1 % of all is a lot
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 HELD_OUT = ("list_eval_partition.txt", "list_eval_partition.csv",  # CelebA: its makers', Kaggle's
             "ffhqvalidation.txt", "val.txt")  # taming-transformers' lists
@@ -284,6 +284,7 @@ class SixKMix(Source):
         self.items = range(len(photos) + 6000)
         self.size = size
         self.passed_over = photos.passed_over
+        self.split_by = "but trained on, too"
 
     def pick(self, gen: np.random.Generator) -> int:
         """Choose any small picture or any large one, with equal chances, as published."""
@@ -503,8 +504,8 @@ def random_patch(picture: Picture, gen: np.random.Generator, cfg: DataConfig) ->
     largest = min(picture.size, cfg.max_size)
     needed = max(least, cfg.size)
     if largest < needed:  # enlarged, it would teach the renderer to blur
-        raise DataError(f"{picture.name} is {picture.size} px, smaller than the input of {needed} "
-                        f"px; remove it, or train with size={picture.size} or less")
+        raise BadImage(f"{picture.name} is {picture.size} px, smaller than the input of {needed} "
+                       f"px; remove it, or train with size={picture.size} or less")
     whole = gen.random() < cfg.p_whole
     keep = gen.random() < cfg.p_original
     mirror = cfg.flip and gen.random() < 0.5
@@ -546,7 +547,7 @@ def _sample(n: int, skipped: list[str], source: Source, make_item: Callable[...,
         except BadImage as error:
             skipped.append(str(error))
     else:
-        raise DataError(f"{TOLERATED + 1} unreadable images in a row, the last: {skipped[-1]}")
+        raise DataError(f"{TOLERATED + 1} images in a row cannot be used, the last: {skipped[-1]}")
     for name, shape in noise.items():
         item[name] = torch_noise(shape, seed, name, n)
     return item | {"index": n, "label": source.label(i)}
@@ -571,9 +572,9 @@ def outlive_signals(worker: int) -> None:
 def report(skipped: list[str], bad: int, of: int, limit: int) -> None:
     """Warn of images that were skipped; DataError where `bad` of the first `of` are above limit."""
     for text in skipped:
-        warnings.warn(f"skipped unreadable image: {text}")
+        warnings.warn(f"skipped image: {text}")
     if bad > limit:
-        raise DataError(f"{bad} of the first {of} images cannot be read (see --check-data), the "
+        raise DataError(f"{bad} of the first {of} images cannot be used (see --check-data), the "
                         f"last: {skipped[-1]}")
 
 

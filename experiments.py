@@ -297,7 +297,8 @@ EXACT = ["compile=off", "channels_last=false", "dtype=fp32", "tf32=false"]
 def bench_samples(files: Sequence[str], n: int, device: torch.device) -> Rows:
     """What a picture costs at 1, 4 and 16 times its model's size; default: the bundled models.
 
-    sample: its latent, in 20 steps; INFD's pictures are from the latent to 8 bits.
+    sample: its latent, in 20 steps (one-step INFD: 2); INFD's pictures are from the latent to 8
+    bits.
     """
     for file in files or (bundled("infd"), bundled("cm")):
         model = load(file, device)
@@ -306,7 +307,8 @@ def bench_samples(files: Sequence[str], n: int, device: torch.device) -> Rows:
             model.compile()
             z = torch.randn(1, *model.latent_shape).to(device)
             if model.unet:
-                sample = functools.partial(model.sample, [0], sampler="dpm++")
+                sampler = "cm" if model.f else "dpm++"
+                sample = functools.partial(model.sample, [0], sampler=sampler)
                 yield f"{name} sample", cost(sample, 1, n, device)
         for size in (model.size, 4 * model.size, 16 * model.size):
             if isinstance(model, INFD):

@@ -173,6 +173,8 @@ def check_widths(cfg: GeneratorConfig | TransformerConfig) -> None:
     """ValueError where no transformer can be that wide."""
     if min(cfg.patch, cfg.heads, cfg.dim) < 1 or cfg.dim % 4:
         raise ValueError(f"patch and heads must be at least 1 and dim a multiple of 4, not {cfg}")
+    if cfg.dim % cfg.heads:
+        raise ValueError(f"heads is {cfg.heads}; it must divide dim, {cfg.dim}")
 
 
 class PatchTokens(nn.Module):
@@ -322,6 +324,8 @@ class GeneratorConfig:
         if min(self.groups, self.hidden, self.layers, self.pe_dim) < 1 or self.pe_dim % 2:
             raise ValueError(f"groups, hidden and layers must be at least 1 and pe_dim even, "
                              f"not {self}")
+        if not self.pe_sigma > 0:
+            raise ValueError(f"pe_sigma={self.pe_sigma:g} must be above 0")
         if self.hidden % min(self.groups, self.hidden):
             raise ValueError(f"groups {self.groups} must divide hidden {self.hidden}")
 

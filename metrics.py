@@ -504,12 +504,12 @@ def evaluate(names: Sequence[str], samples: Images, reference: str | Path | None
         raise ValueError("only fid has a form on patches")
     net = (net or load_features(protocol.features)).to(device)
     rows = {layer for name in names for layer in ROWS[name]}
-    ours = statistics(samples, net, protocol, rows)
     theirs = None
-    if not alone:
+    if not alone:                                # first: a name may be mistyped
         theirs = reference_statistics(reference, net, protocol, rows & {"pool"}, cache)
-        if theirs.pixels != ours.pixels:
-            raise ValueError(f"samples of {ours.pixels}, reference of {theirs.pixels}: use --size")
+    ours = statistics(samples, net, protocol, rows)
+    if theirs and theirs.pixels != ours.pixels:
+        raise ValueError(f"samples of {ours.pixels}, reference of {theirs.pixels}: use --size")
     line = {"samples": ours.source, "reference": "none" if alone else theirs.source,
             "pixels": ours.pixels, **asdict(protocol), "features": net.name}
     scores = []
@@ -622,6 +622,8 @@ def scores(args: argparse.Namespace) -> Iterator[Score]:
         raise ValueError("--patch is of pfid: only fid has a form on patches")
     if min(args.size, args.patch, args.limit) < 0:
         raise ValueError("--size, --patch and --limit must not be negative")
+    if args.filter != Protocol.filter and not args.size:
+        raise ValueError("--filter says how --size scales: give --size too")
     features = "squeeze" if args.metric == "fd" else args.features
     protocol = Protocol(features, args.size, args.filter, args.patch, args.seed)
     if args.reference is None and not set(names) <= {"is", *IQA}:

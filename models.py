@@ -270,6 +270,7 @@ class INFD:
         conditions: see `conditions.conditioned`, as step_size; without prompts they choose them.
         regions: prompts of their own, each in a window. bar: shows progress, called as tqdm.
         """
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         self.check_condition(labels, prompts, guidance, bool(conditions), negative, regions)
         step_size = self.step_size if step_size is None else step_size
         check_conditions(conditions, step_size)
@@ -633,6 +634,8 @@ def export(source: Path, target: Path, raw: bool = False) -> None:
     """Write what sampling needs of a run, in half precision; raw: see `load`."""
     if target.exists():
         raise FileExistsError(f"{target} exists; choose another file for --export")
+    if target.suffix in WEIGHT_FILES:
+        raise ValueError(f"--export {target}: name it .pt; {target.suffix} is for files of others")
     ckpt = {}
     if source.suffix not in WEIGHT_FILES:
         path = load(source, raw=raw).file                            # says what is missing in it

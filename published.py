@@ -1,6 +1,6 @@
 """Files of others: INFD, OpenAI's consistency models, LDM and Stable Diffusion v1; safetensors.
 What a file holds is read from its options or the names and shapes of its tensors, and the weights
-get our names. Nothing in a file is executed. Read next: sample.py, which makes models of it.
+get our names. Nothing in a file is executed. Read next: models.py, which makes models of it.
 """
 
 from __future__ import annotations
@@ -488,7 +488,7 @@ Network = tuple[object, dict[str, Tensor]]               # its configuration, it
 
 @dataclass(frozen=True)
 class Model:
-    """What sample.py makes a latent diffusion model of."""
+    """What models.py makes a latent diffusion model of."""
 
     autoencoder: Network
     unet: Network | None              # None in a file of an autoencoder

@@ -1,6 +1,7 @@
 """What the four stages of training share: options, gradients, optimisers, held-out scores.
 
-stages_infd.py has ae and ldm, stages_func.py has pretrain and cm. `train.step` trains any of them.
+stages_infd.py has ae and ldm, stages_func.py pretrain and cm, and stages_onestep.py cm in latents.
+`train.step` trains any of them.
 """
 from __future__ import annotations
 
@@ -41,11 +42,11 @@ class Run:
     batch: int = 8                    # pictures per optimiser step, over all micro-batches
     accum: int = 1                    # micro-batches per step: more need less memory
     lr: float = 3.6e-5                # INFD J.2; constant, no warm-up
-    beta1: float = 0.9                # open: those of Adam, but for stage ae
+    beta1: float = 0.9                # J.2 of stage ldm; open in CM-Func: those of Adam
     beta2: float = 0.999
     weight_decay: float = 0.0
     ema: float = 0.0                  # rate of the moving average of the weights; 0: none
-    ema_warmup: bool = False          # min(ema, (1 + k) / (10 + k)) as in LDM; published INFD: no
+    ema_warmup: bool = False          # min(ema, (1 + k) / (10 + k)), LDM's; published INFD: no
     size: int = 256                   # side of the network's input, pixels
     flip: bool = False                # random horizontal flips; the published code has none
     workers: int = 4                  # loader processes; the batches do not depend on it
@@ -76,7 +77,7 @@ def optimisers(net: nn.Module, cfg: Run, kind: Callable = ADAMW, muon: float = 0
     rest = [p for p in net.parameters() if id(p) not in taken]
     opts = [kind(rest, cfg.lr, (cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)]
     if muon:
-        opts += [torch.optim.Muon(inside, muon, 0.0, adjust_lr_fn="match_rms_adamw")]
+        opts += [torch.optim.Muon(inside, muon, cfg.weight_decay, adjust_lr_fn="match_rms_adamw")]
     return opts
 
 
@@ -280,7 +281,7 @@ def readable(numbers: Sequence[int], source: Source, size: int) -> tuple[list, T
 
 
 def starting_point(init: str, *stages: str) -> tuple[str, dict[str, Tensor], dict]:
-    """Read a run folder or file: its stage, its best weights (the average), its whole state."""
+    """Read a run folder or file: its stage, its best weights (the average), all of it."""
     path = Path(init)
     ckpt = newest_checkpoint(path)[1] if path.is_dir() else read_checkpoint(path)
     if ckpt.get("stage") not in stages:
@@ -290,7 +291,7 @@ def starting_point(init: str, *stages: str) -> tuple[str, dict[str, Tensor], dic
     state = ckpt["state"]                            # of an exported file one of the two is there
     best = "ema" if "ema" in state else "model"
     check_whole(init, state, best)
-    return ckpt["stage"], state[best], state
+    return ckpt["stage"], state[best], ckpt
 
 
 class Reconstruction(Stage):
@@ -306,12 +307,13 @@ class Reconstruction(Stage):
         numbers, x, _ = self.judged
         for i, image in zip(numbers[:n], x.split(1)):
             drawn = self.reconstruct(image)
+            picture = self.held_out[i]
             base = to_tensor(to_uint8(drawn.draw(self.cfg.size)[0]))[None]
             for row in scores.values():
                 res = row["px"]
-                if res > max(self.cfg.size, self.held_out[i].size):
+                if res > max(self.cfg.size, picture.size):
                     break
-                truth = to_tensor(self.held_out[i].draw(res))[None].to(self.device)
+                truth = to_tensor(picture.draw(res))[None].to(self.device)
                 rgb = to_tensor(to_uint8(drawn.draw(res)[0]))[None].to(self.device)
                 bicubic = F.interpolate(base.to(truth), (res, res), mode="bicubic").clamp(-1, 1)
                 row["n"] += 1
@@ -338,8 +340,9 @@ class Reconstruction(Stage):
         rows = []
         for i, image in zip(numbers[:4], x.split(1)):
             drawn = self.reconstruct(image)
+            picture = self.held_out[i]
             row = [to_uint8(image[0])]
             for side in sides:
-                row += [to_uint8(drawn.draw(side)[0]), self.held_out[i].draw(side)]
+                row += [to_uint8(drawn.draw(side)[0]), picture.draw(side)]
             rows.append(row)
         self.sheet(rows, sides[-1], folder, k, f"input, then render | original at {sides} px")

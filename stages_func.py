@@ -23,7 +23,7 @@ from inr_generator import (FunctionGenerator, GeneratorConfig, ImageFunction, Tr
 from ldm import UNetConfig
 from metrics import lpips_network
 from models import GENERATORS, INFD, OneStep, load, same_encoder
-from runs import choose, load_weights, rng, unflatten
+from runs import choose, flatten, load_weights, print_once, rng, unflatten
 from stages import (Reconstruction, Run, Stage, ema_update, optimisers, set_rates,
                     starting_point)
 
@@ -62,7 +62,9 @@ class PretrainStage(Reconstruction):
         steps = cfg.steps or max(1, cfg.epochs * len(self.source) // cfg.batch)
         self.cfg = cfg = replace(cfg, steps=steps, func=replace(cfg.func, size=cfg.size))
         torch.manual_seed(cfg.seed)
-        self.func = FunctionGenerator(cfg.func).to(self.device)
+        self.func = FunctionGenerator(cfg.func)
+        self.func.encoder = nn.ModuleList()          # skipped here (3.4)
+        self.func.to(self.device)
         self.drawer = copy.deepcopy(self.func)       # with the average of the weights
         net = nn.ModuleDict({"embed": self.func.embed, "predict": self.func.predict})
         self.opts = optimisers(net, cfg, muon=cfg.muon)
@@ -90,6 +92,9 @@ class PretrainStage(Reconstruction):
         return self.drawer.reconstruct(image / ConsistencyConfig.sigma_data)
 
 
+SMALLEST = 32                               # pixels of which every network of LPIPS has features
+
+
 @dataclass(frozen=True)
 class CMRun(Run):
     """Stage cm: consistency training of one of four generators (CM-Func 3.1, A.1, A.2)."""
@@ -115,7 +120,7 @@ class CMRun(Run):
     latents: str = ""                 # run of stage ldm: one step in its latents, from its UNet
     p_uncond: float = 0.0             # with latents: of a denoiser that will guide, as stage ldm
     p_shorten: float = 0.0            # with latents: leave out words of captions, as stage ldm
-    guidance: float = 1.0             # with latents: follow the paths that lead to the caption
+    guidance: float = 1.0             # with latents, distil: the paths that lead to caption, class
     pictures: int = 0                 # with latents: learn from the first so many only; 0: all
     labels: str = "auto"              # auto: tell f the classes, if there are; true | false
     cm: ConsistencyConfig = ConsistencyConfig()
@@ -156,11 +161,12 @@ class CMStage(Stage):
         self.solver = {"heun": heun_step, "euler": euler_step}[cfg.solver]
         if cfg.distil:
             made = load(cfg.distil, self.device)
-            like = (type(f), cfg.size, len(self.extra["classes"]))
-            if (type(made.f), made.size, made.f and made.f.net.cfg.num_classes) != like:
+            classes = len(self.extra["classes"])
+            same = type(made.f) is type(f) and made.size == cfg.size
+            if not same or made.f.net.cfg.num_classes != classes:
+                beside = f" and latents={cfg.latents}" if cfg.latents else ""
                 raise ValueError(f"distil={cfg.distil} must be a run of stage cm at {cfg.size} px, "
-                                 f"with {like[2]} classes"
-                                 f"{' and latents=' if cfg.latents else ''}{cfg.latents}")
+                                 f"with {classes} classes{beside}")
             if base is not None and not same_encoder(made, base):
                 raise ValueError(f"distil={cfg.distil} has other latents than "
                                  f"latents={cfg.latents}")
@@ -173,7 +179,8 @@ class CMStage(Stage):
             teacher = {"target": self.target.net}
         self.opts = optimisers(f.net, cfg, torch.optim.RAdam, cfg.muon)
         self.distance = consistency_loss             # networks and metric in one graph, compiled
-        self.hold(f.net, [(self, "distance")], *judges, **teacher, **parts)
+        frozen = judges if self.denoiser is None else [*judges, self.denoiser]
+        self.hold(f.net, [(self, "distance")], *frozen, **teacher, **parts)
 
     def judge(self, lpips: nn.Module) -> nn.Module:
         """The metric of metric=lpips."""
@@ -191,9 +198,11 @@ class CMStage(Stage):
             return
         if not Path(init).exists():
             raise ValueError(f"no run at {init}: run --stage pretrain first, or give init=none")
-        stage, best, _ = starting_point(init, "pretrain", "cm")
+        stage, best, ckpt = starting_point(init, "pretrain", "cm")
         if stage == "pretrain" and self.cfg.generator != "func":
             raise ValueError(f"init={init}: only generator=func has a pre-training")
+        if self.cfg.generator == "func":
+            warn_of_others(init, flatten(ckpt.get("config", {})), flatten(self.cfg))
         part = self.net
         if stage == "pretrain":
             part = nn.ModuleDict({"embed": part.embed, "predict": part.predict})
@@ -252,6 +261,17 @@ class CMStage(Stage):
         self.sheet(rows, 2 * size, folder, k, f"samples at {size} px, functions at {2 * size} px")
 
 
+UNSEEN = ("func.pe_", "func.position_", "func.head", "func.corners")     # in shapes of weights
+
+
+def warn_of_others(init: str, theirs: dict, ours: dict) -> None:
+    """Say which options of the image function differ without another shape of the weights."""
+    differ = [f"{name}: {value} -> {ours[name]}" for name, value in theirs.items()
+              if name.startswith(UNSEEN) and ours.get(name, value) != value]
+    if differ:
+        print_once(f"warning: what {init} learned was of other options ({'; '.join(differ)})")
+
+
 def cm_config(cfg: CMRun, classes: int) -> CMRun:
     """Fill in what follows from the data and from other options; ValueError for unknown names."""
     choose("schedule", cfg.schedule, "ct", "ict", "ect")
@@ -268,6 +288,12 @@ def cm_config(cfg: CMRun, classes: int) -> CMRun:
     for name in ("p_uncond", "p_shorten", "guidance", "pictures", "lpips_window"):
         if getattr(cfg, name) != getattr(CMRun, name) and not cfg.latents:
             raise ValueError(f"{name} goes with latents=RUN, a run of stage ldm")
+    if cfg.latents and cfg.lpips_size != CMRun.lpips_size:
+        raise ValueError("lpips_size: with latents=RUN, lpips_window says how much LPIPS sees")
+    if cfg.lpips_size < SMALLEST:
+        raise ValueError(f"lpips_size={cfg.lpips_size}: LPIPS needs at least {SMALLEST} px")
+    if not cfg.latents and (cfg.unet.in_channels, cfg.unet.out_channels) != (3, 3):
+        raise ValueError("unet.in_channels, unet.out_channels: pictures have 3; leave them out")
     part = GENERATORS[cfg.generator][2]
     own = {"K": cfg.K or cfg.steps, f"{part}.num_classes": classes}
     if part != "unet":

@@ -107,10 +107,10 @@ class AEStage(Reconstruction):
             fresh = {k: v for k, v in self.net.state_dict().items() if k.startswith("renderer.")}
             load_weights(self.net, kept | fresh, f"the autoencoder in {cfg.init}")
         elif cfg.init:
-            _, best, state = starting_point(cfg.init, "ae")
+            _, best, ckpt = starting_point(cfg.init, "ae")
             load_weights(self.net, best, f"the autoencoder in {cfg.init}")
-            if "disc" in state:
-                load_weights(self.disc, state["disc"], f"the discriminator in {cfg.init}")
+            if "disc" in ckpt["state"]:
+                load_weights(self.disc, ckpt["state"]["disc"], f"the discriminator in {cfg.init}")
             elif cfg.gan_weight > 0:
                 print_once(f"{cfg.init} has no discriminator; a new one learns")
 
@@ -244,8 +244,8 @@ def encoded(stage: Stage, base: INFD) -> Latents:
     n = min(cfg.pictures or len(source), len(source))
     print_once(f"encoding {n:,} pictures")
     rank, world = ranks()
-    firsts = range(32 * rank, n + 32 * rank, 32 * world)           # as many for every rank
-    blocks = [range(n)[i:i + 32] for i in firsts]
+    rounds = -(-n // (32 * world))               # as many for every rank: the last may be empty
+    blocks = [range(n)[32 * (k * world + rank):][:32] for k in range(rounds)]
     draw = functools.partial(readable, source=source, size=cfg.size)
     batches = DataLoader(range(n), batch_sampler=blocks, num_workers=cfg.workers, collate_fn=draw,
                          worker_init_fn=data.outlive_signals)
@@ -253,7 +253,7 @@ def encoded(stage: Stage, base: INFD) -> Latents:
     latents = []
     bad = 0
     for numbers, x, skipped in batches:
-        z = [base.autoencoder.encode(x.to(stage.device)).cpu()] if numbers else []
+        z = [base.autoencoder.encode(x.to(stage.device)).cpu().contiguous()] if numbers else []
         for read, made, unread in all_gathered((numbers, z, skipped)):
             bad += len(unread)
             data.report(unread, bad, n, min(max(TOLERATED, n // 100), n - 1))
@@ -285,7 +285,8 @@ def leave_out(batch: dict, cfg: Run) -> dict:
     Of others, each with probability p_shorten, keep random words in their order: where captions
     always name everything, a UNet learns that what a prompt leaves out is not wanted.
     """
-    if not (cfg.p_uncond or cfg.p_shorten):
+    told = "caption" in batch or cfg.unet.num_classes
+    if not told or not (cfg.p_uncond or cfg.p_shorten):
         return batch
     index = batch["index"].tolist()
     out = [rng(cfg.seed, "uncond", n).random() < cfg.p_uncond for n in index]
@@ -326,30 +327,31 @@ class LDMStage(Stage):
         if cfg.cache and cfg.flip or cfg.pictures and not cfg.cache:
             raise ValueError("pictures=N goes with cache=true, and that with flip=false")
         if not Path(cfg.init or "none").exists():
-            raise ValueError(f"stage ldm needs an autoencoder and there is none at {cfg.init}; run "
-                             f"--stage ae first, or give init=RUN")
+            raise ValueError(f"stage ldm needs an autoencoder, and there is none at init={cfg.init}"
+                             f"; run --stage ae first, or give init=RUN")
         base = load(cfg.init, self.device)
         if not isinstance(base, INFD):
             raise ValueError(f"init={cfg.init} is a model of stage cm; give one of stage ae or ldm")
         if base.size != cfg.size:
             raise ValueError(f"{cfg.init} was trained at size={base.size}; give size={base.size}")
-        self.base = base = replace(base, unet=None, text=None)       # of a file that has them
+        self.base = base = replace(base, unet=None, text=None, f=None)   # of a file that has them
         self.source = getattr(self.source, "photos", self.source)    # of the 6K-mix: all at once
         self.extra["autoencoder"] = frozen = as_autoencoder(base)
         encoder = (v for name, v in frozen["weights"].items() if name.startswith("encoder."))
         digest = hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in encoder)).hexdigest()
         n = base.latent_shape[0]
-        for name in ("in_channels", "out_channels"):
-            asked = getattr(cfg.unet, name)
-            if asked not in (n, getattr(UNetConfig, name)):
-                raise ValueError(f"unet.{name}={asked}: the latents of {cfg.init} have {n} "
-                                 f"channels; leave it out")
         self.started = Path(cfg.start).suffix in WEIGHT_FILES        # from a published file
         self.cfg = cfg = replace(self.learn_words(), encoder=digest[:16])
         classes = self.tell_classes()
-        unet = replace(cfg.unet, in_channels=n, out_channels=n, num_classes=classes,
-                       null_class=classes > 0 and cfg.p_uncond > 0,
-                       context_dim=cfg.context.width if cfg.text else 0)
+        own = {"in_channels": n, "out_channels": n, "num_classes": classes,
+               "null_class": classes > 0 and cfg.p_uncond > 0,
+               "context_dim": cfg.context.width if cfg.text else 0}
+        for name, value in own.items():
+            asked = getattr(cfg.unet, name)
+            if asked not in (value, getattr(UNetConfig, name)):
+                raise ValueError(f"unet.{name}={asked}: by data and autoencoder it is {value}; "
+                                 f"leave it out")
+        unet = replace(cfg.unet, **own)
         self.cfg = cfg = replace(cfg, unet=unet)
         torch.manual_seed(cfg.seed)
         net = UNet(unet).to(self.device)
@@ -433,7 +435,8 @@ class LDMStage(Stage):
             load_weights(self.scale, theirs.scale.state_dict(), f"the scale of {cfg.start}")
         if cfg.latent_norm:
             some = itertools.islice(self.batches(0), -(-512 // cfg.batch))
-            z = torch.cat([self.encode(batch).cpu().double() for batch in some])     # (N, C, h, w)
+            parts = (part for batch in some for part in micro_batches(batch, cfg.accum))
+            z = torch.cat([self.encode(part).cpu().double() for part in parts])      # (N, C, h, w)
             mean, square = all_mean([v.mean(dim=(0, 2, 3)) for v in (z, z.square())])
             self.scale.mean.copy_(mean)
             self.scale.std.copy_((square - mean.square()).sqrt())
@@ -446,7 +449,8 @@ class LDMStage(Stage):
         for batch in self.loaded(start, source=source, captions=self.cfg.text, **noise):
             batch = leave_out(batch, self.cfg)
             if self.cfg.text:
-                batch["tokens"] = self.tokenizer(batch.pop("caption")).to(self.device)   # (B, N)
+                tokens = self.tokenizer(batch.pop("caption"))                            # (B, N)
+                batch["tokens"] = tokens.to(self.device, non_blocking=True)
             yield batch
 
     @functools.cached_property

@@ -4,7 +4,6 @@
 """
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -19,7 +18,7 @@ from data import to_uint8
 from models import INFD, load
 from runs import flatten, print_once, rng
 from stages import set_rates
-from stages_func import CMStage, cm_config
+from stages_func import SMALLEST, CMRun, CMStage, cm_config
 from stages_infd import Latents, as_autoencoder, check_chances, encoded, leave_out
 from text import CLIPTokenizer
 
@@ -30,12 +29,12 @@ UNRECTIFIED = 5                             # steps before RAdam divides by the 
 class DecodedLPIPS(nn.Module):
     """LPIPS in the latents of INFD: of what a window of each draws, for which they are decoded.
 
-    Squared errors of latents weigh alike what shows and what does not. A window, since to decode
-    all of a latent and back takes many times what the UNet takes.
+    Squared errors of latents weigh alike what shows and what does not. Only a window is decoded:
+    to draw all of a latent, and its gradient, takes many times what the UNet takes.
     """
 
     def __init__(self, base: INFD, lpips: nn.Module, window: int, l2_weight: float):
-        """lpips: a frozen module (a, b) -> one distance per image; l2_weight: of `l2`, of all."""
+        """lpips: a frozen module (a, b) -> one distance per image; l2_weight: of `l2` of all."""
         super().__init__()
         self.autoencoder = base.autoencoder
         self.scale = base.scale
@@ -77,6 +76,15 @@ class LatentCMStage(CMStage):
             raise ValueError(f"lpips_window={cfg.lpips_window}: the latents of {cfg.latents} are "
                              f"{base.latent_shape[1]} a side")
         self.source = getattr(self.source, "photos", self.source)    # of the 6K-mix: all at once
+        if cfg.generator not in (CMRun.generator, "unet"):
+            raise ValueError(f"generator={cfg.generator}: with latents=RUN its UNet learns; leave "
+                             f"generator out")
+        if cfg.labels == "true" and not base.classes:
+            raise ValueError(f"labels=true: latents={cfg.latents} is told no classes")
+        side = cfg.lpips_window * base.autoencoder.cfg.f
+        if sees and side < SMALLEST:
+            raise ValueError(f"lpips_window={cfg.lpips_window}: LPIPS would look at {side} px, and "
+                             f"needs {SMALLEST}")
         scalings = replace(cfg.cm, sigma_data=1.0, boundary=False)
         cfg = replace(cfg, generator="unet", size=base.size, flip=False, cm=scalings,
                       labels=cfg.labels if base.classes else "false")
@@ -96,8 +104,7 @@ class LatentCMStage(CMStage):
         if (cfg.p_uncond or cfg.guidance != 1) and not (base.text or base.unet.cfg.null_class):
             raise ValueError(f"p_uncond and guidance: the UNet of latents={cfg.latents} never "
                              f"learned to draw without its class")
-        torch.manual_seed(cfg.seed)
-        net = copy.deepcopy(base.unet).requires_grad_(True).train()
+        net = base.unet.requires_grad_(True)         # without dropout, as all of stage cm
         f = LatentConsistency(net, self.cfg.cm, -base.diffusion.log_rho)
         self.assemble(f, base, scale=base.scale)
         if cfg.guidance != 1:
@@ -143,7 +150,8 @@ class LatentCMStage(CMStage):
         """The context (B, N, D) of captions, for f; none without a text encoder."""
         if self.base.text is None:
             return {}
-        return {"context": self.base.text(self.base.tokenizer(captions).to(self.device))}
+        tokens = self.base.tokenizer(captions).to(self.device, non_blocking=True)
+        return {"context": self.base.text(tokens)}
 
     @torch.no_grad()
     def validate(self) -> dict[str, Tensor]:

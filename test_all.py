@@ -39,7 +39,6 @@ import threading
 import time
 import tracemalloc
 import types
-import unittest.mock
 import warnings
 import zipfile
 import zlib
@@ -73,6 +72,7 @@ import sample
 import stages
 import stages_func
 import stages_infd
+import stages_onestep
 import text
 import train
 import viewer
@@ -602,20 +602,22 @@ def test_golden_vq():
     z = i["z"].clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model(z)[2], o["indices"])                # half precision: same codes
-    torch.set_float32_matmul_precision("high")                       # as `runs.set_tf32`
-    try:
-        seen = []
-        with unittest.mock.patch.object(torch, "addmm", lambda *_, **__: seen.append(
-                torch.get_float32_matmul_precision()) or torch.zeros(1, 2)):
-            model.nearest(z)
-        assert seen == ["highest"] and torch.get_float32_matmul_precision() == "high"
-    finally:
-        torch.set_float32_matmul_precision("highest")
     z_q, loss, indices = model(z)
     assert torch.equal(indices, o["indices"])
     agree(o, z_q=z_q, loss=loss)
     (3 * loss + (z_q * i["upstream"]).sum()).backward()
     agree(o, 1e-3, grad_z=z.grad, grad_embedding=model.embedding.weight.grad)
+
+
+def test_vq_tells_codes_apart_that_are_near():
+    """In half precision and with TF32 too: no product of matrices, and one graph if compiled."""
+    model = VectorQuantizer(64, 3)
+    codes = model.embedding.weight.data.normal_()
+    codes[32:] = codes[:32] + 1e-2
+    z = codes.T.reshape(1, 3, 8, 8) + 1e-5
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.nearest(z).tolist() == list(range(64))
+    assert not torch._dynamo.explain(model)(z).graph_break_count
 
 
 # ---- the whole autoencoder ----
@@ -2509,7 +2511,7 @@ def test_a_corrupt_image_is_replaced_by_the_next_and_named(tmp_path):
     content = data_pictures(60)
     content["00007.png"] = content["00007.png"][:60]
     source = data_open(data_folder(tmp_path, content))
-    with pytest.warns(UserWarning, match=r"skipped unreadable image: .*00007\.png") as caught:
+    with pytest.warns(UserWarning, match=r"skipped image: .*00007\.png") as caught:
         batches = data_take(6, source, data_name, 10)
     assert len(caught) == 1
     at = data._order(0, 0, 60).tolist().index(7)
@@ -2518,6 +2520,20 @@ def test_a_corrupt_image_is_replaced_by_the_next_and_named(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert data_equal(batches, data_take(6, source, data_name, 10, workers=2))
+
+
+def test_an_image_smaller_than_the_input_is_skipped_and_named(tmp_path):
+    """One among many; where all are so small, the cause is the last word."""
+    folder = data_folder(tmp_path / "a", data_pictures(60, 24) | {"00007.png": data_file(
+        data_picture(15))})
+    item = functools.partial(data.random_patch, cfg=data.DataConfig(16, 8, 24))
+    with pytest.warns(UserWarning, match="skipped image: .*00007.png is 15 px, smaller than the in"):
+        batches = data_take(6, data_open(folder), item, 10)
+    assert [len(batch["image"]) for batch in batches] == 6 * [10]
+    small = data_folder(tmp_path / "b", data_pictures(20, 15))
+    with warnings.catch_warnings(), pytest.raises(data.DataError, match="train with size=15"):
+        warnings.simplefilter("ignore")
+        data_take(6, data_open(small), item, 10)
 
 
 def test_many_corrupt_images_stop_the_run(tmp_path):
@@ -4396,6 +4412,15 @@ def test_metrics_statistics_serve_their_own_pictures_and_protocol_only(tmp_path,
     score, = metrics.evaluate(["fid"], made, reference, plain, cache=cache)
     assert score.name == "FID@20"
     assert score.value == pytest.approx(seen(["fid"], plain)[0][0].value, rel=1e-12)
+
+
+def test_metrics_reads_a_reference_first_and_scales_by_a_filter_only_with_size(
+        tmp_path, metrics_stub, capsys):
+    samples = metrics_folder(tmp_path / "samples", metrics_pictures(4))
+    assert "none" in metrics_error(capsys, "fid", samples, tmp_path / "none")
+    assert metrics_stub.seen == 0
+    said = metrics_error(capsys, "fid", samples, samples, "--filter", "box")
+    assert "--filter says how --size scales: give --size too" in said
 
 
 def test_metrics_command_line_prints_protocol_and_json(tmp_path, metrics_stub, capsys):
@@ -6684,6 +6709,7 @@ def test_checkpointed_blocks_have_the_same_gradients(net):
     ("ae", "ae.kl=perhaps", "option ae.kl=perhaps: expected true or false"),
     ("ae", "steps", "options are written key=value"),
     ("ae", "--steps 300", "--steps: write steps=300"),
+    ("ae", "--flip size=64", "--flip: write flip=VALUE"),
     ("ae", "--weight-decay=0.1", "--weight-decay=0.1: write weight_decay=0.1"),
     ("ae", "--bench 20", "demo, compare and bench are programs of experiments.py"),
     ("ae", "data=cats", "data=cats: write --data cats"),
@@ -6747,7 +6773,17 @@ def test_checkpointed_blocks_have_the_same_gradients(net):
     ("pretrain", "epochs=3 steps=4", "epochs and steps say the same"),
     ("ldm", "unet.groups=0", "groups and transformer_depth must be at least 1"),
     ("ldm", "unet.channel_mult=", "levels in channel_mult"),
-    ("ldm", "unet.in_channels=7", "have 3 channels; leave it out"),
+    ("ldm", "unet.in_channels=7", "it is 3; leave it out"),
+    ("ldm", "unet.num_classes=10", "unet.num_classes=10: by data and autoencoder it is 4; leave"),
+    ("cm", "generator=unet init=none unet.in_channels=4", "pictures have 3; leave them out"),
+    ("cm", "ct.s0=4", "ct.s0 goes with schedule=ct, and it is ect"),
+    ("cm", "schedule=ict ect.q=4", "ect.q goes with schedule=ect, and it is ict"),
+    ("cm", "metric=lpips lpips=squeeze lpips_size=16", "lpips_size=16: LPIPS needs at least 32 px"),
+    ("cm", "latents={ldm} metric=l2 lpips_size=64", "lpips_window says how much LPIPS sees"),
+    ("cm", "latents={ldm} metric=lpips lpips_window=2", "lpips_window=2: LPIPS would look at 4 px"),
+    ("cm", "latents={ldm} generator=dit", "generator=dit: with latents=RUN its UNet learns"),
+    ("cm", "func.heads=3", "heads is 3; it must divide dim, 32"),
+    ("cm", "func.pe_sigma=0", "pe_sigma=0 must be above 0"),
     ("ldm", "preview_steps=1000", "preview_steps: 1000 sampling steps; choose 1 to 636"),
     ("ldm", "diffusion.steps=30 preview_steps=20", "preview_steps: 20 sampling steps; choose 1 to 17"),
     ("cm", "schedule=ict ict.s0=0", "need 1 <= s0 <= s1"),
@@ -6809,7 +6845,8 @@ def test_presets_hold_known_options_that_change_something():
     for stage, presets in train.PRESETS.items():
         defaults = runs.flatten(train.STAGES[stage].options())
         for preset, changes in presets.items():
-            cfg = train.configure(stage, preset)
+            latents = ["latents=run"] if preset in ("denoiser", "onestep") else []
+            cfg = train.configure(stage, preset, texts=latents)
             flat = runs.flatten(cfg)
             for name, value in changes.items():
                 value = list(value) if isinstance(value, tuple) else value
@@ -6906,6 +6943,40 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once(main_runs, tmp_path
     args = [tmp_path / "run", *TINY_LDM, f"init={main_runs / 'ae'}"]
     assert main_stage("ldm", *args) == 143
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["lock"]
+
+
+def test_what_depends_on_the_resolution_is_of_cm_func_alone():
+    for size, unet in ((32, (1, 2, 4)), (128, (4, 8, 16))):
+        assert train.configure("cm", "paper", texts=[f"size={size}"]).unet.attention_ds == unet
+        ours = train.configure("ldm", "paper", texts=[f"size={size}"])
+        assert ours.unet == train.LDMRun.unet
+
+
+@pytest.mark.parametrize("preset", ["denoiser", "onestep"])
+def test_presets_of_one_step_infd_need_its_latents(preset):
+    with pytest.raises(ValueError, match=f"preset {preset} goes with latents=RUN"):
+        train.configure("cm", preset)
+    assert train.configure("cm", preset, texts=["latents=a"]).latents == "a"
+
+
+def test_a_run_of_epochs_goes_on_for_more_and_a_finished_one_collects_nothing(
+        tmp_path, monkeypatch):
+    source = data.Source([Image.new("RGB", (16, 16))] * 8)
+    collected = []
+    monkeypatch.setattr(train.PretrainStage, "collect", lambda stage: collected.append(stage))
+    for epochs in (1, 2, 2):
+        cfg = train.configure("pretrain", "tiny", texts=[*TINY_FUNC, f"epochs={epochs}"])
+        train.train("pretrain", cfg, tmp_path / "run", CPU, source, source)
+    assert runs.newest_checkpoint(tmp_path / "run")[1]["step"] == 4 and len(collected) == 2
+
+
+def test_other_options_of_the_image_function_are_warned_of(stage_runs, tmp_path, capsys):
+    args = [*TINY_CM, f"init={stage_runs / 'pretrain'}", "metric=l2", "steps=1"]
+    for more, warns in (([], False), (["func.position_scale=4", "func.pe_sigma=2"], True)):
+        assert main_stage("cm", tmp_path / f"{warns}", *args, *more) == 0
+        said = capsys.readouterr().out
+        assert ("learned was of other options (func.position_scale: 1.0 -> 4.0; func.pe_sigma: "
+                "64.0 -> 2.0)" in said) == warns == ("warning" in said)
 
 
 def test_epochs_count_in_pictures_and_at_least_one_step_is_taken(tmp_path):
@@ -7094,7 +7165,7 @@ def test_pictures_that_cannot_be_read_are_passed_over_by_every_stage(main_runs, 
     cfg = train.configure("ldm", "tiny", str(tmp_path / "set"), [
         *TINY_LDM, f"init={main_runs / 'ae'}", "batch=5", f"workers={workers}", "eval_n=3"])
     stage = train.STAGES["ldm"](cfg, CPU)
-    with pytest.warns(UserWarning, match="skipped unreadable image: .*003.png"):
+    with pytest.warns(UserWarning, match="skipped image: .*003.png"):
         batch = next(stage.batches(0))
     unread = [i for i in range(6) if "003" in stage.source[i].name]
     kept = [i for i in range(6) if i not in unread]
@@ -7103,7 +7174,7 @@ def test_pictures_that_cannot_be_read_are_passed_over_by_every_stage(main_runs, 
     truth = stage.base.autoencoder.encode(stages.drawn_at([stage.source[i] for i in kept], 16))
     torch.testing.assert_close(torch.stack(list(stage.latents)), truth)
     assert batch["latent"].shape[0] == 5
-    with pytest.warns(UserWarning, match="skipped unreadable image: .*000.png"):
+    with pytest.warns(UserWarning, match="skipped image: .*000.png"):
         numbers, x, y = stage.judged
     assert len(numbers) == len(x) == 2 and y.tolist() == [stage.held_out.label(i) for i in numbers]
     assert torch.isfinite(stage.validate()["held_out_loss"])
@@ -7117,7 +7188,7 @@ def test_a_set_of_which_nothing_can_be_read_is_an_error_with_the_cause(main_runs
         assert main_stage("ldm", tmp_path / "run", *TINY_LDM, f"init={main_runs / 'ae'}", "--data",
                           folder, f"workers={workers}") == 2
         said = capsys.readouterr().err.splitlines()[-1]
-        assert "3 of the first 3 images cannot be read (see --check-data), the last: " in said
+        assert "3 of the first 3 images cannot be used (see --check-data), the last: " in said
         assert "003.png: not a PNG, JPEG or WEBP image" in said
 
 
@@ -7545,6 +7616,7 @@ def onestep_run(main_runs, tmp_path_factory):
 def test_lpips_of_latents_looks_at_a_window_of_what_they_draw(main_runs, monkeypatch):
     """It draws as a latent of that size would; beyond the window nothing counts but l2."""
     monkeypatch.setattr(stages_func, "lpips_network", lambda *_: CmHalf())
+    monkeypatch.setattr(stages_onestep, "SMALLEST", 1)
     stage = train.LatentCMStage(train.configure("cm", "tiny", "synthetic", [
         *TINY_LATENT, f"latents={main_runs / 'ldm'}", "metric=lpips", "lpips_window=2"]), CPU)
     base = stage.base
@@ -7573,6 +7645,28 @@ def test_lpips_of_latents_looks_at_a_window_of_what_they_draw(main_runs, monkeyp
     assert not torch.equal(both, stage.metric_at(torch.tensor([6, 7]), 6).keywords["corner"])
     logs = train.step(stage, next(stage.batches(0)), 0)
     assert torch.isfinite(logs["loss"])
+
+
+def test_dropout_of_an_ldm_is_left_out_by_one_step_and_by_what_is_judged(
+        main_runs, tmp_path, monkeypatch):
+    """Student and teacher would each leave out units of their own; without an average, sheets and
+    held-out scores are of the network that learns."""
+    modes = {"objective": set(), "validate": set(), "preview": set()}
+    for name, seen in modes.items():
+        plain = getattr(stages_infd.LDMStage, name)
+
+        def noted(stage, *args, seen=seen, plain=plain):
+            seen.add(stage.net.training)
+            return plain(stage, *args)
+
+        monkeypatch.setattr(stages_infd.LDMStage, name, noted)
+    args = [*TINY_LDM, f"init={main_runs / 'ae'}", "unet.dropout=0.5", "ema=0", "grid_every=2"]
+    assert main_stage("ldm", tmp_path / "ldm", *args) == 0
+    assert modes == {"objective": {True}, "validate": {False}, "preview": {False}}
+    stage = train.LatentCMStage(train.configure("cm", "tiny", "synthetic", [
+        *TINY_LATENT, f"latents={tmp_path / 'ldm'}"]), CPU)
+    assert not any(part.training for part in stage.net.modules())
+    assert stage.base.unet is stage.net and all(p.requires_grad for p in stage.net.parameters())
 
 
 def test_one_step_infd_starts_as_its_ldm_and_learns_its_latents(main_runs):
@@ -7623,6 +7717,8 @@ def test_one_step_infd_draws_as_infd_does(onestep_run, tmp_path, capsys):
     field = model.decode(large)
     close(field.draw((32, 64))[:, :, :16, :32], field.draw((16, 32), (-1, -1, 0, 0)))
 
+    with pytest.raises(ValueError, match="name it .pt; .safetensors is for files of others"):
+        models.export(onestep_run, tmp_path / "half.safetensors")
     assert main_sample("--ckpt", onestep_run, "--export", tmp_path / "half.pt") == 0
     half = models.load(tmp_path / "half.pt").sample([5, 6], steps=1, labels=["dusk", "day"])
     close(half, one, 0.02)
@@ -7637,6 +7733,16 @@ def test_one_step_infd_draws_as_infd_does(onestep_run, tmp_path, capsys):
         assert said in main_error(capsys), wrong
 
 
+def test_a_diffusion_may_be_learnt_in_the_latents_of_one_step_infd(onestep_run, tmp_path, capsys):
+    """It draws its sheets by itself, and not in one step."""
+    args = [*TINY_LDM, f"init={onestep_run}", "grid_every=4"]
+    assert main_stage("ldm", tmp_path / "ldm", *args) == 0
+    assert (tmp_path / "ldm/grid-00000004.png").exists()
+    assert models.load(tmp_path / "ldm").f is None
+    rows = experiments_bench(capsys, "sample", "--repeat", 1, onestep_run)
+    assert f"{onestep_run.name} sample" in rows
+
+
 def test_one_step_infd_reads_captions(text_run, tmp_path):
     """The words and the text encoder are those of the LDM, and stay."""
     args = [*TINY_LATENT, f"latents={text_run}"]
@@ -7645,7 +7751,7 @@ def test_one_step_infd_reads_captions(text_run, tmp_path):
     assert main_same(model.text.state_dict(), base.text.state_dict())
     assert model.captions == base.captions and model.guidance == 1
     a, b = (model.sample([0], prompts=[text]) for text in ("a lake", "dusk"))
-    assert not torch.equal(a, b) and torch.equal(a, model.sample([0], prompts=["a lake"]))
+    assert not torch.equal(a, b) and torch.equal(a, model.sample([0], prompts="a lake"))
     assert main_sample("--ckpt", tmp_path / "cm", "--prompt", "a lake", "--res", 16, "--out",
                        tmp_path / "out") == 0
 

@@ -42,7 +42,7 @@ __all__ = ["AERun", "AEStage", "CMRun", "CMStage", "LDMRun", "LDMStage", "Pretra
            "PretrainStage", "configure", "fit", "main", "step", "train"]
 
 # A run may be continued with these changed; its data is compared by content.
-FREE = frozenset({"data", "init", "steps", "accum", "workers", "dtype", "tf32", "compile",
+FREE = frozenset({"data", "init", "steps", "epochs", "accum", "workers", "dtype", "tf32", "compile",
                   "checkpoint", "channels_last", "log_every", "grid_every", "save_every",
                   "keep_every", "preview_steps", "eval_n"})
 
@@ -82,7 +82,8 @@ def fit(stage: Stage, out: Path) -> None:
             if start == 0:
                 stage.begin()
                 stage.shown.load_state_dict(stage.net.state_dict())
-            stage.collect()
+            if start < cfg.steps:
+                stage.collect()
         stream = stage.batches(start)
         meter = Meter()
         compiles = wants_compile(cfg.compile, stage.device)
@@ -90,6 +91,7 @@ def fit(stage: Stage, out: Path) -> None:
             print_once("the first step compiles, for up to two minutes; what it has compiled stays "
                        "in $TORCHINDUCTOR_CACHE_DIR (below $TMPDIR)")
 
+        learning = stage.net.training
         for k in range(start, cfg.steps):
             batch = meter.wait_for(stream)
             if k == start:
@@ -101,6 +103,7 @@ def fit(stage: Stage, out: Path) -> None:
             last = done == cfg.steps
             judged = last or done % cfg.grid_every == 0
             if judged:
+                stage.net.eval()                     # which is judged where it has no average
                 with meter.paused():
                     logs |= stage.validate()
             meter.add(logs, cfg.batch, k, batch["index"])
@@ -120,6 +123,7 @@ def fit(stage: Stage, out: Path) -> None:
                     folder.save(done, stage.state, stage.extra, last=last or signalled > 0)
                 if judged and ranks()[0] == 0:
                     stage.preview(out, done)
+                stage.net.train(learning)
             if signalled:
                 barrier()                            # torchrun ends all as soon as one has ended
                 raise Stopped(128 + signalled)
@@ -258,9 +262,17 @@ def configure(stage: str, preset: str = "paper", data_name: str = "synthetic",
         if given.get("steps"):
             raise ValueError("epochs and steps say the same: leave one of them out")
         chosen = chosen | {"steps": 0}
+    schedule = given.get("schedule", chosen.get("schedule", "ct"))
+    for name in given:
+        part = name.partition(".")[0]
+        if part in ("ct", "ict", "ect") and part != schedule:
+            raise ValueError(f"{name} goes with schedule={part}, and it is {schedule}")
+    if stage == "cm" and preset in ("denoiser", "onestep") and not given.get("latents"):
+        raise ValueError(f"preset {preset} goes with latents=RUN, a run of stage ldm")
     size = given.get("size", chosen.get("size", cls.size))
     known = option_types(cls)
-    by_size = {name: v for name, v in PAPER_SIZE.get(size, {}).items() if name in known}
+    scaled = PAPER_SIZE.get(size, {}) if stage in ("pretrain", "cm") else {}
+    by_size = {name: v for name, v in scaled.items() if name in known}
     return unflatten(cls, {**by_size, **chosen, "data": data_name, **given})
 
 
@@ -396,7 +408,8 @@ def run(argv: list[str]) -> int:
         return check_data(args.data)
     cfg = configure(args.stage, args.preset, args.data, args.options)
     device = pick_device(args.device)
-    if args.preset in ("paper", "ict", "ect") and device.type == "cpu" and args.device != "cpu":
+    published = args.preset in ("paper", "sd", "ict", "ect")
+    if published and device.type == "cpu" and args.device != "cpu":
         raise ValueError(f"preset {args.preset} takes days on GPUs (INFD: 4 A100, CM-Func: 1 A6000)"
                          f", and there is none; take --preset tiny, or insist with --device cpu")
     generator = getattr(cfg, "generator", "func")
