@@ -9239,6 +9239,21 @@ def test_agreement_reads_captions_and_counts_what_pictures_show():
     field_equal(torch.tensor([*experiments.shares(knows, images, other).values()][:5]), want)
 
 
+def test_agreement_asks_of_true_scenes_and_of_every_way_to_draw(onestep_text, monkeypatch):
+    """Of pictures by the captions of held-out scenes, and by those of their neighbours."""
+    asked = []
+    monkeypatch.setattr(experiments, "read_scenes", lambda *_: None)
+    monkeypatch.setattr(experiments, "shares", lambda net, *both: asked.append(both) or {})
+    rows = experiments.agreement(str(onestep_text), 18, CPU)
+    assert list(rows) == ["true scenes", "true scenes, another's caption", "one step",
+                          "one step, another's prompt", "two steps", "two steps, another's prompt"]
+    captions = [Landscapes("val").caption(i) for i in range(18)]
+    assert [told for _, told in asked] == 3 * [captions, captions[1:] + captions[:1]]
+    model = models.load(onestep_text)
+    close(asked[2][0], model.decode(model.sample(range(18), steps=1, prompts=captions)).draw(64))
+    assert all(asked[i][0] is asked[i + 1][0] for i in (0, 2, 4))
+
+
 def test_a_reader_of_scenes_learns_the_time_of_day():
     """An answer for every attribute, that of the light right after eight steps."""
     net = experiments.read_scenes(64, 8, CPU)
@@ -9388,7 +9403,9 @@ def readme_command(line):
         sample.parser().read(words)
     elif script == "experiments.py":
         experiments.parser().parse_intermixed_args(words)
-    return script in ("train.py", "sample.py", "experiments.py")
+    elif script == "metrics.py":
+        metrics.parser().read(words)
+    return script in ("train.py", "sample.py", "experiments.py", "metrics.py")
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -9397,6 +9414,7 @@ def test_readme_commands_parse(page):
     blocks = "\n".join(re.findall(r"^```\n(.*?)^```", text, re.M | re.S))
     commands = re.findall(r"(?:^|&& )python (.*?)(?: +#.*| &&|$)", blocks, re.M)
     commands += re.findall(r"`python ((?:train|sample|experiments)\.py [^`]*)`", text)
+    commands += re.findall(r"`python (metrics\.py [\w,]+ [^`]+)`", text)
     commands += re.findall(r"^torchrun --nproc-per-node \d (.*)$", blocks, re.M)
     known = [readme_command(line) for line in commands if "--help" not in line]
     assert sum(known) >= {"README.md": 10, "docs/training.md": 1}.get(page, 2)
