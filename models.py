@@ -120,7 +120,7 @@ GUIDANCE = 2.0                              # of text, for models trained here (
 # cm: of the one-step model, the second from noise of the level SECOND.
 SAMPLERS = {"ddim": 200, "dpm++": 20, "cm": 2}
 LED_STEPS = {"ddim": 50, "dpm++": 20, "cm": 1}              # by conditions
-SECOND = 2.0
+SECOND = 1.4
 FINEST = 8                                  # pixels a cell of phi, as 1024 px of 128 cells; finer
                                             # ones CLIF draws as flat squares (docs/results.md)
 START = 10.0                                # noise to signal where walks start, but for DDIM's with
