@@ -75,7 +75,7 @@ class Parser(argparse.ArgumentParser):
         word = name.replace("-", "_")
         if word in words:
             behind = argv[argv.index(unknown[0]) + 1:]
-            plain = [text for text in behind[:1] if text[0] != "-" and "=" not in text]
+            plain = [text for text in behind[:1] if not text.startswith("-") and "=" not in text]
             raise ValueError(f"{unknown[0]}: write {word}={value or [*plain, 'VALUE'][0]}")
         like = ", ".join(f"--{flag}" for flag in difflib.get_close_matches(name, flags))
         hints = [f"did you mean {like}?" if like else "", elsewhere]

@@ -173,8 +173,6 @@ def check_widths(cfg: GeneratorConfig | TransformerConfig) -> None:
     """ValueError where no transformer can be that wide."""
     if min(cfg.patch, cfg.heads, cfg.dim) < 1 or cfg.dim % 4:
         raise ValueError(f"patch and heads must be at least 1 and dim a multiple of 4, not {cfg}")
-    if cfg.dim % cfg.heads:
-        raise ValueError(f"heads is {cfg.heads}; it must divide dim, {cfg.dim}")
 
 
 class PatchTokens(nn.Module):

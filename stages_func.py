@@ -92,9 +92,6 @@ class PretrainStage(Reconstruction):
         return self.drawer.reconstruct(image / ConsistencyConfig.sigma_data)
 
 
-SMALLEST = 32                               # pixels of which every network of LPIPS has features
-
-
 @dataclass(frozen=True)
 class CMRun(Run):
     """Stage cm: consistency training of one of four generators (CM-Func 3.1, A.1, A.2)."""
@@ -261,6 +258,11 @@ class CMStage(Stage):
         self.sheet(rows, 2 * size, folder, k, f"samples at {size} px, functions at {2 * size} px")
 
 
+def smallest(lpips: str) -> int:
+    """Side in pixels of which every layer of a network of LPIPS still has features."""
+    return 32 if lpips == "alex" else 16
+
+
 UNSEEN = ("func.pe_", "func.position_", "func.head", "func.corners")     # in shapes of weights
 
 
@@ -290,8 +292,8 @@ def cm_config(cfg: CMRun, classes: int) -> CMRun:
             raise ValueError(f"{name} goes with latents=RUN, a run of stage ldm")
     if cfg.latents and cfg.lpips_size != CMRun.lpips_size:
         raise ValueError("lpips_size: with latents=RUN, lpips_window says how much LPIPS sees")
-    if cfg.lpips_size < SMALLEST:
-        raise ValueError(f"lpips_size={cfg.lpips_size}: LPIPS needs at least {SMALLEST} px")
+    if cfg.lpips_size < smallest(cfg.lpips):
+        raise ValueError(f"lpips_size={cfg.lpips_size}: LPIPS needs {smallest(cfg.lpips)} px")
     if not cfg.latents and (cfg.unet.in_channels, cfg.unet.out_channels) != (3, 3):
         raise ValueError("unet.in_channels, unet.out_channels: pictures have 3; leave them out")
     part = GENERATORS[cfg.generator][2]

@@ -18,7 +18,7 @@ from data import to_uint8
 from models import INFD, load
 from runs import flatten, print_once, rng
 from stages import set_rates
-from stages_func import SMALLEST, CMRun, CMStage, cm_config
+from stages_func import CMRun, CMStage, cm_config, smallest
 from stages_infd import Latents, as_autoencoder, check_chances, encoded, leave_out
 from text import CLIPTokenizer
 
@@ -82,9 +82,9 @@ class LatentCMStage(CMStage):
         if cfg.labels == "true" and not base.classes:
             raise ValueError(f"labels=true: latents={cfg.latents} is told no classes")
         side = cfg.lpips_window * base.autoencoder.cfg.f
-        if sees and side < SMALLEST:
+        if sees and side < smallest(cfg.lpips):
             raise ValueError(f"lpips_window={cfg.lpips_window}: LPIPS would look at {side} px, and "
-                             f"needs {SMALLEST}")
+                             f"needs {smallest(cfg.lpips)}")
         scalings = replace(cfg.cm, sigma_data=1.0, boundary=False)
         cfg = replace(cfg, generator="unet", size=base.size, flip=False, cm=scalings,
                       labels=cfg.labels if base.classes else "false")

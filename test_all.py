@@ -6772,13 +6772,11 @@ def test_checkpointed_blocks_have_the_same_gradients(net):
     ("cm", "latents={ldm} --data {plain}", "knows the classes dawn, day, dusk, night; "),
     ("ldm", "unet.num_classes=10", "unet.num_classes=10: by data and autoencoder it is 4; leave"),
     ("cm", "generator=unet init=none unet.in_channels=4", "pictures have 3; leave them out"),
-    ("cm", "ct.s0=4", "ct.s0 goes with schedule=ct, and it is ect"),
-    ("cm", "schedule=ict ect.q=4", "ect.q goes with schedule=ect, and it is ict"),
-    ("cm", "metric=lpips lpips=squeeze lpips_size=16", "lpips_size=16: LPIPS needs at least 32 px"),
+    ("cm", "metric=lpips lpips=squeeze lpips_size=8", "lpips_size=8: LPIPS needs 16 px"),
+    ("cm", "metric=lpips lpips=alex lpips_size=16", "lpips_size=16: LPIPS needs 32 px"),
     ("cm", "latents={ldm} metric=l2 lpips_size=64", "lpips_window says how much LPIPS sees"),
     ("cm", "latents={ldm} metric=lpips lpips_window=2", "lpips_window=2: LPIPS would look at 4 px"),
     ("cm", "latents={ldm} generator=dit", "generator=dit: with latents=RUN its UNet learns"),
-    ("cm", "func.heads=3", "heads is 3; it must divide dim, 32"),
     ("cm", "func.pe_sigma=0", "pe_sigma=0 must be above 0"),
     ("ldm", "preview_steps=1000", "preview_steps: 1000 sampling steps; choose 1 to 636"),
     ("ldm", "diffusion.steps=30 preview_steps=20", "preview_steps: 20 sampling steps; choose 1 to 17"),
@@ -6939,6 +6937,13 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once(main_runs, tmp_path
     args = [tmp_path / "run", *TINY_LDM, f"init={main_runs / 'ae'}"]
     assert main_stage("ldm", *args) == 143
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["lock"]
+
+
+def test_options_of_another_schedule_are_warned_of():
+    for texts, said in ((["ct.s0=4"], "ct.s0 has no effect: it goes with schedule=ct, not ect"),
+                        (["schedule=ict", "ect.q=4"], "with schedule=ect, not ict")):
+        with pytest.warns(UserWarning, match=said):
+            train.configure("cm", "tiny", texts=texts)
 
 
 def test_what_depends_on_the_resolution_is_of_cm_func_alone():
@@ -7761,7 +7766,7 @@ def onestep_run(main_runs, tmp_path_factory):
 def test_lpips_of_latents_looks_at_a_window_of_what_they_draw(main_runs, monkeypatch):
     """It draws as a latent of that size would; beyond the window nothing counts but l2."""
     monkeypatch.setattr(stages_func, "lpips_network", lambda *_: CmHalf())
-    monkeypatch.setattr(stages_onestep, "SMALLEST", 1)
+    monkeypatch.setattr(stages_onestep, "smallest", lambda lpips: 1)
     stage = train.LatentCMStage(train.configure("cm", "tiny", "synthetic", [
         *TINY_LATENT, f"latents={main_runs / 'ldm'}", "metric=lpips", "lpips_window=2"]), CPU)
     base = stage.base

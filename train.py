@@ -19,6 +19,7 @@ import re
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -266,7 +267,7 @@ def configure(stage: str, preset: str = "paper", data_name: str = "synthetic",
     for name in given:
         part = name.partition(".")[0]
         if part in ("ct", "ict", "ect") and part != schedule:
-            raise ValueError(f"{name} goes with schedule={part}, and it is {schedule}")
+            warnings.warn(f"{name} has no effect: it goes with schedule={part}, not {schedule}")
     if stage == "cm" and preset in ("denoiser", "onestep") and not given.get("latents"):
         raise ValueError(f"preset {preset} goes with latents=RUN, a run of stage ldm")
     size = given.get("size", chosen.get("size", cls.size))
