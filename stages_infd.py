@@ -253,7 +253,9 @@ def encoded(stage: Stage, base: INFD) -> Latents:
     latents = []
     bad = 0
     for numbers, x, skipped in batches:
-        z = [base.autoencoder.encode(x.to(stage.device)).cpu().contiguous()] if numbers else []
+        z = []
+        if numbers:                              # a copy: what is sent of a view is all behind it
+            z = [base.autoencoder.encode(x.to(stage.device)).cpu().contiguous()]
         for read, made, unread in all_gathered((numbers, z, skipped)):
             bad += len(unread)
             data.report(unread, bad, n, min(max(TOLERATED, n // 100), n - 1))
